@@ -1,0 +1,200 @@
+"""The quantised linear layer with its low-rank and sparse part.
+
+    Y = X @ (deq(Wq) + S)^T + (alpha / r) * drop(X) @ A^T @ B^T + bias
+
+The arithmetic is one op, ``qrosa::linear``, which keeps X once for its backward pass and builds the dense weight in a
+scratch that it gives back before it returns. This module only owns the tensors. Both parts are optional and may come and
+go: warm-up trains the low-rank part alone, mask selection adds the sparse part later, and with ``adapter_enabled``
+off the layer is the bare 4-bit base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qrosa import ops
+from qrosa.errors import InputError
+from qrosa.quant.nf4 import NF4Weight
+from qrosa.sparse.csr import CsrDelta
+
+
+class QRosaLinear(nn.Module):
+    """A frozen NF4 weight [N out, K in] with optional low-rank and sparse parts.
+
+    Attributes:
+        weight: The packed base. A plain record: ``model.to(device)`` moves it, no dtype cast reaches it.
+        bias: [N] or None, frozen.
+        low_rank_A: bf16 [r, K] or None.
+        low_rank_B: bf16 [N, r] or None.
+        sparse_values: fp32 [nnz] or None, with buffers ``sparse_row_ptr`` and ``sparse_col``.
+        alpha: Scale numerator; the low-rank product is multiplied by ``alpha / rank``.
+        dropout: Share of inputs of the low-rank part zeroed while training.
+        adapter_enabled: False gives the bare base.
+    """
+
+    low_rank_A: nn.Parameter | None
+    low_rank_B: nn.Parameter | None
+    sparse_values: nn.Parameter | None
+    sparse_row_ptr: Tensor | None
+    sparse_col: Tensor | None
+
+    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("low_rank_A", None)
+        self.register_parameter("low_rank_B", None)
+        self.register_parameter("sparse_values", None)
+        self.register_buffer("sparse_row_ptr", None)
+        self.register_buffer("sparse_col", None)
+        self.alpha = 0.0
+        self.dropout = 0.0
+        self.adapter_enabled = True
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        rank: int = 0,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        mask: Tensor | CsrDelta | None = None,
+    ) -> QRosaLinear:
+        """Quantise a dense layer and give it adapters.
+
+        Args:
+            linear: The layer to replace; its weight is quantised, its bias kept.
+            rank: Rank of the low-rank part, 0 for none.
+            alpha: Scale numerator of the low-rank part.
+            dropout: Dropout of the low-rank part.
+            mask: bool [N, K], a ``CsrDelta``, or None for no sparse part.
+        """
+        layer = cls(NF4Weight.quantize(linear.weight.detach()), linear.bias)
+        if rank:
+            layer.add_low_rank(rank, alpha, dropout)
+        if mask is not None:
+            layer.set_sparse(mask if isinstance(mask, CsrDelta) else CsrDelta.from_mask(mask))
+        return layer
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank part, 0 without one."""
+        return 0 if self.low_rank_A is None else self.low_rank_A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+    @property
+    def nnz(self) -> int:
+        """Number of sparse values, 0 without a sparse part."""
+        return 0 if self.sparse_values is None else self.sparse_values.numel()
+
+    def add_low_rank(
+        self, rank: int, alpha: float = 16.0, dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> None:
+        """Give the layer a new low-rank part: A uniform as in LoRA, B zero, so that the output does not change.
+
+        Args:
+            rank: At least 1 and at most min(N, K).
+            alpha: Scale numerator.
+            dropout: Dropout of the part's input while training.
+            generator: Source of A's values, on the CPU, so that every device starts from the same ones.
+        """
+        if not 1 <= rank <= min(self.weight.shape):
+            raise InputError(
+                f"rank {rank} does not fit a {self.out_features} x {self.in_features} matrix",
+                f"use a rank from 1 to {min(self.weight.shape)}",
+            )
+        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform(a=sqrt(5)), what LoRA implementations use for A
+        a = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        device = self.weight.device
+        self.low_rank_A = nn.Parameter(a.to(device=device, dtype=torch.bfloat16))
+        self.low_rank_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.bfloat16, device=device))
+        self.alpha, self.dropout = float(alpha), float(dropout)
+
+    def set_sparse(self, delta: CsrDelta | None) -> None:
+        """Put a sparse part in place of the one there is, or take it away."""
+        if delta is None:
+            self.sparse_values = self.sparse_row_ptr = self.sparse_col = None
+            return
+        if tuple(delta.shape) != tuple(self.weight.shape):
+            raise InputError(
+                f"a {delta.shape[0]} x {delta.shape[1]} mask for a {self.out_features} x {self.in_features} matrix",
+                "make the mask for this layer",
+            )
+        device = self.weight.device
+        self.sparse_row_ptr = delta.row_ptr.to(device)
+        self.sparse_col = delta.col.to(device)
+        self.sparse_values = nn.Parameter(delta.values.detach().to(device=device, dtype=torch.float32))
+
+    def sparse_delta(self) -> CsrDelta | None:
+        """The sparse part, sharing this layer's tensors."""
+        if self.sparse_values is None or self.sparse_row_ptr is None or self.sparse_col is None:
+            return None
+        return CsrDelta(self.sparse_row_ptr, self.sparse_col, self.sparse_values, self.weight.shape)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters that there are, by attribute name."""
+        names = ("low_rank_A", "low_rank_B", "sparse_values")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map X [..., K] to Y [..., N] in X's dtype."""
+        nf4 = self.weight.operands()
+        if not self.adapter_enabled:
+            return ops.linear(x, nf4, self.out_features, self.bias, None, None, None, 0.0, 0.0, 0)
+        csr = None
+        if self.sparse_values is not None and self.sparse_row_ptr is not None and self.sparse_col is not None:
+            csr = ops.CsrOperands(self.sparse_row_ptr, self.sparse_col, self.sparse_values)
+        dropout = self.dropout if self.training and self.rank else 0.0
+        # Drawn from the CPU generator: no device sync, and checkpointing replays it with the RNG state.
+        seed = int(torch.randint(2**31, ())) if dropout else 0
+        return ops.linear(
+            x, nf4, self.out_features, self.bias, csr, self.low_rank_A, self.low_rank_B, self.scale, dropout, seed
+        )
+
+    @torch.no_grad()
+    def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W_eff = deq(Wq) + S + scale * B @ A, composed densely in fp32 [N, K] and cast once."""
+        weight = self.weight.dequantize(torch.float32)
+        delta = self.sparse_delta()
+        if self.adapter_enabled and delta is not None:
+            weight.view(-1)[delta.positions()] += delta.values.detach()
+        if self.adapter_enabled and self.low_rank_A is not None and self.low_rank_B is not None:
+            weight += self.scale * (self.low_rank_B.float() @ self.low_rank_A.float())
+        return weight.to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QRosaLinear:
+        """Follow moves between devices; ignore dtype casts, which would change the base or lose updates."""
+        kept = {name: getattr(self, name) for name in ("low_rank_A", "low_rank_B", "sparse_values")}
+        dtypes = {name: value.dtype for name, value in kept.items() if value is not None}
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != dtype:
+                parameter.data = kept[name].data.to(parameter.device, dtype)
+        probe = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device))
+        if probe.device != self.weight.device:
+            self.weight = self.weight.to(probe.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes, as ``print(model)`` shows them."""
+        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, nnz={self.nnz}, bias={self.bias is not None}"

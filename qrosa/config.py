@@ -1,0 +1,402 @@
+"""What a user can ask for: frozen, typed settings, checked once, here.
+
+The settings stand in five groups. Each field is at once a command-line flag (``sparse_lr`` is
+``--sparse-lr``), a key of a YAML config (``sparse-lr`` or ``sparse_lr``, all keys on one flat level) and an
+attribute in Python; its help text stands beside it in the field's metadata, so the three cannot drift
+apart. ``None`` always means "choose for me"; what was chosen is written into the run's ``config.yaml``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qrosa.errors import InputError, StorageError
+
+MASK_SCORES = ("squared", "mean", "residual", "random")
+MASK_SCOPES = ("matrix", "global")
+SPARSE_INITS = ("residual", "zero")
+LOW_RANK_INITS = ("lora", "svd")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit")
+SCHEDULES = ("linear", "cosine", "constant")
+LOGGERS = ("tensorboard", "wandb", "trackio")
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+_SIZE_UNITS = {"b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "tb": 2**40}
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
+    """A dataclass field that carries its own command-line help."""
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How many parameters are trained, and how they are split between the low-rank and the sparse part.
+
+    Either ``budget`` (with ``sparse_share``), or ``rank`` with ``density`` or ``sparse_per_layer``.
+    """
+
+    budget: str | None = setting(
+        None,
+        "Trainable parameters: a share of the base's (0.3%) or a count (20M).",
+        metavar="SHARE|COUNT",
+    )
+    rank: int | None = setting(None, "Rank of the low-rank part of every linear layer, instead of --budget.")
+    density: float | None = setting(None, "Share of each weight matrix that gets a sparse value, instead of --budget.")
+    sparse_per_layer: int | None = setting(None, "Sparse values per decoder layer, instead of --density.")
+    sparse_share: float = setting(0.5, "Part of the budget given to the sparse part: 0 is LoRA, 1 is sparse only.")
+    alpha: float = setting(16.0, "Scale of the low-rank part: its product is multiplied by alpha / rank.")
+    dropout: float = setting(0.05, "Dropout on the input of the low-rank part while training.")
+    sparse_init: str = setting(
+        "residual",
+        "Where sparse values start: the quantisation error of their position, or zero.",
+        choices=SPARSE_INITS,
+    )
+    low_rank_init: str = setting(
+        "lora",
+        "Where the low-rank part starts: at no change (lora), or at the best low-rank fit of the "
+        "quantisation error, weighted by the activations (svd).",
+        choices=LOW_RANK_INITS,
+    )
+
+    def __post_init__(self) -> None:
+        sized = [name for name in ("rank", "density", "sparse_per_layer") if getattr(self, name) is not None]
+        if self.budget is None and not sized:
+            raise InputError("no budget given", "say how much to train: --budget 0.3%, or --rank 16 --density 0.6%")
+        if self.budget is not None and sized:
+            raise InputError(
+                f"--budget and --{sized[0].replace('_', '-')} contradict each other",
+                "give a budget, or a rank with a density, not both",
+            )
+        if self.budget is not None:
+            parse_budget(self.budget)
+        if self.density is not None and self.sparse_per_layer is not None:
+            raise InputError("--density and --sparse-per-layer contradict each other", "give one of them")
+        if self.rank is not None and not 0 <= self.rank <= 4096:
+            raise InputError(f"rank {self.rank} is out of range", "use a rank from 0 (no low-rank part) to 4096")
+        if self.density is not None and not 0 <= self.density <= 0.5:
+            raise InputError(f"density {self.density:g} is out of range", "use a density from 0 to 50%, such as 0.6%")
+        if self.sparse_per_layer is not None and self.sparse_per_layer < 0:
+            raise InputError(f"--sparse-per-layer {self.sparse_per_layer} is negative", "use a count such as 5120")
+        if self.budget is None and not self.rank and not self.density and not self.sparse_per_layer:
+            raise InputError("rank 0 with density 0 trains nothing", "raise --rank or --density")
+        _check_range("sparse_share", self.sparse_share, 0, 1)
+        _check_positive("alpha", self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout {self.dropout:g} is out of range", "use a share from 0 up to, not including, 1")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """How the positions of the sparse part are chosen."""
+
+    mask_score: str = setting(
+        "squared",
+        "What ranks the positions: mean squared gradient (squared), size of the mean gradient (mean), "
+        "quantisation error (residual), or nothing (random, the control).",
+        choices=MASK_SCORES,
+    )
+    mask_scope: str = setting(
+        "matrix", "Pick the best positions of each matrix, or of the whole model.", choices=MASK_SCOPES
+    )
+    mask_samples: int = setting(64, "Training rows that the score is averaged over.")
+    mask_memory: str | None = setting(
+        None, "Most memory for the score's statistic; less memory means more passes.", metavar="SIZE"
+    )
+    warmup_steps: int | None = setting(
+        None, "Low-rank-only steps before the masks are picked.  [default: a tenth of all steps, at most 64]"
+    )
+
+    def __post_init__(self) -> None:
+        _check_positive("mask_samples", self.mask_samples)
+        if self.mask_memory is not None:
+            parse_size(self.mask_memory, "--mask-memory")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise InputError(f"--warmup-steps {self.warmup_steps} is negative", "use 0 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and what is held out."""
+
+    data: str | None = setting(
+        None,
+        "Training rows: a .jsonl, .json, .csv or .parquet file, a folder, or a Hugging Face dataset id.",
+        metavar="FILE|FOLDER|ID",
+    )
+    eval_data: str | None = setting(None, "Rows to evaluate on while training, in the same formats.", metavar="FILE")
+    eval_split: str | None = setting(
+        None, "Share of the training rows to hold out for evaluation instead.", metavar="SHARE"
+    )
+    seq_len: int | None = setting(
+        None, "Longest row in tokens; longer rows are cut.  [default: the model's limit, at most 2048]"
+    )
+    train_on: str = setting(
+        "completion", "Tokens that carry loss: completions only, or all of them.", choices=("completion", "all")
+    )
+
+    def __post_init__(self) -> None:
+        if self.eval_data is not None and self.eval_split is not None:
+            raise InputError("--eval-data and --eval-split contradict each other", "give one of them")
+        if self.eval_split is not None:
+            parse_share(self.eval_split, "--eval-split")
+        if self.seq_len is not None and self.seq_len < 2:
+            raise InputError(f"--seq-len {self.seq_len} is too short", "use 2 or more tokens; 512 to 4096 is usual")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the training loop runs."""
+
+    batch_size: int = setting(32, "Sequences per optimizer step, over all micro-batches and cards.")
+    micro_batch: str = setting("auto", "Sequences computed at once, or auto.", metavar="N|auto")
+    epochs: float | None = setting(None, "Passes over the training rows.  [default: 1, unless --max-steps]")
+    max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.")
+    lr: float = setting(7e-4, "Learning rate of the low-rank part.")
+    sparse_lr: float = setting(2e-4, "Learning rate of the sparse part.")
+    schedule: str = setting("linear", "Learning-rate decay.", choices=SCHEDULES)
+    lr_warmup: float = setting(0.03, "Share of the steps over which the learning rate rises from 0.")
+    weight_decay: float = setting(0.0, "Decoupled weight decay of the adapter.")
+    max_grad_norm: float = setting(1.0, "Gradient norm above which gradients are scaled down.")
+    optimizer: str = setting("adamw", "Optimizer; the 8-bit ones keep bitsandbytes' 8-bit states.", choices=OPTIMIZERS)
+    checkpointing: str = setting(
+        "auto",
+        "Recompute activations in backward to save memory.",
+        choices=("auto", "on", "off"),
+    )
+    eval_every: int | None = setting(None, "Steps between evaluations.  [default: only at the end]")
+    save_every: int | None = setting(None, "Steps between checkpoints.  [default: a tenth of all steps]")
+    keep: int = setting(2, "Newest checkpoints to keep.")
+    log_to: tuple[str, ...] = setting((), "Also log to these, comma-separated.", choices=LOGGERS)
+    seed: int = setting(42, "Seed of data order, initial values, dropout and random masks.")
+    vram: str | None = setting(None, "Hard cap on device memory, such as 24GB.  [default: the card's]", metavar="SIZE")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "lr", "sparse_lr", "max_grad_norm", "keep"):
+            _check_positive(name, getattr(self, name))
+        for name in ("max_steps", "epochs", "eval_every", "save_every"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        if self.epochs is not None and self.max_steps is not None:
+            raise InputError("--epochs and --max-steps contradict each other", "give one of them")
+        if self.micro_batch != "auto" and not (self.micro_batch.isdigit() and int(self.micro_batch) > 0):
+            raise InputError(f"--micro-batch {self.micro_batch!r} is not a count", "use a number such as 4, or auto")
+        _check_range("lr_warmup", self.lr_warmup, 0, 1)
+        _check_range("weight_decay", self.weight_decay, 0, 1)
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"--seed {self.seed} is out of range", "use a seed from 0 to 2147483647")
+        if self.vram is not None:
+            parse_size(self.vram, "--vram")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One fine-tuning run: the model, where the run goes, and the four groups of settings."""
+
+    model: str
+    output: str
+    adapter: AdapterConfig
+    masks: MaskConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+GROUPS: dict[str, type] = {"adapter": AdapterConfig, "masks": MaskConfig, "data": DataConfig, "train": TrainConfig}
+_PLAIN_KEYS = ("model", "output")
+_Group = TypeVar("_Group")
+
+
+def setting_names() -> list[str]:
+    """Every key that a YAML config may hold, with underscores."""
+    return [*_PLAIN_KEYS, *(f.name for group in GROUPS.values() for f in dataclasses.fields(group))]
+
+
+def make_group(group: type[_Group], values: Mapping[str, Any]) -> _Group:
+    """Build one settings group from flat values; keys of other groups are passed over.
+
+    Args:
+        group: One of the config dataclasses.
+        values: Setting name (underscores) -> value, text or already typed. ``None`` means not given.
+    """
+    hints = typing.get_type_hints(group)
+    given = {
+        f.name: _coerce(f.name, values[f.name], hints[f.name], f.metadata.get("choices"))
+        for f in dataclasses.fields(group)  # type: ignore[arg-type]
+        if values.get(f.name) is not None
+    }
+    return group(**given)
+
+
+def make_run_config(values: Mapping[str, Any]) -> RunConfig:
+    """Build a whole run's config from flat values (YAML keys overlaid with flags).
+
+    Raises:
+        InputError: An unknown key, a value of the wrong type, or settings that contradict each other.
+    """
+    known = setting_names()
+    for key in values:
+        if key not in known:
+            raise InputError(f"unknown setting {key!r}", _suggest(key, known))
+    for key, flag in (("model", "--model"), ("output", "--output"), ("data", "--data")):
+        if not values.get(key):
+            raise InputError(f"{flag} is missing", f"give {flag}, or {key}: in the config file")
+    groups = {name: make_group(group, values) for name, group in GROUPS.items()}
+    return RunConfig(model=str(values["model"]), output=str(values["output"]), **groups)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a flat YAML config; hyphens in keys become underscores.
+
+    Raises:
+        InputError: The file does not exist, is not valid YAML, or is not one flat mapping.
+        StorageError: The file cannot be read.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"config file {path} does not exist", "check the path given to --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"config file {path} cannot be read: {error}", "check the file's permissions") from None
+    try:
+        loaded = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise InputError(f"config file {path} is not valid YAML{where}", "write one 'key: value' a line") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"config file {path} is not a mapping", "write one 'key: value' a line")
+    values = {str(key).replace("-", "_"): value for key, value in loaded.items()}
+    known = setting_names()
+    for key in values:
+        if key not in known:
+            raise InputError(f"unknown key {key!r} in {path}", _suggest(key, known))
+    return values
+
+
+def to_flat(config: RunConfig) -> dict[str, Any]:
+    """The config as one flat mapping of plain values, as written to ``config.yaml``."""
+    flat: dict[str, Any] = {"model": config.model, "output": config.output}
+    for name in GROUPS:
+        for key, value in dataclasses.asdict(getattr(config, name)).items():
+            flat[key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def parse_budget(text: str) -> tuple[str, float]:
+    """Read a budget: ``("share", 0.003)`` for ``0.3%``, ``("count", 20e6)`` for ``20M``.
+
+    Raises:
+        InputError: Not a share above 0% and up to 100%, nor a positive count.
+    """
+    hint = "write a share of the base's parameters (0.3%) or a count (20M)"
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%|[kmgb]?)\s*", str(text), re.IGNORECASE)
+    if match is None:
+        raise InputError(f"budget {text!r} is neither a share nor a count", hint)
+    value, unit = float(match[1]), match[2].lower()
+    if unit == "%":
+        if not 0 < value <= 100:
+            raise InputError(f"budget {text} is not above 0% and up to 100%", hint)
+        return "share", value / 100
+    count = value * _UNITS[unit]
+    if count < 1 or count != math.floor(count):
+        raise InputError(f"budget {text!r} is not a whole number of parameters", hint)
+    return "count", count
+
+
+def parse_share(text: str | float, flag: str) -> float:
+    """Read ``5%`` or ``0.05`` as 0.05.
+
+    Raises:
+        InputError: Not a number, or not between 0 and 100%.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%?)\s*", str(text), re.IGNORECASE)
+    if match is None:
+        raise InputError(f"{flag} {text!r} is not a share", "write a share such as 5% or 0.05")
+    value = float(match[1]) / (100 if match[2] else 1)
+    if not 0 <= value <= 1:
+        raise InputError(f"{flag} {text} is not between 0 and 100%", "write a share such as 5% or 0.05")
+    return value
+
+
+def parse_size(text: str | int, flag: str) -> int:
+    """Read ``24GB`` (binary units, as card makers mean it), ``800MB`` or a plain byte count, in bytes.
+
+    Raises:
+        InputError: Not a size, or not above zero.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?b?)\s*", str(text), re.IGNORECASE)
+    hint = "write a size such as 24GB or 800MB"
+    if match is None:
+        raise InputError(f"{flag} {text!r} is not a size", hint)
+    unit = match[2].lower().replace("i", "")
+    scale = _SIZE_UNITS[unit if unit.endswith("b") else unit + "b"]
+    size = int(float(match[1]) * scale)
+    if size <= 0:
+        raise InputError(f"{flag} {text} is not above zero", hint)
+    return size
+
+
+def _coerce(name: str, value: Any, hint: Any, choices: tuple[str, ...] | None) -> Any:
+    """Turn text or a YAML scalar into the field's type, or say what was expected."""
+    flag = "--" + name.replace("_", "-")
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        parts = value.split(",") if isinstance(value, str) else list(value)
+        items = tuple(str(part).strip() for part in parts if str(part).strip())
+        for item in items:
+            _check_choice(flag, item, choices)
+        return items
+    if isinstance(value, bool) and name == "checkpointing":  # YAML reads on and off as booleans
+        value = "on" if value else "off"
+    if isinstance(value, (bool, dict, list)):
+        raise InputError(f"{flag} has the wrong type: {value!r}", f"give one {hint.__name__}")
+    try:
+        if name == "density":
+            return parse_share(value, flag)
+        if hint is int:
+            number = float(value)
+            if number != math.floor(number):
+                raise ValueError
+            return int(number)
+        if hint is float:
+            number = float(value)
+            if not math.isfinite(number):
+                raise ValueError
+            return number
+    except (ValueError, OverflowError, TypeError):
+        kind = "a whole number" if hint is int else "a number"
+        raise InputError(f"{flag} {value!r} is not {kind}", f"give {kind}") from None
+    _check_choice(flag, str(value), choices)
+    return str(value)
+
+
+def _check_choice(flag: str, value: str, choices: tuple[str, ...] | None) -> None:
+    if choices and value not in choices:
+        raise InputError(f"{flag} {value!r} is unknown", f"use one of: {', '.join(choices)}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise InputError(f"--{name.replace('_', '-')} {value:g} is not above zero", "use a positive number")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise InputError(f"--{name.replace('_', '-')} {value:g} is out of range", f"use a number from {low} to {high}")
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else "see 'qrosa finetune --help' for all settings"

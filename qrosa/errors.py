@@ -1,0 +1,54 @@
+"""Every failure that a user can meet, with the exit code that the command line turns it into.
+
+An error carries two sentences: what is wrong, and what to do about it. Library code raises these
+classes; only ``qrosa.cli`` prints them. A plain Python exception that reaches the command line is a
+bug in qrosa, and is reported as one.
+"""
+
+from __future__ import annotations
+
+
+class QrosaError(Exception):
+    """Base of all errors meant for people.
+
+    Args:
+        message: What is wrong, one line, naming the file, flag or value at fault.
+        hint: What to do about it, one line.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class InputError(QrosaError):
+    """Bad usage or bad input: a flag, a value, a data row, a missing or unsuitable model (exit code 2)."""
+
+    exit_code = 2
+
+
+class DoesNotFitError(QrosaError):
+    """The work does not fit the memory that was asked for (exit code 3)."""
+
+    exit_code = 3
+
+
+class TrainingError(QrosaError):
+    """Training failed: it diverged, or it taught the model nothing (exit code 4)."""
+
+    exit_code = 4
+
+
+class StorageError(QrosaError):
+    """A file or disk fault: damaged, unreadable or unwritable files, no room left (exit code 5)."""
+
+    exit_code = 5
+
+
+class InterruptedRunError(QrosaError):
+    """The user stopped the run, after a checkpoint was written (exit code 130)."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""The frozen base as packed 4-bit weights."""
