@@ -1,0 +1,189 @@
+"""The ``qrosa`` command: finds the subcommand, runs it, and turns every failure into two lines and an exit code.
+
+Subcommands are imported when they are called and not before, so ``qrosa --help`` answers without torch. Their
+one-line descriptions stand in ``COMMANDS`` for the same reason; a command whose module is not there does not show.
+
+Failures are handled here and nowhere else. A :class:`~qrosa.errors.QrosaError` prints as ``error:`` and ``hint:``
+with the exit code of its class; click's usage errors read the same way (exit code 2); operating-system faults name
+the path (5); a full memory is 3; Ctrl-C is 130; anything else is a bug and says so (1). ``--debug``, before or after
+the subcommand, adds the traceback.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from qrosa.cli.failures import describe, suggest
+from qrosa.errors import InputError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "plan": ("qrosa.cli.plan", "Say what a run will take, phase by phase, before anything is loaded."),
+    "finetune": ("qrosa.cli.finetune", "Fine-tune a 4-bit model with low-rank and sparse adapters."),
+    "eval": ("qrosa.cli.eval", "Score a model or a run on rows: loss, perplexity, accuracy."),
+    "generate": ("qrosa.cli.generate", "Answer a prompt, or chat."),
+    "export": ("qrosa.cli.export", "Merge a run into a model that loads without qrosa."),
+    "inspect": ("qrosa.cli.inspect", "Show what an adapter holds."),
+    "doctor": ("qrosa.cli.doctor", "Check this machine: torch, card, op libraries, disk."),
+}
+"""Subcommand -> (module with its ``command``, the line that ``qrosa --help`` shows)."""
+
+_BROKEN_PIPE_EXIT = 141  # 128 + SIGPIPE, what a shell reports for a program that its reader closed on
+_QUIET_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a subcommand only to run it or to show its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of the subcommands that are built, in the order of a typical session."""
+        return [name for name, (module, _) in COMMANDS.items() if importlib.util.find_spec(module) is not None]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one subcommand, and give it ``--debug`` like the group's."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        found = importlib.import_module(COMMANDS[cmd_name][0]).command
+        assert isinstance(found, click.Command)
+        if not any("--debug" in parameter.opts for parameter in found.params):
+            found.params.append(_debug_option())
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the subcommand that ``args`` start with, or suggest the nearest one."""
+        known = self.list_commands(ctx)
+        if args[0] not in known and not args[0].startswith("-"):
+            hint = suggest(args[0], known) or "'qrosa --help' lists the commands"
+            raise InputError(f"no such command {args[0]!r}", hint)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of subcommands without importing one."""
+        rows = [(name, COMMANDS[name][1]) for name in self.list_commands(ctx)]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run as click does, but report failures in qrosa's form; see the module's docstring."""
+        run: Callable[..., Any] = functools.partial(super().main, *args, standalone_mode=False, **extra)
+        if not standalone_mode:
+            return run()
+        _run_and_exit(lambda state: run(obj=state))
+
+
+def _run_and_exit(invoke: Callable[[dict[str, bool]], Any]) -> NoReturn:
+    state: dict[str, bool] = {"debug": False}
+    try:
+        returned = invoke(state)
+        sys.stdout.flush()  # a full disk or a closed pipe shows here, where it can still be reported
+        code = returned if isinstance(returned, int) else 0
+    except BrokenPipeError:
+        _drop_stdout()
+        code = _BROKEN_PIPE_EXIT
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        code = 130
+    except Exception as error:
+        code = _report(error, state["debug"])
+    sys.exit(code)
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """Print what went wrong on stderr; returns the exit code."""
+    if debug:
+        import traceback
+
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    failure = describe(error)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {failure.message}", err=True)
+    click.echo(f"{click.style('hint:', fg='cyan', bold=True)} {failure.hint}", err=True)
+    return failure.exit_code
+
+
+def _drop_stdout() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush cannot complain about the closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _debug_option() -> click.Option:
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value and isinstance(ctx.obj, dict):
+            ctx.obj["debug"] = True
+
+    return click.Option(
+        ["--debug"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=remember,
+        help="On failure, show the traceback.",
+    )
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    if not value:
+        return
+    from importlib.metadata import version
+
+    click.echo(f"qrosa {version('qrosa')}")
+    ctx.exit()
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' chatter off people's terminals; what the user has set stays."""
+    import logging
+
+    for name, value in _QUIET_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # On import without the optional `kernels` package this logger warns that a CPU kernel could not be fetched
+    # from a hub; the kernel is one that qrosa never calls.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+@click.group(
+    cls=LazyGroup,
+    params=[
+        _debug_option(),
+        click.Option(
+            ["--version"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=_show_version,
+            help="Show the version.",
+        ),
+    ],
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Fine-tune language models on a small card: a frozen 4-bit base, low-rank and sparse adapters."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+        return
+    _quiet_libraries()
+
+
+def main() -> NoReturn:
+    """Entry point of the console script."""
+    cli(prog_name="qrosa")
+    raise AssertionError("unreachable: the group exits")
+
+
+if __name__ == "__main__":
+    main()
