@@ -1,0 +1,1 @@
+"""Training: the loss, the optimizer, the schedule, the loop, checkpoints and the report of a run."""

@@ -1,0 +1,168 @@
+"""The loss of supervised tokens, without ever holding the logits of all tokens.
+
+With a vocabulary of 128k, fp32 logits of 4096 tokens are 2 GiB, and their gradient as much again. Two facts
+make them unnecessary: only supervised positions carry loss, and the head is frozen, so that the gradient
+that leaves the head is a function of one chunk of tokens at a time. The forward pass below therefore takes
+the decoder's hidden states at the supervised positions and, chunk by chunk, computes logits, loss and the
+gradient of the hidden states at once; backward only scales what is already there. Peak: one chunk of logits
+in the head's dtype, the same chunk in fp32, and one [S, d] gradient in the hidden states' dtype. The price
+against recomputing the chunk in backward: none in memory that matters (S * d), and one head matmul less.
+
+Models that bend their logits do so by three config attributes, all honoured here: ``final_logit_softcapping``
+(Gemma-2), ``logit_scale`` (Cohere) and ``logits_scaling`` (Granite).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from qrosa.errors import InputError
+
+IGNORED = -100
+CHUNK_TOKENS = 256
+
+
+class TokenBatch(Protocol):
+    """What the loss needs of a micro-batch."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies; the gradient of ``hidden`` is computed in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        chunk_tokens: int,
+        softcap: float | None,
+        scale: float,
+    ) -> Tensor:
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            loss, d_logits = _chunk(hidden[rows], labels[rows], weight, bias, softcap, scale, gradient is not None)
+            total += loss
+            if gradient is not None and d_logits is not None:
+                torch.mm(d_logits.to(weight.dtype), weight, out=gradient[rows])
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outputs[0].to(gradient.dtype), None, None, None, None, None, None
+
+
+def _chunk(
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    need_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss sum (fp32 scalar) and gradient of the raw logits (fp32 [c, V]) of one chunk of c tokens."""
+    logits = nn.functional.linear(hidden, weight, bias).float()  # [c, V]
+    if scale != 1.0:
+        logits.mul_(scale)
+    capped = None
+    if softcap is not None:
+        capped = logits.div_(softcap).tanh_()
+        logits = capped * softcap
+    log_total = torch.logsumexp(logits, dim=-1)  # [c]
+    picked = logits.gather(1, labels[:, None]).squeeze(1)
+    loss = (log_total - picked).sum()
+    if not need_gradient:
+        return loss, None
+    gradient = logits.sub_(log_total[:, None]).exp_()  # softmax, in place
+    gradient.scatter_add_(1, labels[:, None], torch.full_like(gradient[:, :1], -1.0))
+    if capped is not None:
+        gradient.mul_(capped.square_().neg_().add_(1.0))  # d tanh = 1 - tanh^2
+    if scale != 1.0:
+        gradient.mul_(scale)
+    return loss, gradient
+
+
+def chunked_loss(
+    hidden: Tensor,
+    labels: Tensor,
+    head: nn.Linear,
+    *,
+    chunk_tokens: int = CHUNK_TOKENS,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Sum of the cross-entropies of the supervised positions.
+
+    Args:
+        hidden: [T, d], the decoder's output; row t predicts ``labels[t]`` (already shifted).
+        labels: int64 [T], -100 where no loss falls.
+        head: The frozen output layer, weight [V, d].
+        chunk_tokens: Most positions whose logits exist at once.
+        softcap: Gemma-2's cap: logits become ``softcap * tanh(logits / softcap)``.
+        scale: Factor on the logits, before the cap.
+
+    Returns:
+        fp32 scalar; differentiable in ``hidden`` (first order).
+
+    Raises:
+        InputError: The head would need a gradient, which this loss does not compute.
+    """
+    if head.weight.requires_grad:
+        raise InputError("the output head is trainable", "freeze it: only adapters are trained")
+    supervised = (labels != IGNORED).nonzero().squeeze(1)
+    if supervised.numel() < labels.numel():
+        hidden, labels = hidden.index_select(0, supervised), labels.index_select(0, supervised)
+    weight = head.weight
+    if hidden.dtype != weight.dtype:
+        hidden = hidden.to(weight.dtype)
+    total = _ChunkedCrossEntropy.apply(hidden, labels, weight, head.bias, chunk_tokens, softcap, scale)
+    return cast(Tensor, total)
+
+
+def logit_rule(config: Any) -> tuple[float | None, float]:
+    """A transformers config's ``(softcap, scale)`` of the logits."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    softcap = getattr(text, "final_logit_softcapping", None)
+    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+    return (float(softcap) if softcap else None), scale
+
+
+def model_loss(model: nn.Module, batch: TokenBatch, chunk_tokens: int = CHUNK_TOKENS) -> tuple[Tensor, int]:
+    """Loss sum of a micro-batch, and the number of tokens that it sums over.
+
+    Args:
+        model: A transformers causal language model, its decoder and head on the batch's device.
+        batch: int64 [B, L] ``input_ids``, ``attention_mask`` and (unshifted) ``labels``.
+        chunk_tokens: Most positions whose logits exist at once.
+
+    Returns:
+        ``(fp32 scalar, count)``: the mean loss is their quotient.
+    """
+    hf = cast(Any, model)
+    output = hf.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+    hidden = output.last_hidden_state[:, :-1]  # the last position predicts nothing
+    labels = batch.labels[:, 1:]
+    softcap, scale = logit_rule(hf.config)
+    total = chunked_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        labels.reshape(-1),
+        hf.get_output_embeddings(),
+        chunk_tokens=chunk_tokens,
+        softcap=softcap,
+        scale=scale,
+    )
+    return total, int((labels != IGNORED).sum())
