@@ -249,7 +249,7 @@ def make_run_config(values: Mapping[str, Any]) -> RunConfig:
     for key, flag in (("model", "--model"), ("output", "--output"), ("data", "--data")):
         if not values.get(key):
             raise InputError(f"{flag} is missing", f"give {flag}, or {key}: in the config file")
-    groups = {name: make_group(group, values) for name, group in GROUPS.items()}
+    groups: dict[str, Any] = {name: make_group(group, values) for name, group in GROUPS.items()}
     return RunConfig(model=str(values["model"]), output=str(values["output"]), **groups)
 
 
