@@ -1,0 +1,45 @@
+"""qrosa: fine-tune 7-12B language models on one consumer card.
+
+A frozen 4-bit base, bf16 low-rank adapters and a sparse delta on the same weights (RoSA, arXiv 2401.04679).
+
+    model, tokenizer = qrosa.load("path/or/id", qrosa.AdapterConfig(budget="0.3%"))
+
+Names are imported when they are first used, so that ``import qrosa`` and ``qrosa --help`` are quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "AdapterConfig": "qrosa.config",
+    "MaskConfig": "qrosa.config",
+    "QRosaLinear": "qrosa.adapters.linear",
+    "CsrDelta": "qrosa.sparse.csr",
+    "load": "qrosa.api",
+    "merge": "qrosa.api",
+    "save_adapter": "qrosa.base.adapter_io",
+    "load_adapter": "qrosa.base.adapter_io",
+    "select_masks": "qrosa.masks.select",
+}
+__all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from qrosa.adapters.linear import QRosaLinear as QRosaLinear
+    from qrosa.api import load as load
+    from qrosa.api import merge as merge
+    from qrosa.base.adapter_io import load_adapter as load_adapter
+    from qrosa.base.adapter_io import save_adapter as save_adapter
+    from qrosa.config import AdapterConfig as AdapterConfig
+    from qrosa.config import MaskConfig as MaskConfig
+    from qrosa.masks.select import select_masks as select_masks
+    from qrosa.sparse.csr import CsrDelta as CsrDelta
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'qrosa' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -1,0 +1,147 @@
+"""Adapters of a loaded model: putting them on by budget, saving them, loading them, and loading a finished run.
+
+An adapter belongs to one base. Its config names the base's fingerprint, and it loads on no other: merged into or run on a
+different base, an adapter silently gives a worse model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qrosa.adapters.budget import Allocation, allocate
+from qrosa.adapters.inject import (
+    adapter_state,
+    inject_low_rank,
+    linear_shapes,
+    load_adapter_state,
+    quantized_linears,
+    trainable_parameters,
+)
+from qrosa.base.checkpoint import open_checkpoint
+from qrosa.base.load import Progress, load_base
+from qrosa.config import AdapterConfig
+from qrosa.errors import InputError
+from qrosa.sparse.store import ADAPTER_FILE, CONFIG_FILE, read_adapter, read_adapter_config, write_adapter
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def attach_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int = 42) -> Allocation:
+    """Split the budget over the model's layers and add the low-rank part.
+
+    The sparse part's positions come from mask selection; how many each matrix gets is in the returned allocation, which is
+    also kept as ``model.qrosa_allocation``.
+    """
+    allocation = allocate(config, linear_shapes(model), model.qrosa_base.parameters)  # type: ignore[union-attr]
+    inject_low_rank(model, allocation.ranks, config.alpha, config.dropout, seed)
+    model.qrosa_adapter = config  # type: ignore[assignment]
+    model.qrosa_allocation = allocation  # type: ignore[assignment]
+    return allocation
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write the model's low-rank and sparse part to ``folder`` (``adapter.safetensors``, ``adapter_config.json``).
+
+    Raises:
+        InputError: The model has no adapter.
+        StorageError: The folder cannot be written.
+    """
+    state = adapter_state(model)
+    if not state:
+        raise InputError("the model has no adapter to save", "load it with an AdapterConfig, or fine-tune it first")
+    write_adapter(folder, state, adapter_config(model))
+
+
+def adapter_config(model: nn.Module) -> dict[str, Any]:
+    """What ``adapter_config.json`` says of the model's adapter."""
+    layers = {path: layer for path, layer in quantized_linears(model).items() if layer.adapter_parameters()}
+    settings: AdapterConfig | None = getattr(model, "qrosa_adapter", None)
+    base = dataclasses.asdict(model.qrosa_base)  # type: ignore[call-overload]
+    if Path(base["source"]).expanduser().exists():
+        base["source"] = str(Path(base["source"]).expanduser().resolve())  # found again from any working directory
+    return {
+        "base": base,
+        "adapter": dataclasses.asdict(settings) if settings else {},
+        "modules": {
+            path: {"rank": layer.rank, "alpha": layer.alpha, "nnz": layer.nnz, "shape": list(layer.weight.shape)}
+            for path, layer in layers.items()
+        },
+        "trainable": sum(parameter.numel() for parameter in trainable_parameters(model)),
+    }
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Put a saved adapter on the base that it was trained on.
+
+    Raises:
+        InputError: No adapter there, or one of another base.
+        StorageError: Damaged files.
+    """
+    tensors, config = read_adapter(adapter_folder(folder))
+    expected, found = config["base"].get("fingerprint"), model.qrosa_base.fingerprint  # type: ignore[union-attr]
+    if expected != found:
+        raise InputError(
+            f"the adapter in {folder} was trained on another base ({config['base'].get('source')}, "
+            f"fingerprint {str(expected)[:12]}; this one is {found[:12]})",
+            "use the base that the adapter was trained on",
+        )
+    settings = config["adapter"]
+    alphas = {path: float(module.get("alpha", 0.0)) for path, module in config["modules"].items()}
+    load_adapter_state(model, tensors, alphas, float(settings.get("dropout", 0.0)))
+    if settings:
+        model.qrosa_adapter = AdapterConfig(**settings)  # type: ignore[assignment]
+
+
+def adapter_folder(source: str | Path) -> Path:
+    """The adapter's folder, given it or the run that it belongs to.
+
+    Raises:
+        InputError: There is no adapter.
+    """
+    folder = Path(source)
+    for candidate in (folder, folder / "adapter"):
+        if (candidate / CONFIG_FILE).is_file() and (candidate / ADAPTER_FILE).is_file():
+            return candidate
+    if (folder / "checkpoints").is_dir():
+        raise InputError(f"run {source} is not finished: it has no adapter yet", "resume it with qrosa finetune --resume")
+    raise InputError(f"{source} holds no adapter", "give a run folder or its adapter/ folder")
+
+
+def is_run_or_adapter(source: str | Path) -> bool:
+    """Whether ``source`` is a run or adapter folder and not a model."""
+    folder = Path(source)
+    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file() or (
+        folder.is_dir() and ((folder / "adapter").is_dir() or (folder / "checkpoints").is_dir())
+    )
+
+
+def base_source(folder: str | Path) -> str:
+    """The base that an adapter names: an absolute path or a hub id."""
+    return str(read_adapter_config(folder)["base"].get("source", ""))
+
+
+def load_run_or_model(
+    source: str, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Path | None]:
+    """Load a run (its base and adapter), an adapter folder, or a bare model.
+
+    Returns:
+        The model in eval mode, the tokenizer, and the adapter's folder (None for a bare model).
+
+    Raises:
+        InputError: Nothing that can be loaded, or the base is gone or has changed.
+        StorageError: Damaged files.
+    """
+    if not is_run_or_adapter(source):
+        model, tokenizer = load_base(source, device, progress=progress)
+        return model, tokenizer, None
+    folder = adapter_folder(source)
+    model, tokenizer = load_base(open_checkpoint(base_source(folder)), device, progress=progress)
+    load_adapter(model, folder)
+    return model.eval(), tokenizer, folder

@@ -1,0 +1,193 @@
+"""Loading a base: an empty model, filled tensor by tensor, each linear layer quantised as it comes.
+
+At no time does a 16-bit copy of the model stand beside the 4-bit one: the peak is the 4-bit model and one 16-bit matrix. All
+parameters are frozen; adapters are added afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qrosa.adapters.inject import quantized_linears, replace_module, target_linears
+from qrosa.adapters.linear import QRosaLinear
+from qrosa.base.checkpoint import Checkpoint, SafetensorsCheckpoint, _first_line, open_checkpoint
+from qrosa.errors import InputError, StorageError
+from qrosa.quant.nf4 import NF4Weight
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """Where a loaded model's base came from; kept on the model as ``model.qrosa_base``.
+
+    Attributes:
+        source: What the user named.
+        kind: ``dense``, ``nf4`` or ``gguf``.
+        fingerprint: Hex digest of the checkpoint.
+        parameters: Number of base parameters, a tied head counted once.
+    """
+
+    source: str
+    kind: str
+    fingerprint: str
+    parameters: int
+
+
+def load_base(
+    source: str | Checkpoint,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    progress: Progress | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base in 4 bits.
+
+    Args:
+        source: A folder, a ``.gguf`` file, a hub id, or an opened checkpoint.
+        device: Where the model goes.
+        dtype: Dtype of what is not quantised (embeddings, norms, head) and of the computation.
+        progress: Called with (tensors done, tensors in all).
+
+    Returns:
+        A transformers causal language model in eval mode, everything frozen, its decoder's linear layers replaced
+        by ``QRosaLinear``, with ``model.qrosa_base``; and the tokenizer.
+
+    Raises:
+        InputError: Not a model that can be a base.
+        StorageError: Damaged or unreadable files.
+    """
+    checkpoint = open_checkpoint(source) if isinstance(source, str) else source
+    tokenizer = checkpoint.tokenizer()
+    model = empty_model(checkpoint.config, dtype)
+    _fill(model, checkpoint, torch.device(device), dtype, progress)
+    info = BaseInfo(checkpoint.source, checkpoint.kind, checkpoint.fingerprint(), count_parameters(model))
+    model.qrosa_base = info  # type: ignore[assignment]
+    generation = checkpoint.generation_config()
+    if generation:
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_dict(generation)
+    return model.eval(), tokenizer
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+    """The model with meta parameters and meta ``QRosaLinear`` layers; its (computed) buffers are real.
+
+    Raises:
+        InputError: The architecture is not a causal language model, or has no suitable linear layers.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # an unsupported config surfaces as ValueError, KeyError or AttributeError
+        raise InputError(
+            f"{getattr(config, 'model_type', 'this model')} cannot be built as a causal language model: {_first_line(error)}",
+            "use a decoder-only model such as Llama, Mistral, Qwen, Gemma or Phi-3",
+        ) from None
+    for path, linear in target_linears(model).items():
+        weight = NF4Weight.meta((linear.out_features, linear.in_features), dtype)
+        replace_module(model, path, QRosaLinear(weight, linear.bias))
+    model.requires_grad_(False)
+    return model
+
+
+def quantize_weight(checkpoint: Checkpoint, path: str, device: torch.device | str = "cpu") -> NF4Weight:
+    """The 4-bit weight of the module at ``path``: read as stored, or quantised from the original.
+
+    Loading, repair and export all come here, so they agree on the base to the bit.
+    """
+    if isinstance(checkpoint, SafetensorsCheckpoint) and checkpoint.is_nf4(path):
+        weight = checkpoint.read_nf4(path).to(device)
+        weight.dtype = torch.bfloat16
+        return weight
+    name = f"{path}.weight"
+    checkpoint.require(name)
+    dense = checkpoint.read(name)
+    if dense.ndim != 2 or not dense.is_floating_point():
+        raise InputError(
+            f"tensor {name!r} of {checkpoint.source} is {dense.dtype} {tuple(dense.shape)}, not a floating-point matrix",
+            "use a bf16, fp16 or fp32 checkpoint, or one quantised to NF4 by bitsandbytes",
+        )
+    return NF4Weight.quantize(dense.to(device), torch.bfloat16)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of the base: dense ones once each, N * K for a quantised matrix; adapters do not count."""
+    layers = quantized_linears(model)
+    adapters = {id(parameter) for layer in layers.values() for parameter in layer.adapter_parameters().values()}
+    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in adapters)
+    return dense + sum(layer.out_features * layer.in_features for layer in layers.values())
+
+
+def _fill(
+    model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None
+) -> None:
+    layers = quantized_linears(model)
+    dense = [name for name, _ in model.named_parameters()]  # a tied head is listed once, as the embedding
+    shared_code: Tensor | None = None
+    for done, path in enumerate(layers):
+        layer = layers[path]
+        weight = quantize_weight(checkpoint, path, device)
+        _check_shape(checkpoint, f"{path}.weight", weight.shape, layer.weight.shape)
+        if weight.absmax_code is not None:
+            # The 8-bit map is the same 1 KiB table for every layer: keep one.
+            same = shared_code is not None and torch.equal(shared_code, weight.absmax_code)
+            shared_code = shared_code if same else weight.absmax_code
+            weight.absmax_code = shared_code
+        layer.weight = weight
+        if progress:
+            progress(done + 1, len(layers) + len(dense))
+    parameters = dict(model.named_parameters())
+    for done, name in enumerate(dense):
+        _set_parameter(model, name, _read_dense(checkpoint, name, parameters[name]).to(device, dtype))
+        if progress:
+            progress(len(layers) + done + 1, len(layers) + len(dense))
+    model.tie_weights()
+    _move_buffers(model, device)
+
+
+def _read_dense(checkpoint: Checkpoint, name: str, parameter: Tensor) -> Tensor:
+    checkpoint.require(name)
+    tensor = checkpoint.read(name)
+    _check_shape(checkpoint, name, tuple(tensor.shape), tuple(parameter.shape))
+    if not tensor.is_floating_point():
+        raise InputError(
+            f"tensor {name!r} of {checkpoint.source} is {tensor.dtype}, not floating point", "use a 16-bit checkpoint"
+        )
+    return tensor
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if tuple(found) != tuple(expected):
+        raise StorageError(
+            f"tensor {name!r} of {checkpoint.source} has shape {tuple(found)}, its config asks for {tuple(expected)}",
+            "the weights and config.json are of different models; download them again",
+        )
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def model_device(model: Any) -> torch.device:
+    """Where a loaded model computes."""
+    return next(iter(quantized_linears(model).values())).weight.device
