@@ -37,7 +37,10 @@ _CORPUS = (
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
-    """A byte-level BPE tokenizer of some 460 tokens (the models pad theirs to 512) with a ChatML template; bos, eos and pad are three tokens."""
+    """A byte-level BPE tokenizer with a ChatML template; bos, eos and pad are three tokens.
+
+    It has some 460 tokens: the tiny models pad their vocabulary to 512, as real ones do.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
