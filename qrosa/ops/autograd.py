@@ -1,0 +1,48 @@
+"""Gradients of ``qrosa::linear``, registered on the op: what is saved, and what is asked of the backward op.
+
+The backward is itself an op (``qrosa::linear_backward``), so tracing sees two opaque nodes and no scratch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qrosa.ops.schema import LIBRARY
+
+_X, _BIAS, _VALUES, _A, _B = 0, 8, 11, 12, 13
+"""Places of the differentiable inputs in the schema of ``qrosa::linear``."""
+_INPUTS = 17
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, _out_features, bias = inputs[:9]
+    row_ptr, col, values, a, b, scale, dropout_p, seed = inputs[9:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x, output[1], codes, absmax, absmax_code, absmax_scale, absmax_offset, row_ptr, col, values, a, b
+    )
+    ctx.settings = (block_size, scale, dropout_p, seed)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, dy: torch.Tensor | None, _dprojected: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    gradients: list[torch.Tensor | None] = [None] * _INPUTS
+    needs = [ctx.needs_input_grad[place] for place in (_X, _VALUES, _A, _B, _BIAS)]
+    if dy is None or not any(needs):
+        return tuple(gradients)
+    x, projected, *nf4_tensors, row_ptr, col, values, a, b = ctx.saved_tensors
+    block_size, scale, dropout_p, seed = ctx.settings
+    results = torch.ops.qrosa.linear_backward(
+        dy, x, projected, *nf4_tensors, block_size, row_ptr, col, values, a, b, scale, dropout_p, seed, needs
+    )
+    for place, need, gradient in zip((_X, _VALUES, _A, _B, _BIAS), needs, results, strict=True):
+        gradients[place] = gradient if need else None
+    if gradients[_BIAS] is not None:
+        gradients[_BIAS] = gradients[_BIAS].to(ctx.bias_dtype)
+    return tuple(gradients)
+
+
+torch.library.register_autograd("qrosa::linear", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -1,0 +1,135 @@
+"""Finding and loading the compiled libraries, and standing in for them where they are missing.
+
+``_C_cpu`` and ``_C_cuda`` lie beside the package and register kernels for the ops of ``schema.py`` when loaded. A device
+without a library gets the plain PyTorch composition, with one warning that names the fix: correct, but slow and
+hungry.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qrosa.ops import dropout, linear, reference, schema
+from qrosa.ops.operands import CsrOperands, NF4Operands
+
+CPU_ISAS = ("portable", "avx2", "avx512")
+"""What ``QROSA_CPU_ISA`` may name, in the order of the codes that ``qrosa::cpu_isa`` speaks."""
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_FIX = {
+    "cpu": "run `pip install --no-build-isolation -e .` (needs a C++17 compiler)",
+    "cuda": "rebuild with nvcc on the PATH: `pip install --no-build-isolation -e .`",
+}
+_KERNELS = ("dequant_add", "sddmm", "dequant_spmm", "score_accumulate")
+
+libraries: dict[str, Path | None] = {"cpu": None, "cuda": None}
+"""The library that serves each device, if any."""
+notes: dict[str, str] = {"cpu": "", "cuda": ""}
+"""Why a device has no library."""
+
+
+def _csr(row_ptr: Any, col: Any, values: Any) -> CsrOperands | None:
+    return None if row_ptr is None else CsrOperands(row_ptr, col, values)
+
+
+def _flat_dequant_add(*args: Any) -> None:
+    nf4, csr, out = NF4Operands(*args[:6]), _csr(*args[6:9]), args[9]
+    schema.check_nf4(*nf4, *out.shape)
+    schema.check_csr(*args[6:9], *out.shape)
+    reference.dequant_add(nf4, csr, out)
+
+
+def _flat_dequant_spmm(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    nf4, csr, out_features = NF4Operands(*args[:6]), _csr(*args[6:9]), args[9]
+    schema.check_nf4(*nf4, out_features, x.shape[1])
+    schema.check_csr(*args[6:9], out_features, x.shape[1])
+    return reference.dequant_spmm(x, nf4, csr, out_features)
+
+
+_COMPOSITIONS: dict[str, Callable[..., Any]] = {
+    "dequant_add": _flat_dequant_add,
+    "sddmm": reference.sddmm,
+    "dequant_spmm": _flat_dequant_spmm,
+    "score_accumulate": reference.score_accumulate,
+}
+
+
+def _warned(device: str, name: str) -> Callable[..., Any]:
+    def composition(*args: Any) -> Any:
+        _warn_once(device)
+        return _COMPOSITIONS[name](*args)
+
+    return composition
+
+
+def _warn_once(device: str) -> None:
+    if device not in _warn_once.done:  # type: ignore[attr-defined]
+        _warn_once.done.add(device)  # type: ignore[attr-defined]
+        warnings.warn(
+            f"qrosa: no compiled library for {device} ({notes[device]}); plain PyTorch runs instead, slower and with "
+            f"more memory. To fix it, {_FIX[device]}.",
+            stacklevel=2,
+        )
+
+
+_warn_once.done = set()  # type: ignore[attr-defined]
+
+
+def _find(stem: str) -> Path | None:
+    suffix = sysconfig.get_config_var("SHLIB_SUFFIX") or ".so"
+    return next(iter(sorted(_PACKAGE.glob(f"{stem}*{suffix}"))), None)
+
+
+def _load(device: str, key: str) -> None:
+    path = _find(f"_C_{device}")
+    if path is None:
+        notes[device] = "not built"
+    else:
+        try:
+            torch.ops.load_library(str(path))
+            libraries[device] = path
+        except (OSError, RuntimeError) as error:
+            notes[device] = f"{path.name} does not load: {str(error).splitlines()[0]}"
+    if libraries[device] is None:
+        for name in _KERNELS:
+            schema.LIBRARY.impl(name, _warned(device, name), key)
+
+
+def _flat_linear(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    schema.check_linear(*args[:14])
+    x, nf4, out_features, bias = args[0], NF4Operands(*args[1:7]), args[7], args[8]
+    return linear.forward(x, nf4, out_features, bias, _csr(*args[9:12]), *args[12:])
+
+
+def _flat_linear_backward(dy: torch.Tensor, x: torch.Tensor, projected: torch.Tensor, *args: Any) -> linear.Gradients:
+    return linear.backward(dy, x, projected, NF4Operands(*args[:6]), _csr(*args[6:9]), *args[9:])
+
+
+def load() -> None:
+    """Registers the layer for all devices, and per device a compiled library or the composition."""
+    schema.LIBRARY.impl("linear", _flat_linear, "CompositeExplicitAutograd")
+    schema.LIBRARY.impl("linear_backward", _flat_linear_backward, "CompositeExplicitAutograd")
+    schema.LIBRARY.impl("dropout", dropout.dropout, "CompositeExplicitAutograd")
+    _load("cpu", "CPU")
+    if torch.cuda.is_available():
+        _load("cuda", "CUDA")
+    else:
+        notes["cuda"] = "no CUDA device" if torch.version.cuda else "this PyTorch has no CUDA"
+
+
+def cpu_isa() -> str:
+    """The instruction set that the CPU kernels use now."""
+    return CPU_ISAS[torch.ops.qrosa.cpu_isa(-1)] if libraries["cpu"] else "portable"
+
+
+def force_cpu_isa(isa: str) -> str:
+    """Makes the CPU kernels use ``isa``, or the best the machine has below it; returns what they use now."""
+    if libraries["cpu"] is None:
+        return "portable"
+    return CPU_ISAS[torch.ops.qrosa.cpu_isa(CPU_ISAS.index(isa))]
