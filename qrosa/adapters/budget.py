@@ -1,0 +1,278 @@
+"""From a budget to ranks and numbers of sparse values, module by module, in whole parameters.
+
+A rank-r part of an [N, K] matrix costs r * (N + K) parameters, a sparse part one per position. The low-rank share of the
+budget is spent in three steps:
+
+1. *Uniformly*: the largest rank that all modules can have.
+2. *What is left*, in whole +1 ranks, one a module: cheapest modules first, ties from the last decoder layer down. A
+   cheap rank covers a module for the fewest parameters, so this covers the most modules; among equals the last layers
+   come first, where rank allocation by measured importance puts most of it too (AdaLoRA, arXiv 2303.10512, figure 3).
+   With measured sensitivities the order is by sensitivity per parameter instead.
+3. *Again*, in the same order, until one more rank anywhere would exceed the budget.
+
+Whatever no whole rank fits into goes to the sparse part, so a budget with a sparse part is used to the last parameter.
+Sparse positions are shared out in proportion to N * K, by largest remainder, never more than N * K a matrix. The
+alternative, one rank everywhere, leaves up to the cost of one rank of all modules unspent: on a 135M model that is
+three quarters of a 0.3% budget.
+
+Shares are of all parameters of the base, embeddings included, a tied head once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qrosa.adapters.describe import describe_allocation
+from qrosa.config import AdapterConfig, parse_budget
+from qrosa.errors import InputError
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One adaptable matrix of the base.
+
+    Attributes:
+        path: Module path, ``model.layers.0.self_attn.q_proj``.
+        out_features: N.
+        in_features: K.
+        layer: Index of the decoder layer, -1 for a module outside the layers.
+    """
+
+    path: str
+    out_features: int
+    in_features: int
+    layer: int
+
+    @property
+    def size(self) -> int:
+        """Number of weights, N * K."""
+        return self.out_features * self.in_features
+
+    @property
+    def rank_cost(self) -> int:
+        """Parameters that one rank costs, N + K."""
+        return self.out_features + self.in_features
+
+    @property
+    def full_rank(self) -> int:
+        """The rank beyond which a low-rank part gains nothing, min(N, K)."""
+        return min(self.out_features, self.in_features)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Where the trainable parameters are.
+
+    Attributes:
+        ranks: Module path -> rank of its low-rank part, 0 for none; every module is named.
+        nnz: Module path -> number of its sparse values, 0 for none; every module is named.
+        low_rank_parameters: Sum of rank * (N + K).
+        sparse_parameters: Sum of nnz.
+        base_parameters: Parameters of the base, what shares refer to.
+        linears: The modules, in model order.
+    """
+
+    ranks: dict[str, int]
+    nnz: dict[str, int]
+    low_rank_parameters: int
+    sparse_parameters: int
+    base_parameters: int
+    linears: tuple[LinearShape, ...] = ()
+
+    @property
+    def trainable(self) -> int:
+        """All trainable parameters."""
+        return self.low_rank_parameters + self.sparse_parameters
+
+    @property
+    def share(self) -> float:
+        """Trainable parameters over the base's."""
+        return self.trainable / self.base_parameters
+
+    @property
+    def rank(self) -> float:
+        """The common rank, or the mean over modules where ranks differ."""
+        ranks = set(self.ranks.values())
+        return ranks.pop() if len(ranks) == 1 else sum(self.ranks.values()) / len(self.ranks)
+
+    @property
+    def nnz_total(self) -> int:
+        """All sparse values."""
+        return self.sparse_parameters
+
+    @property
+    def density(self) -> float:
+        """Sparse values over the weights of all modules."""
+        return self.sparse_parameters / sum(linear.size for linear in self.linears) if self.linears else 0.0
+
+    def describe(self) -> list[str]:
+        """Where the budget went, in words, a line each."""
+        return describe_allocation(self)
+
+
+def allocate(
+    config: AdapterConfig,
+    linears: Sequence[LinearShape],
+    base_parameters: int,
+    *,
+    sensitivity: Mapping[str, float] | None = None,
+) -> Allocation:
+    """Turn a budget, or a rank and a density, into ranks and numbers of sparse values.
+
+    Args:
+        config: The settings.
+        linears: The base's adaptable matrices, in model order.
+        base_parameters: All parameters of the base, a tied head counted once.
+        sensitivity: Module path -> how much the loss gains from a rank there, any unit; modules that are not named
+            count 0. Decides only where the ranks beyond the uniform ones go.
+
+    Raises:
+        InputError: A budget that no whole parameters can meet: below one rank, above 100%, or a mask with more positions
+            than the matrices have.
+    """
+    if not linears:
+        raise InputError("the model has no linear layers to adapt", "use a decoder-only model, such as Llama or Qwen")
+    if config.budget is not None:
+        ranks, nnz = _from_budget(config, linears, base_parameters, sensitivity)
+    else:
+        ranks, nnz = _explicit(config, linears)
+    return Allocation(
+        ranks=ranks,
+        nnz=nnz,
+        low_rank_parameters=sum(ranks[linear.path] * linear.rank_cost for linear in linears),
+        sparse_parameters=sum(nnz.values()),
+        base_parameters=base_parameters,
+        linears=tuple(linears),
+    )
+
+
+def _from_budget(
+    config: AdapterConfig,
+    linears: Sequence[LinearShape],
+    base_parameters: int,
+    sensitivity: Mapping[str, float] | None,
+) -> tuple[dict[str, int], dict[str, int]]:
+    total = _total(config, base_parameters)
+    low_rank = total - math.floor(total * config.sparse_share)
+    ranks = spend_on_ranks(linears, low_rank if config.sparse_share < 1 else 0, sensitivity)
+    used = sum(ranks[linear.path] * linear.rank_cost for linear in linears)
+    if config.sparse_share > 0:
+        return ranks, _share_out(linears, total - used, f"budget {config.budget}")
+    cheapest = min(linear.rank_cost for linear in linears)
+    if used == 0:
+        raise InputError(
+            f"budget {config.budget} is {total:,} parameters, less than one rank of the smallest layer ({cheapest:,})",
+            f"raise the budget to {cheapest / base_parameters:.2g} of the base or more, or leave --sparse-share above 0",
+        )
+    most = sum(linear.full_rank * linear.rank_cost for linear in linears)
+    if total > most:
+        raise InputError(
+            f"budget {config.budget} is {total:,} parameters, more than full-rank adapters have ({most:,})",
+            "lower the budget; 0.1% to 2% is usual",
+        )
+    return ranks, dict.fromkeys(ranks, 0)
+
+
+def _total(config: AdapterConfig, base_parameters: int) -> int:
+    """The budget as a count of parameters, rounded down."""
+    assert config.budget is not None
+    kind, value = parse_budget(config.budget)
+    total = math.floor(value * base_parameters) if kind == "share" else int(value)
+    if total < 1:
+        raise InputError(
+            f"budget {config.budget} of {base_parameters:,} parameters is less than one parameter",
+            "raise the budget; 0.1% to 2% is usual",
+        )
+    if total > base_parameters:
+        raise InputError(
+            f"budget {config.budget} is more than 100% of the base ({base_parameters:,} parameters)",
+            "lower the budget; 0.1% to 2% is usual",
+        )
+    return total
+
+
+def spend_on_ranks(
+    linears: Sequence[LinearShape], budget: int, sensitivity: Mapping[str, float] | None = None
+) -> dict[str, int]:
+    """Spend at most ``budget`` parameters on whole ranks, by the rule of this module's docstring.
+
+    Returns:
+        Module path -> rank, at most min(N, K). One more rank of any module would exceed the budget, or its full rank.
+    """
+    ranks = dict.fromkeys((linear.path for linear in linears), 0)
+    while open_ones := [linear for linear in linears if ranks[linear.path] < linear.full_rank]:
+        headroom = min(linear.full_rank - ranks[linear.path] for linear in open_ones)
+        step = min(headroom, budget // sum(linear.rank_cost for linear in open_ones))
+        if step == 0:
+            break
+        for linear in open_ones:
+            ranks[linear.path] += step
+            budget -= step * linear.rank_cost
+    order = _leftover_order(linears, sensitivity)
+    spent = True
+    while spent:  # a pass adds at most one rank a module, so cheap modules do not run away
+        spent = False
+        for linear in order:
+            if linear.rank_cost <= budget and ranks[linear.path] < linear.full_rank:
+                ranks[linear.path] += 1
+                budget -= linear.rank_cost
+                spent = True
+    return ranks
+
+
+def _leftover_order(linears: Sequence[LinearShape], sensitivity: Mapping[str, float] | None) -> list[LinearShape]:
+    if sensitivity is None:
+        return sorted(linears, key=lambda linear: (linear.rank_cost, -linear.layer))
+    known = set(sensitivity) & {linear.path for linear in linears}
+    if not known:
+        raise InputError("the sensitivities name no module of this model", "measure them on this base")
+    return sorted(
+        linears,
+        key=lambda linear: (-sensitivity.get(linear.path, 0.0) / linear.rank_cost, linear.rank_cost, -linear.layer),
+    )
+
+
+def _explicit(config: AdapterConfig, linears: Sequence[LinearShape]) -> tuple[dict[str, int], dict[str, int]]:
+    """One rank and one density (or count a layer) for all modules; a rank stops at a matrix's full rank."""
+    rank = config.rank or 0
+    widest = max(linear.full_rank for linear in linears)
+    if rank > widest:
+        raise InputError(
+            f"rank {rank} is more than any matrix of this model has ({widest})", f"use a rank of at most {widest}"
+        )
+    ranks = {linear.path: min(rank, linear.full_rank) for linear in linears}
+    if config.sparse_per_layer:
+        nnz: dict[str, int] = {}
+        for layer in dict.fromkeys(linear.layer for linear in linears):
+            own = [linear for linear in linears if linear.layer == layer]
+            nnz |= _share_out(own, config.sparse_per_layer, f"--sparse-per-layer {config.sparse_per_layer}")
+        return ranks, {linear.path: nnz[linear.path] for linear in linears}
+    positions = sum(linear.size for linear in linears)
+    nnz = _share_out(linears, math.floor((config.density or 0.0) * positions), f"density {config.density}")
+    if not rank and not sum(nnz.values()):
+        raise InputError(
+            f"density {config.density} of {positions:,} weights is less than one sparse value",
+            "raise --density, or give a --rank",
+        )
+    return ranks, nnz
+
+
+def _share_out(linears: Sequence[LinearShape], total: int, asked: str) -> dict[str, int]:
+    """Share ``total`` sparse values out in proportion to N * K, by largest remainder, exactly.
+
+    No matrix gets more than its N * K positions: a quota is at most N * K, and one that is rounded up was below it.
+    """
+    positions = sum(linear.size for linear in linears)
+    if total > positions:
+        raise InputError(
+            f"{asked} asks for {total:,} sparse values and the matrices have {positions:,} positions",
+            "ask for less, or give the low-rank part a share (--sparse-share below 1)",
+        )
+    nnz = {linear.path: total * linear.size // positions for linear in linears}
+    missing = total - sum(nnz.values())
+    by_remainder = sorted(linears, key=lambda linear: -(total * linear.size % positions))
+    for linear in by_remainder[:missing]:
+        nnz[linear.path] += 1
+    return nnz
