@@ -1,0 +1,214 @@
+"""Mask selection: which positions of each matrix get a sparse value.
+
+Five scores rank the positions of a weight W with quantisation error R = W - deq(Wq); g is the gradient of one
+sample's mean loss over its supervised tokens, without dropout:
+
+    squared    mean over samples of g^2, the diagonal of the empirical Fisher: the paper's (RoSA, arXiv 2401.04679)
+    mean       |mean over samples of g|
+    residual   |R|
+    random     nothing; the control that every claim about masks has to beat
+
+Gradient scores are dense [N, K] in fp32, so they are collected for one group of layers at a time (``groups``),
+reading the same samples once a group; backward ends at the group's first layer. The gradient of a sample does not
+depend on which layers are observed, and top-k is exact (``topk``): masks are bit-equal for any grouping. Counts of
+samples cancel in every ranking, so sums stand for means.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qrosa.adapters.inject import quantized_linears
+from qrosa.adapters.linear import QRosaLinear
+from qrosa.base.checkpoint import Checkpoint
+from qrosa.config import MaskConfig, parse_size
+from qrosa.errors import InputError, TrainingError
+from qrosa.masks.accumulate import observe
+from qrosa.masks.draw import random_positions
+from qrosa.masks.groups import group_matrices
+from qrosa.masks.residual import checkpoint_of, residual
+from qrosa.masks.samples import Sample, SampleLoss, quiet, read_samples, sample_loss
+from qrosa.masks.topk import MatrixPicker, ModelPicker
+
+Progress = Callable[[int, int], None]
+_FREE_SHARE = 0.4
+
+
+def select_masks(
+    model: nn.Module,
+    samples: Iterable[Any],
+    *,
+    config: MaskConfig,
+    nnz: Mapping[str, int],
+    seed: int,
+    group_bytes: int | None = None,
+    progress: Progress | None = None,
+    loss: SampleLoss = sample_loss,
+    checkpoint: Checkpoint | None = None,
+) -> dict[str, Tensor]:
+    """Choose the positions of the sparse part.
+
+    Args:
+        model: A loaded base, with whatever adapters it has; left exactly as it was.
+        samples: Encoded rows or batches (see ``read_samples``); the first ``config.mask_samples`` are used. Not read
+            for the scores residual and random.
+        config: Score, scope, number of samples.
+        nnz: Path -> positions to choose. With scope ``global`` only their sum counts, and the paths say where.
+        seed: Of the random score.
+        group_bytes: Most bytes of statistics at a time; default ``config.mask_memory``, else what is free.
+        progress: Called with (samples done, samples to do) over all passes.
+        loss: Mean loss of one sample; give one that chunks the head where long rows carry loss on every token.
+        checkpoint: The 16-bit weights for the residual score; default the base's own source.
+
+    Returns:
+        Path -> flat positions ``row * K + column``, int64, rising, on the CPU.
+
+    Raises:
+        InputError: Counts that do not fit the model, no supervised token, or no 16-bit weights for a residual.
+        DoesNotFitError: One matrix's statistic is larger than the bound.
+        TrainingError: A loss or score is not finite, or all gradients are zero.
+    """
+    layers = _chosen_layers(model, nnz)
+    sizes = {path: layer.in_features * layer.out_features for path, layer in layers.items()}
+    if config.mask_score == "random":
+        return random_positions(sizes, {path: nnz[path] for path in layers}, config.mask_scope, seed)
+    counts = {path: nnz[path] for path in layers}
+    picker = MatrixPicker(counts) if config.mask_scope == "matrix" else ModelPicker(list(layers), sum(counts.values()))
+    if config.mask_score == "residual":
+        checkpoint = checkpoint or checkpoint_of(model)
+        for done, (path, layer) in enumerate(layers.items(), 1):
+            picker.add(path, residual(checkpoint, path, layer.weight).abs_())
+            if progress:
+                progress(done, len(layers))
+        return picker.result()
+    wanted = sizes if config.mask_scope == "global" else {path: size for path, size in sizes.items() if counts[path]}
+    limit = group_bytes or (parse_size(config.mask_memory, "--mask-memory") if config.mask_memory else None)
+    groups = group_matrices(wanted, limit or default_group_bytes(layers, wanted))
+    rows = read_samples(samples, config.mask_samples)
+    _pick_by_gradient(
+        model,
+        layers,
+        groups,
+        rows,
+        picker,
+        config.mask_score == "squared",
+        loss,
+        progress,
+    )
+    return picker.result()
+
+
+def _pick_by_gradient(
+    model: nn.Module,
+    layers: Mapping[str, QRosaLinear],
+    groups: list[list[str]],
+    rows: list[Sample],
+    picker: MatrixPicker | ModelPicker,
+    square: bool,
+    loss: SampleLoss,
+    progress: Progress | None,
+) -> None:
+    """One pass over the samples a group; each group's statistics are freed before the next ones exist."""
+    learnt = False
+    for number, group in enumerate(groups):
+        statistics = {path: _zeros(layers[path]) for path in group}
+        for index, _ in enumerate(
+            accumulate(model, {p: layers[p] for p in group}, statistics, rows, square, loss),
+            1,
+        ):
+            if progress:
+                progress(number * len(rows) + index, len(groups) * len(rows))
+        for path in group:
+            scores = statistics.pop(path)
+            if not square:
+                scores.abs_()
+            highest = float(scores.max())
+            if not math.isfinite(highest):
+                raise TrainingError(
+                    f"the mask score of {path} is not finite",
+                    "check the rows and the base for NaN",
+                )
+            learnt = learnt or highest > 0
+            picker.add(path, scores)
+    if groups and not learnt:
+        raise TrainingError(
+            "every gradient is zero, so no position is better than another",
+            "check that the selection rows have supervised tokens and that the base is not damaged",
+        )
+
+
+def accumulate(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    statistics: Mapping[str, Tensor],
+    rows: list[Sample],
+    square: bool,
+    loss: SampleLoss = sample_loss,
+) -> Iterator[int]:
+    """Add every sample's gradient (squared or not) to the statistics of ``layers``; yields after each sample.
+
+    Args:
+        model: The whole model.
+        layers: Path -> linear layer to observe.
+        statistics: Path -> fp32 [N, K].
+        rows: Samples with at least one supervised token.
+        square: Square each sample's gradient before it is added.
+        loss: Mean loss of one sample.
+
+    Raises:
+        TrainingError: A sample's loss is not finite.
+    """
+    with quiet(model), observe(layers, statistics, square) as anchor:
+        for index, sample in enumerate(rows):
+            with torch.enable_grad():
+                value = loss(model, sample)
+            if not bool(torch.isfinite(value)):
+                raise TrainingError(
+                    f"the loss of selection row {index + 1} is {float(value)}",
+                    "lower the learning rate if this came after warm-up, else check the base",
+                )
+            torch.autograd.grad(value, anchor, allow_unused=True)
+            del value
+            yield index
+
+
+def default_group_bytes(layers: Mapping[str, QRosaLinear], sizes: Mapping[str, int]) -> int:
+    """A bound when none is given: a share of the memory that is free, and never less than the largest matrix.
+
+    The masks do not depend on it, only the number of passes does.
+    """
+    device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    return max(int(free * _FREE_SHARE), 4 * max(sizes.values(), default=0))
+
+
+def _zeros(layer: QRosaLinear) -> Tensor:
+    return torch.zeros(layer.weight.shape, dtype=torch.float32, device=layer.weight.device)
+
+
+def _chosen_layers(model: nn.Module, nnz: Mapping[str, int]) -> dict[str, QRosaLinear]:
+    """The layers that ``nnz`` names, in model order, their counts checked."""
+    layers = quantized_linears(model)
+    for path, count in nnz.items():
+        if path not in layers:
+            raise InputError(
+                f"the model has no quantised layer {path!r}",
+                "take counts made for this model",
+            )
+        size = layers[path].in_features * layers[path].out_features
+        if not 0 <= count <= size:
+            raise InputError(
+                f"{count} sparse positions do not fit the {size} weights of {path}",
+                "use a density of at most 50%",
+            )
+    return {path: layer for path, layer in layers.items() if path in nnz}
