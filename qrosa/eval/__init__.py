@@ -1,0 +1,1 @@
+"""Evaluation: loss, accuracy on short completions, and generated text."""

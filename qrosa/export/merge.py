@@ -1,0 +1,319 @@
+"""Merge an adapter into its base: a folder of 16-bit safetensors that loads in plain transformers.
+
+What was trained is what is exported. Training saw ``deq(NF4(W))``, never W, and the adapter has learnt to correct *that*
+base; merged into the original weight instead, it corrects errors that are no longer there (users of other tools
+measured several points of accuracy lost). So each matrix goes through the same NF4 round trip as when it was
+loaded, by the same function, is composed in fp32 and rounded once::
+
+    W_out = cast(deq(NF4(W)) + S + (alpha / r) * B @ A)
+
+``base="original"`` puts W in place of the round trip, for whoever knows that they want it; `qrosa.export.verify` measures
+the drift of either. Tensors that are not quantised pass through bf16, the dtype in which training held them.
+
+Everything is streamed from the checkpoint's files, one tensor at a time; see `qrosa.export.shards`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from qrosa.adapters.inject import load_adapter_state
+from qrosa.adapters.linear import QRosaLinear
+from qrosa.base.adapter_io import adapter_folder
+from qrosa.base.checkpoint import Checkpoint, open_checkpoint, read_original_weight
+from qrosa.base.load import empty_model, quantize_weight
+from qrosa.errors import InputError
+from qrosa.export.card import Facts, write_card
+from qrosa.export.folder import check_target, export_folder
+from qrosa.export.shards import MAX_SHARD_BYTES, TensorSpec, plan_shards, storage_errors, write_shards
+from qrosa.sparse.csr import CsrDelta
+from qrosa.sparse.store import read_adapter, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+BASES = ("nf4", "original")
+_TRAINED_DTYPE = torch.bfloat16
+_FP16_MAX = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    Attributes:
+        output: The folder.
+        format: ``safetensors`` or ``peft``.
+        dtype: ``fp16`` or ``bf16``; that of the adapter for ``peft``.
+        base: ``nf4`` or ``original``; empty for ``peft``.
+        tensors: Number of tensors.
+        bytes: Bytes of all tensors.
+        files: The files in the folder.
+        seconds: Time taken.
+    """
+
+    output: str
+    format: str
+    dtype: str
+    base: str
+    tensors: int
+    bytes: int
+    files: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class OpenedAdapter:
+    """An adapter checked against its base.
+
+    Attributes:
+        folder: Where the adapter is.
+        checkpoint: The base that it was trained on.
+        model: The model's structure on the meta device, with the adapter's shapes and scales in place.
+        tensors: The adapter's tensors by name.
+        config: The adapter's config.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+
+def merge(
+    source: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "fp16",
+    base: str = "nf4",
+    model: str | None = None,
+    force: bool = False,
+    device: torch.device | str = "cpu",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExportReport:
+    """Write base + adapter as one 16-bit model that needs neither qrosa nor the base.
+
+    Args:
+        source: A run folder or its adapter folder.
+        output: The folder to make; it appears whole or not at all.
+        dtype: ``fp16`` or ``bf16``.
+        base: ``nf4``, the base as it was trained on, or ``original``, the checkpoint's own weights.
+        model: Where the base is now, if it has moved since the training.
+        force: Replace an earlier export.
+        device: Where the arithmetic runs; one tensor at a time is there.
+        max_shard_bytes: Largest file.
+        progress: Called with the bytes written and all bytes.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: No adapter, another base, an output in the way, or weights that do not fit fp16.
+        StorageError: Damaged files, too little disk, or a folder that cannot be written.
+    """
+    started = time.monotonic()
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype!r} is unknown", f"use one of: {', '.join(DTYPES)}")
+    if base not in BASES:
+        raise InputError(f"--base {base!r} is unknown", f"use one of: {', '.join(BASES)}")
+    check_target(Path(output), force=force)
+    opened = open_adapter(source, model)
+    if base == "original" and opened.checkpoint.kind == "nf4":
+        raise InputError(
+            f"{opened.checkpoint.source} is already quantised: its original weights are not known", "use --base nf4"
+        )
+    specs = _specs(opened.model, DTYPES[dtype])
+    shards = plan_shards(specs, max_shard_bytes)
+    total = sum(spec.nbytes for spec in specs)
+    keep = (opened.folder, Path(opened.checkpoint.source).expanduser())
+    with export_folder(Path(output), nbytes=total, force=force, keep=keep) as folder:
+        tensors = _merged_tensors(opened, specs, base, torch.device(device))
+        write_shards(folder, shards, _counted(tensors, total, progress))
+        _write_model_files(opened, folder, DTYPES[dtype])
+        write_card(folder, card_facts(opened, dtype=dtype, base=base))
+        files = sorted(path.name for path in folder.iterdir())
+    seconds = time.monotonic() - started
+    return ExportReport(str(output), "safetensors", dtype, base, len(specs), total, files, seconds)
+
+
+def open_adapter(source: str | Path, model: str | None = None) -> OpenedAdapter:
+    """Open an adapter and its base, and check that they belong together, without reading a weight of the base.
+
+    Args:
+        source: A run folder or its adapter folder.
+        model: Where the base is now; None is where it was.
+
+    Raises:
+        InputError: No adapter, no base, another base than the one trained on, or tensors that do not fit it.
+        StorageError: Damaged files.
+    """
+    folder = adapter_folder(source)
+    tensors, config = read_adapter(folder)
+    checkpoint = _open_base(folder, str(config["base"].get("source", "")), model)
+    expected, found = str(config["base"].get("fingerprint")), checkpoint.fingerprint()
+    if expected != found:
+        raise InputError(
+            f"the adapter in {folder} was trained on another base (fingerprint {expected[:12]}; that of "
+            f"{checkpoint.source} is {found[:12]})",
+            "give the base that it was trained on with --model",
+        )
+    structure = empty_model(checkpoint.config)
+    alphas = {path: float(module.get("alpha", 0.0)) for path, module in config["modules"].items()}
+    load_adapter_state(structure, tensors, alphas)
+    return OpenedAdapter(folder, checkpoint, structure, tensors, config)
+
+
+def merged_weight(opened: OpenedAdapter, path: str, base: str, device: torch.device) -> Tensor:
+    """W_eff of one layer, composed in fp32 [N, K].
+
+    Args:
+        opened: The adapter and its base.
+        path: The layer's path in the model.
+        base: ``nf4`` or ``original``.
+        device: Where to compute.
+    """
+    if base == "original":
+        weight = read_original_weight(opened.checkpoint, path).to(device, torch.float32, copy=True)
+    else:
+        weight = quantize_weight(opened.checkpoint, path, device).dequantize(torch.float32)
+    layer = cast(QRosaLinear, opened.model.get_submodule(path))
+    tensors = {name: opened.tensors.get(f"{path}.{name}") for name in ("low_rank_A", "low_rank_B")}
+    if layer.nnz:
+        row_ptr, col, values = (
+            opened.tensors[f"{path}.{name}"] for name in ("sparse_row_ptr", "sparse_col", "sparse_values")
+        )
+        delta = CsrDelta(row_ptr, col, values, layer.weight.shape)
+        weight.view(-1).index_add_(0, delta.positions().to(device), values.to(device, torch.float32))
+    a, b = tensors["low_rank_A"], tensors["low_rank_B"]
+    if a is not None and b is not None:
+        weight.addmm_(b.to(device, torch.float32), a.to(device, torch.float32), alpha=layer.scale)
+    return weight
+
+
+def card_facts(opened: OpenedAdapter, *, dtype: str, base: str) -> Facts:
+    """What the model card tells about how the export was made."""
+    config = opened.config
+    ranks = [int(module.get("rank", 0)) for module in config["modules"].values()]
+    return Facts(
+        base=str(config["base"].get("source", "")),
+        fingerprint=opened.checkpoint.fingerprint(),
+        kind=opened.checkpoint.kind,
+        budget=config["adapter"].get("budget"),
+        trainable=int(config.get("trainable", 0)),
+        parameters=int(config["base"].get("parameters", 0)),
+        ranks=(min(ranks, default=0), max(ranks, default=0)),
+        nnz=sum(int(module.get("nnz", 0)) for module in config["modules"].values()),
+        dtype=dtype,
+        merged_into=base,
+    )
+
+
+def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+    """Save the base's tokenizer, its chat template included.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    with storage_errors(folder):
+        checkpoint.tokenizer().save_pretrained(folder)
+
+
+def _open_base(folder: Path, source: str, model: str | None) -> Checkpoint:
+    if model is not None:
+        return open_checkpoint(model)
+    try:
+        return open_checkpoint(source)
+    except InputError as error:
+        raise InputError(
+            f"the base of the adapter in {folder} cannot be opened: {error.message}",
+            "if it has moved, say where it is with --model",
+        ) from error
+
+
+def _specs(model: PreTrainedModel, dtype: torch.dtype) -> list[TensorSpec]:
+    """Every tensor of the merged model, in model order; a tied head is the embedding and is not written twice."""
+    specs, seen = [], set()
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, QRosaLinear):
+            specs.append(TensorSpec(f"{prefix}weight", dtype, module.weight.shape))
+        for name, parameter in module.named_parameters(recurse=False):
+            adapter = isinstance(module, QRosaLinear) and name in module.adapter_parameters()
+            if not adapter and id(parameter) not in seen:
+                seen.add(id(parameter))
+                specs.append(TensorSpec(f"{prefix}{name}", dtype, tuple(parameter.shape)))
+    return specs
+
+
+def _merged_tensors(
+    opened: OpenedAdapter, specs: list[TensorSpec], base: str, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the merged model, one at a time, in the order of `specs`."""
+    for spec in specs:
+        path, _, leaf = spec.name.rpartition(".")
+        if leaf == "weight" and isinstance(opened.model.get_submodule(path), QRosaLinear):
+            value = merged_weight(opened, path, base, device)
+        else:
+            opened.checkpoint.require(spec.name)
+            value = opened.checkpoint.read(spec.name)
+            value = value if base == "original" else value.to(_TRAINED_DTYPE)
+        _check_range(spec.name, value, spec.dtype)
+        yield spec.name, value.to(spec.dtype)
+        del value
+
+
+def _check_range(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """Refuse values that the dtype cannot hold.
+
+    Raises:
+        InputError: A value that is not finite, or beyond 65504 for fp16.
+    """
+    low, high = (float(bound) for bound in torch.aminmax(value))
+    largest = max(-low, high)
+    if not largest <= torch.finfo(torch.float32).max:  # NaN compares false
+        raise InputError(f"tensor {name!r} holds values that are not finite", "the run diverged: export an earlier one")
+    if dtype == torch.float16 and largest > _FP16_MAX:
+        raise InputError(f"tensor {name!r} reaches {largest:.4g}, beyond fp16's 65504", "export with --dtype bf16")
+
+
+def _counted(
+    tensors: Iterator[tuple[str, Tensor]], total: int, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, Tensor]]:
+    done = 0
+    for name, tensor in tensors:
+        nbytes = tensor.nbytes
+        yield name, tensor
+        del tensor
+        done += nbytes
+        if progress is not None:
+            progress(done, total)
+
+
+def _write_model_files(opened: OpenedAdapter, folder: Path, dtype: torch.dtype) -> None:
+    """config.json without a trace of quantisation, generation_config.json and the tokenizer."""
+    from transformers import GenerationConfig
+
+    config = copy.deepcopy(opened.checkpoint.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = dtype
+    config.architectures = [type(opened.model).__name__]
+    generation = opened.checkpoint.generation_config()
+    with storage_errors(folder):
+        config.save_pretrained(folder)
+        if generation is None:
+            GenerationConfig.from_model_config(config).save_pretrained(folder)
+    if generation is not None:
+        write_json(folder / "generation_config.json", generation)
+    write_tokenizer(opened.checkpoint, folder)
