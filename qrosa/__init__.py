@@ -20,7 +20,7 @@ _EXPORTS = {
     "QRosaLinear": "qrosa.adapters.linear",
     "CsrDelta": "qrosa.sparse.csr",
     "load": "qrosa.api",
-    "merge": "qrosa.api",
+    "merge": "qrosa.export.merge",
     "save_adapter": "qrosa.base.adapter_io",
     "load_adapter": "qrosa.base.adapter_io",
     "select_masks": "qrosa.masks.select",
@@ -30,7 +30,7 @@ __all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604
 if TYPE_CHECKING:
     from qrosa.adapters.linear import QRosaLinear as QRosaLinear
     from qrosa.api import load as load
-    from qrosa.api import merge as merge
+    from qrosa.export.merge import merge as merge
     from qrosa.base.adapter_io import load_adapter as load_adapter
     from qrosa.base.adapter_io import save_adapter as save_adapter
     from qrosa.config import AdapterConfig as AdapterConfig

@@ -1,4 +1,4 @@
-"""The Python entry points that join the parts: loading a base with its adapters, and merging them."""
+"""The Python entry point that joins the parts: a base with trainable adapters on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from qrosa.base.adapter_io import attach_adapter
 from qrosa.base.load import load_base
 from qrosa.config import AdapterConfig
-from qrosa.export.merge import merge as merge
 
 if TYPE_CHECKING:
     import torch

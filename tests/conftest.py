@@ -84,7 +84,7 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any
 
 
 def save_tiny_model(family: str, folder: Path, tokenizer: Any, *, shard_size: str = "50GB", **changes: Any) -> None:
-    """Write a random checkpoint: 2 layers, hidden 64, intermediate 160, 4 heads over 2 kv heads, vocabulary 512.
+    """Write a random checkpoint: 2 layers, hidden 64, intermediate 192, 4 heads over 2 kv heads, vocabulary 512.
 
     Args:
         family: A transformers ``model_type``, one of :data:`TINY_FAMILIES`.
@@ -97,7 +97,7 @@ def save_tiny_model(family: str, folder: Path, tokenizer: Any, *, shard_size: st
 
     settings: dict[str, Any] = {
         "hidden_size": 64,
-        "intermediate_size": 160,
+        "intermediate_size": 192,  # bitsandbytes' CPU decode, an oracle here, is wrong for some K % 64 != 0
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -183,16 +183,15 @@ class QRosaLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QRosaLinear:
         """Follow moves between devices; ignore dtype casts, which would change the base or lose updates."""
-        kept = {name: getattr(self, name) for name in ("low_rank_A", "low_rank_B", "sparse_values")}
-        dtypes = {name: value.dtype for name, value in kept.items() if value is not None}
-        super()._apply(fn, recurse)
-        for name, dtype in dtypes.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != dtype:
-                parameter.data = kept[name].data.to(parameter.device, dtype)
-        probe = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device))
-        if probe.device != self.weight.device:
-            self.weight = self.weight.to(probe.device)
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device
+        if device != self.weight.device:
+            self.weight = self.weight.to(device)
         return self
 
     def extra_repr(self) -> str:

@@ -98,6 +98,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -
     for path, linear in target_linears(model).items():
         weight = NF4Weight.meta((linear.out_features, linear.in_features), dtype)
         replace_module(model, path, QRosaLinear(weight, linear.bias))
+    model.tie_weights()  # making parameters meta one by one has untied them
     model.requires_grad_(False)
     return model
 
