@@ -137,9 +137,9 @@ def _debug_option() -> click.Option:
 def _show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if not value:
         return
-    from importlib.metadata import version
+    from qrosa import __version__
 
-    click.echo(f"qrosa {version('qrosa')}")
+    click.echo(f"qrosa {__version__}")
     ctx.exit()
 
 

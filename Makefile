@@ -1,0 +1,68 @@
+# Everything starts from a fresh clone: each target sets up .venv by itself, once.
+#
+#   make demo      plan, fine-tune, evaluate, export and reload a real model (no GPU needed)
+#   make test      the tests                     make lint      ruff, mypy, clang-format
+#   make build     only .venv, with every extra  make wheel     dist/*.whl
+#   make gpu       the checks that need a card   make bench     the benchmarks
+#   make sanitize  the op tests under ASan/UBSan make clean     remove build products (distclean: .venv too)
+#
+# PYTHON=python3.12 chooses the interpreter of .venv; PIP_FLAGS="..." goes to every pip install.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# --no-build-isolation: the op library is compiled against the torch in .venv, not against a second download of it.
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt $(PIP_FLAGS)
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+JOBS ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && echo 4 || echo $$n)
+BENCHES := $(wildcard bench/bench_*.py)
+
+.PHONY: build demo test lint format bench gpu sanitize wheel clean distclean
+
+build: $(VENV)/.built
+
+# What the build needs. torch goes first, at its pinned version, because the others would pull in the newest.
+$(VENV)/.installed: constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) setuptools wheel ninja
+	$(INSTALL) torch
+	touch $@
+
+# qrosa itself, editable, with its compiled library, every extra and the development tools.
+$(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(SOURCES)
+	$(INSTALL) --editable '.[all,dev]'
+	touch $@
+
+demo: build
+	$(PY) bench/demo.py
+
+test: build
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -q $(TESTS)
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+format: build
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
+
+bench: build
+	for script in $(BENCHES); do echo "== $$script" && $(PY) $$script || exit 1; done
+
+gpu: build
+	$(PY) -m pytest -m gpu -rs -q tests
+
+wheel: build
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find qrosa -name '*.so' -delete
+	rm -f $(VENV)/.built
+
+distclean: clean
+	rm -rf $(VENV)
