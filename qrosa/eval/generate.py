@@ -1,9 +1,9 @@
 """Text from a model: one prompt, or a chat with history, as it is made.
 
 transformers does the decoding; this module decides what goes in and when it stops. A prompt goes through the
-tokenizer's chat template when there is one, because a chat model answers a bare prompt badly, and through no template when there
-is none or when it is asked not to. Generation ends at any of the end tokens that the model, its generation config or
-the tokenizer name: fine-tuned checkpoints often disagree on them, and missing one means an answer that never stops.
+tokenizer's chat template when there is one, because a chat model answers a bare prompt badly, unless it is asked
+not to. Generation ends at any of the end tokens that the model, its generation config or the tokenizer name:
+checkpoints often disagree on them, and missing one means an answer that never stops.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Sampling:
             raise InputError(f"--max-new-tokens {self.max_new_tokens} is not above zero", "use a count such as 256")
         if not 0 <= self.temperature <= 10:
             raise InputError(
-                f"--temperature {self.temperature:g} is out of range", "use 0 (the most likely token) up to 10; 0.7 is usual"
+                f"--temperature {self.temperature:g} is out of range",
+                "use 0 (the most likely token) up to 10; 0.7 is usual",
             )
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p {self.top_p:g} is out of range", "use a share above 0 and up to 1, such as 0.9")
@@ -111,7 +112,7 @@ def generate(
     model: nn.Module,
     tokenizer: Any,
     prompt: str,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling(),
     *,
     system: str | None = None,
     raw: bool = False,
@@ -157,7 +158,9 @@ def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
         encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
     except Exception as error:  # jinja's own errors, and whatever a template raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the chat template refuses these messages: {reason}", "leave out --system, or use --raw") from None
+        raise InputError(
+            f"the chat template refuses these messages: {reason}", "leave out --system, or use --raw"
+        ) from None
     return list(encoded["input_ids"])
 
 
@@ -174,7 +177,8 @@ def generate_ids(
     room = _context(model) - len(input_ids)
     if room < 1:
         raise InputError(
-            f"the prompt has {len(input_ids)} tokens, the model takes {_context(model)}", "shorten it, or /reset the chat"
+            f"the prompt has {len(input_ids)} tokens, the model takes {_context(model)}",
+            "shorten it, or /reset a chat",
         )
     ids = torch.tensor([list(input_ids)], device=model_device(model))
     made = _Collector(tokenizer, on_text)
@@ -184,9 +188,7 @@ def generate_ids(
         try:
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
-            cast(Any, model).generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=made
-            )
+            cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=made)
         except KeyboardInterrupt:
             interrupted = True
             made.end()

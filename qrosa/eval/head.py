@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -47,14 +48,41 @@ def decoder_output(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
     return cast(Any, model).get_decoder()(input_ids=input_ids, attention_mask=attention_mask, **extra)
 
 
+@dataclass(frozen=True)
+class Head:
+    """A model's head with the rule that bends its logits; it outlives the model without keeping it in memory.
+
+    Attributes:
+        layer: The output layer, weight [V, d].
+        softcap: Logits become ``softcap * tanh(logits / softcap)``.
+        scale: Factor on the logits, before the cap.
+    """
+
+    layer: nn.Module
+    softcap: float | None
+    scale: float
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Head:
+        """The head of a transformers causal language model."""
+        text = cast(Any, model).config.get_text_config()
+        softcap = getattr(text, "final_logit_softcapping", None)
+        factor, divisor = getattr(text, "logit_scale", None), getattr(text, "logits_scaling", None)
+        scale = float(factor or 1.0) / float(divisor or 1.0)
+        return cls(cast(Any, model).get_output_embeddings(), float(softcap) if softcap else None, scale)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] in fp32 of hidden states [n, d], as the model itself would give them."""
+        weight = cast(Tensor, self.layer.weight)
+        logits = cast(Tensor, self.layer(hidden.to(weight.device, weight.dtype))).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits [n, V] in fp32 of hidden states [n, d], as the model itself would give them."""
-    head = cast(Any, model).get_output_embeddings()
-    softcap, scale = logit_rule(cast(Any, model).config)
-    logits = cast(Tensor, head(hidden.to(head.weight.dtype))).float()
-    if scale != 1.0:
-        logits = logits * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    """Logits [n, V] in fp32 of hidden states [n, d]."""
+    return Head.of(model).logits(hidden)
 
 
 def token_log_probs(model: nn.Module, hidden: Tensor, targets: Tensor, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
@@ -69,20 +97,12 @@ def token_log_probs(model: nn.Module, hidden: Tensor, targets: Tensor, chunk_tok
     Returns:
         fp32 [n].
     """
-    parts = []
+    head, parts = Head.of(model), []
     for start in range(0, hidden.shape[0], chunk_tokens):
-        logits = head_logits(model, hidden[start : start + chunk_tokens])
+        logits = head.logits(hidden[start : start + chunk_tokens])
         picked = logits.gather(1, targets[start : start + chunk_tokens, None]).squeeze(1)
         parts.append(picked - torch.logsumexp(logits, dim=-1))
     return torch.cat(parts) if parts else torch.zeros(0, device=hidden.device)
-
-
-def logit_rule(config: Any) -> tuple[float | None, float]:
-    """A transformers config's ``(softcap, scale)`` of the logits."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    softcap = getattr(text, "final_logit_softcapping", None)
-    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    return (float(softcap) if softcap else None), scale
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -1,8 +1,8 @@
 """Accuracy on rows whose completion is one of a few labels: by likelihood, and by greedy generation.
 
-The labels are the distinct completions of the rows themselves. Everything starts from one pass over the prompts: rows are
-batched by length and padded on the left, so that all of them end at the same position, and the cache of that pass is
-shared by all that follows, which only computes a few tokens a row:
+The labels are the distinct completions of the rows themselves. Everything starts from one pass over the prompts: rows
+are batched by length and padded on the left, so that all of them end at the same position, and the cache of that pass
+is shared by all that follows, which only computes a few tokens a row:
 
 - *loss*: the row's own completion, teacher-forced;
 - *accuracy*: the label with the highest summed log-probability after the prompt. What all labels share at their end
@@ -186,7 +186,8 @@ def _score_batch(
     ends = end_tokens(model, tokenizer) | {token for token in labels.shared_end if token in special}
     answers = _greedy(model, prompted, first, limit, ends)
     tally.exact += sum(
-        _text(tokenizer, answer) == _text(tokenizer, completion) for answer, completion in zip(answers, gold, strict=True)
+        _text(tokenizer, answer) == _text(tokenizer, completion)
+        for answer, completion in zip(answers, gold, strict=True)
     )
 
 
@@ -203,7 +204,7 @@ def _run_prompts(model: nn.Module, prompts: Sequence[Tokens], pad_id: int) -> _P
 
 
 def _continue(model: nn.Module, prompted: _Prompted, ids: Tensor) -> tuple[Tensor, _Prompted]:
-    """Hidden states [B, t, d] of the tokens [B, t] that follow, and the state after them; `prompted` stays as it was."""
+    """Hidden states [B, t, d] of the tokens [B, t] that follow, and the state after them; `prompted` is kept."""
     steps = torch.arange(ids.shape[1], device=ids.device)
     mask = torch.cat([prompted.mask, torch.ones_like(ids)], dim=1)
     cache = _fork(prompted.cache)

@@ -1,7 +1,7 @@
 """The model card of an export: how the weights were made, and how far they are from what was trained.
 
-Only facts that the adapter's own files and the measurement hold. A local path says nothing to whoever receives the folder, so a
-base that was a folder is named by its last part and its fingerprint.
+Only facts that the adapter's own files and the measurement hold. A local path says nothing to whoever receives the
+folder, so a base that was a folder is named by its last part and its fingerprint.
 """
 
 from __future__ import annotations

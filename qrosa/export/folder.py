@@ -1,8 +1,8 @@
 """An output folder that appears whole or not at all.
 
 Everything is written into ``DIR.partial-<pid>`` beside DIR, on the same file system, and one rename makes it DIR. A
-process that is killed leaves the partial folder behind, never a DIR that looks complete. What ``--force`` may replace is
-kept narrow: a folder of files as an export writes them. A folder with sub-folders or other files is somebody's work.
+process that is killed leaves the partial folder behind, never a DIR that looks complete. What ``--force`` may replace
+is kept narrow: a folder of files as an export writes them. One with sub-folders or other files is somebody's work.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Merge an adapter into its base: a folder of 16-bit safetensors that loads in plain transformers.
 
-What was trained is what is exported. Training saw ``deq(NF4(W))``, never W, and the adapter has learnt to correct *that*
-base; merged into the original weight instead, it corrects errors that are no longer there (users of other tools
-measured several points of accuracy lost). So each matrix goes through the same NF4 round trip as when it was
+What was trained is what is exported. Training saw ``deq(NF4(W))``, never W, and the adapter has learnt to correct
+*that* base; merged into the original weight instead, it corrects errors that are no longer there (users of other
+tools measured several points of accuracy lost). So each matrix goes through the same NF4 round trip as when it was
 loaded, by the same function, is composed in fp32 and rounded once::
 
     W_out = cast(deq(NF4(W)) + S + (alpha / r) * B @ A)
 
-``base="original"`` puts W in place of the round trip, for whoever knows that they want it; `qrosa.export.verify` measures
-the drift of either. Tensors that are not quantised pass through bf16, the dtype in which training held them.
+``base="original"`` puts W in place of the round trip, for whoever knows that they want it; `qrosa.export.verify`
+measures the drift of either. Tensors that are not quantised pass through bf16, the dtype in which training held them.
 
 Everything is streamed from the checkpoint's files, one tensor at a time; see `qrosa.export.shards`.
 """

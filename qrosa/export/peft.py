@@ -1,9 +1,9 @@
 """The low-rank part in PEFT's own format, for tools that take a PEFT adapter.
 
-PEFT knows no sparse part, so an adapter that has one is refused unless the caller accepts the loss. Ranks differ by module
-here: PEFT takes one rank and exceptions by pattern, and, because it scales each module by ``lora_alpha / r`` as qrosa does,
-patterns for alpha only where alpha itself differs. Layers without a low-rank part are left out of ``target_modules``;
-modules are named by their full paths, since a short name would match layers that have none.
+PEFT knows no sparse part, so an adapter that has one is refused unless the caller accepts the loss. Ranks differ by
+module here: PEFT takes one rank and exceptions by pattern, and, because it scales each module by ``lora_alpha / r``
+as qrosa does, patterns for alpha only where alpha itself differs. Layers without a low-rank part are left out of
+``target_modules``; modules are named by their full paths, since a short name would match layers that have none.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def export_peft(
         )
     alphas = {path: layers[path].alpha for path in ranks}
     tensors = {
-        f"{_ROOT}{path}.lora_{part}.weight": opened.tensors[f"{path}.low_rank_{part}"] for path in ranks for part in "AB"
+        f"{_ROOT}{path}.lora_{part}.weight": opened.tensors[f"{path}.low_rank_{part}"]
+        for path in ranks
+        for part in "AB"
     }
     total = sum(tensor.nbytes for tensor in tensors.values())
     with export_folder(Path(output), nbytes=total, force=force, keep=(opened.folder,)) as folder:

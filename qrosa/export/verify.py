@@ -1,0 +1,143 @@
+"""Measure what an export lost: the trained model against the exported folder, on real rows.
+
+Both are run as their users run them: the trained model through qrosa in 4 bits, the export through plain transformers
+in its own dtype. They run one after the other: of the trained model the rows' hidden states and the head are kept, from
+which its logits can be made again, and the rest is let go before the export is loaded. The peak is one model and a
+head.
+
+Agreement and KL are over every predicted token of the rows, prompts included, since a drift shows wherever the model
+predicts; the losses are over the supervised tokens, as everywhere else.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from qrosa.base.adapter_io import load_run_or_model
+from qrosa.data.template import EncodedRow
+from qrosa.errors import InputError
+from qrosa.eval.head import CHUNK_TOKENS, Head, decoder_output, evaluating, model_device
+from qrosa.export.card import Drift
+
+VERIFY_ROWS = 32
+
+
+@dataclass
+class _Recorded:
+    """A model's predictions, in a form from which logits are made again.
+
+    Attributes:
+        hidden: One [T, d] a row, on the CPU.
+        head: Makes logits of them.
+    """
+
+    hidden: list[Tensor]
+    head: Head
+
+
+@dataclass
+class _Sums:
+    tokens: int = 0
+    supervised: int = 0
+    same: int = 0
+    kl: float = 0.0
+    trained: float = 0.0
+    exported: float = 0.0
+
+
+def verify(
+    source: str | Path,
+    exported: str | Path,
+    rows: Sequence[EncodedRow],
+    *,
+    device: torch.device | str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> Drift:
+    """Compare a run with its export.
+
+    Args:
+        source: The run or adapter folder.
+        exported: The folder that was exported from it.
+        rows: Encoded rows, at most a few dozen.
+        device: Where both models run.
+        progress: Called with what is being done.
+
+    Returns:
+        The drift.
+
+    Raises:
+        InputError: No rows, or none with a supervised token.
+    """
+    if not any(label != -100 for row in rows for label in row.labels[1:]):
+        raise InputError("there are no supervised tokens to verify on", "give other rows with --data")
+    say = progress or (lambda _: None)
+    say("running the trained model")
+    model, _, _ = load_run_or_model(str(source), device)
+    trained = _record(model, rows)
+    del model
+    gc.collect()
+    say("running the exported model")
+    plain = _load_plain(exported, device)
+    return compare(trained, _record(plain, rows), rows)
+
+
+def compare(trained: _Recorded, exported: _Recorded, rows: Sequence[EncodedRow]) -> Drift:
+    """The drift between two recordings of the same rows."""
+    sums = _Sums()
+    with torch.no_grad():
+        for p_hidden, q_hidden, row in zip(trained.hidden, exported.hidden, rows, strict=True):
+            for start in range(0, p_hidden.shape[0], CHUNK_TOKENS):
+                chunk = slice(start, start + CHUNK_TOKENS)
+                labels = torch.tensor(row.labels[1:][chunk])
+                p = torch.log_softmax(trained.head.logits(p_hidden[chunk]), dim=-1).cpu()
+                q = torch.log_softmax(exported.head.logits(q_hidden[chunk]), dim=-1).cpu()
+                _add(sums, p, q, labels)
+    return {
+        "rows": len(rows),
+        "tokens": sums.tokens,
+        "supervised_tokens": sums.supervised,
+        "top1_agreement": sums.same / sums.tokens,
+        "mean_kl": sums.kl / sums.tokens,
+        "loss_trained": sums.trained / sums.supervised,
+        "loss_exported": sums.exported / sums.supervised,
+        "loss_difference": (sums.exported - sums.trained) / sums.supervised,
+    }
+
+
+def _add(sums: _Sums, p: Tensor, q: Tensor, labels: Tensor) -> None:
+    """Add a chunk: log-probabilities [t, V] of the trained and the exported model, labels [t]."""
+    sums.tokens += p.shape[0]
+    sums.same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
+    sums.kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+    supervised = (labels != -100).nonzero().squeeze(1)
+    picked = labels[supervised, None]
+    sums.supervised += len(supervised)
+    sums.trained -= float(p[supervised].gather(1, picked).sum(dtype=torch.float64))
+    sums.exported -= float(q[supervised].gather(1, picked).sum(dtype=torch.float64))
+
+
+def _record(model: nn.Module, rows: Sequence[EncodedRow]) -> _Recorded:
+    """Hidden states of every position that predicts a token, a row at a time, without padding."""
+    device = model_device(model)
+    hidden = []
+    with evaluating(model):
+        for row in rows:
+            ids = torch.tensor([row.input_ids], device=device)
+            output = decoder_output(model, ids, torch.ones_like(ids), use_cache=False)
+            hidden.append(output.last_hidden_state[0, :-1].cpu())
+    return _Recorded(hidden, Head.of(model))
+
+
+def _load_plain(folder: str | Path, device: torch.device | str) -> nn.Module:
+    """The exported folder, as anybody would load it."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return cast(nn.Module, cast(Any, model).to(device).eval())
