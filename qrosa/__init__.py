@@ -23,19 +23,19 @@ _EXPORTS = {
     "merge": "qrosa.export.merge",
     "save_adapter": "qrosa.base.adapter_io",
     "load_adapter": "qrosa.base.adapter_io",
-    "select_masks": "qrosa.masks.select",
+    "select_masks": "qrosa.masks.apply",
 }
-__all__ = [*_EXPORTS, "__version__"]  # noqa: PLE0604
+__all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from qrosa.adapters.linear import QRosaLinear as QRosaLinear
     from qrosa.api import load as load
-    from qrosa.export.merge import merge as merge
     from qrosa.base.adapter_io import load_adapter as load_adapter
     from qrosa.base.adapter_io import save_adapter as save_adapter
     from qrosa.config import AdapterConfig as AdapterConfig
     from qrosa.config import MaskConfig as MaskConfig
-    from qrosa.masks.select import select_masks as select_masks
+    from qrosa.export.merge import merge as merge
+    from qrosa.masks.apply import select_masks as select_masks
     from qrosa.sparse.csr import CsrDelta as CsrDelta
 
 

@@ -30,8 +30,8 @@ def load(
         seed: Source of the low-rank part's initial values.
 
     Returns:
-        A transformers model and its tokenizer. The low-rank part is trainable at once; ``qrosa.select_masks(model, batches)``
-        adds the sparse part.
+        A transformers model and its tokenizer. The low-rank part is trainable at once;
+        ``qrosa.select_masks(model, batches)`` adds the sparse part.
 
     Raises:
         InputError: A model that cannot be a base, or a budget that cannot be met.

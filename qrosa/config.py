@@ -92,7 +92,9 @@ class AdapterConfig:
         _check_range("sparse_share", self.sparse_share, 0, 1)
         _check_positive("alpha", self.alpha)
         if not 0 <= self.dropout < 1:
-            raise InputError(f"--dropout {self.dropout:g} is out of range", "use a share from 0 up to, not including, 1")
+            raise InputError(
+                f"--dropout {self.dropout:g} is out of range", "use a share from 0 up to, not including, 1"
+            )
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,9 @@ def inject_low_rank(
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every adapter parameter, in model order."""
-    return [parameter for layer in quantized_linears(model).values() for parameter in layer.adapter_parameters().values()]
+    return [
+        parameter for layer in quantized_linears(model).values() for parameter in layer.adapter_parameters().values()
+    ]
 
 
 def set_adapter_enabled(model: nn.Module, enabled: bool) -> None:
@@ -124,7 +126,9 @@ def load_adapter_state(
     for full_name, tensor in state.items():
         path, _, name = full_name.rpartition(".")
         if path not in layers or name not in _TENSORS:
-            raise InputError(f"the adapter holds {full_name!r}, which this base does not have", "use the adapter's own base")
+            raise InputError(
+                f"the adapter holds {full_name!r}, which this base does not have", "use the adapter's own base"
+            )
         by_layer.setdefault(path, {})[name] = tensor
     deltas = {path: _checked_delta(path, layers[path], tensors) for path, tensors in by_layer.items()}
     for path, layer in layers.items():
@@ -157,8 +161,6 @@ def _checked_delta(path: str, layer: QRosaLinear, tensors: Mapping[str, Tensor])
             )
     if not all(sparse):
         return None
-    delta = CsrDelta(
-        tensors["sparse_row_ptr"], tensors["sparse_col"], tensors["sparse_values"], layer.weight.shape
-    )
+    delta = CsrDelta(tensors["sparse_row_ptr"], tensors["sparse_col"], tensors["sparse_values"], layer.weight.shape)
     delta.check()
     return delta

@@ -3,9 +3,9 @@
     Y = X @ (deq(Wq) + S)^T + (alpha / r) * drop(X) @ A^T @ B^T + bias
 
 The arithmetic is one op, ``qrosa::linear``, which keeps X once for its backward pass and builds the dense weight in a
-scratch that it gives back before it returns. This module only owns the tensors. Both parts are optional and may come and
-go: warm-up trains the low-rank part alone, mask selection adds the sparse part later, and with ``adapter_enabled``
-off the layer is the bare 4-bit base.
+scratch that it gives back before it returns. This module only owns the tensors. Both parts are optional and may
+come and go: warm-up trains the low-rank part alone, mask selection adds the sparse part later, and with
+``adapter_enabled`` off the layer is the bare 4-bit base.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class QRosaLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device
         if device != self.weight.device:
             self.weight = self.weight.to(device)
@@ -196,4 +196,5 @@ class QRosaLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, as ``print(model)`` shows them."""
-        return f"in={self.in_features}, out={self.out_features}, rank={self.rank}, nnz={self.nnz}, bias={self.bias is not None}"
+        sizes = f"in={self.in_features}, out={self.out_features}, rank={self.rank}, nnz={self.nnz}"
+        return f"{sizes}, bias={self.bias is not None}"

@@ -1,7 +1,7 @@
 """Adapters of a loaded model: putting them on by budget, saving them, loading them, and loading a finished run.
 
-An adapter belongs to one base. Its config names the base's fingerprint, and it loads on no other: merged into or run on a
-different base, an adapter silently gives a worse model.
+An adapter belongs to one base. Its config names the base's fingerprint, and it loads on no other: merged into or
+run on a different base, an adapter silently gives a worse model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qrosa.adapters.inject import (
     trainable_parameters,
 )
 from qrosa.base.checkpoint import open_checkpoint
-from qrosa.base.load import Progress, load_base
+from qrosa.base.load import Progress, base_info, load_base
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
 from qrosa.sparse.store import ADAPTER_FILE, CONFIG_FILE, read_adapter, read_adapter_config, write_adapter
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 def attach_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int = 42) -> Allocation:
     """Split the budget over the model's layers and add the low-rank part.
 
-    The sparse part's positions come from mask selection; how many each matrix gets is in the returned allocation, which is
-    also kept as ``model.qrosa_allocation``.
+    The sparse part's positions come from mask selection; how many each matrix gets is in the returned allocation,
+    which is also kept as ``model.qrosa_allocation``.
     """
-    allocation = allocate(config, linear_shapes(model), model.qrosa_base.parameters)  # type: ignore[union-attr]
+    allocation = allocate(config, linear_shapes(model), base_info(model).parameters)
     inject_low_rank(model, allocation.ranks, config.alpha, config.dropout, seed)
     model.qrosa_adapter = config  # type: ignore[assignment]
     model.qrosa_allocation = allocation  # type: ignore[assignment]
@@ -62,7 +62,7 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
     """What ``adapter_config.json`` says of the model's adapter."""
     layers = {path: layer for path, layer in quantized_linears(model).items() if layer.adapter_parameters()}
     settings: AdapterConfig | None = getattr(model, "qrosa_adapter", None)
-    base = dataclasses.asdict(model.qrosa_base)  # type: ignore[call-overload]
+    base = dataclasses.asdict(base_info(model))
     if Path(base["source"]).expanduser().exists():
         base["source"] = str(Path(base["source"]).expanduser().resolve())  # found again from any working directory
     return {
@@ -84,7 +84,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         StorageError: Damaged files.
     """
     tensors, config = read_adapter(adapter_folder(folder))
-    expected, found = config["base"].get("fingerprint"), model.qrosa_base.fingerprint  # type: ignore[union-attr]
+    expected, found = config["base"].get("fingerprint"), base_info(model).fingerprint
     if expected != found:
         raise InputError(
             f"the adapter in {folder} was trained on another base ({config['base'].get('source')}, "
@@ -109,14 +109,16 @@ def adapter_folder(source: str | Path) -> Path:
         if (candidate / CONFIG_FILE).is_file() and (candidate / ADAPTER_FILE).is_file():
             return candidate
     if (folder / "checkpoints").is_dir():
-        raise InputError(f"run {source} is not finished: it has no adapter yet", "resume it with qrosa finetune --resume")
+        raise InputError(
+            f"run {source} is not finished: it has no adapter yet", "resume it with qrosa finetune --resume"
+        )
     raise InputError(f"{source} holds no adapter", "give a run folder or its adapter/ folder")
 
 
 def is_run_or_adapter(source: str | Path) -> bool:
     """Whether ``source`` is a run or adapter folder and not a model."""
     folder = Path(source)
-    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file() or (
+    return ((folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()) or (
         folder.is_dir() and ((folder / "adapter").is_dir() or (folder / "checkpoints").is_dir())
     )
 

@@ -1,12 +1,12 @@
 """A base on disk, whatever its format, as one thing: named tensors that are read one at a time.
 
-Three kinds: ``dense`` (a folder of bf16, fp16 or fp32 safetensors), ``nf4`` (the same, already quantised by bitsandbytes) and
-``gguf`` (one file, its blocks decoded tensor by tensor). Names are always those of the transformers model, so that loading,
-mask repair and export walk the same list and none of them holds more than one 16-bit tensor.
+Three kinds: ``dense`` (a folder of bf16, fp16 or fp32 safetensors), ``nf4`` (the same, already quantised by
+bitsandbytes) and ``gguf`` (one file, its blocks decoded tensor by tensor). Names are always those of the transformers
+model, so that loading, mask repair and export walk the same list and none of them holds more than one 16-bit tensor.
 
-A base is recognised again by its *fingerprint*: a hash over each tensor's name, dtype, shape and three samples of its bytes.
-It tells fine-tuned variants apart, does not depend on how the tensors are sharded, and costs a second on a 70B folder
-where a hash of all bytes would cost minutes.
+A base is recognised again by its *fingerprint*: a hash over each tensor's name, dtype, shape and three samples of its
+bytes. It tells fine-tuned variants apart, does not depend on how the tensors are sharded, and costs a second on a 70B
+folder where a hash of all bytes would cost minutes.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Checkpoint(ABC):
         """
         if name not in self.names():
             raise InputError(
-                f"{self.source} has no tensor {name!r}", "the checkpoint does not match its config.json; download it again"
+                f"{self.source} has no tensor {name!r}",
+                "the checkpoint does not match its config.json; download it again",
             )
 
     @cached_property
@@ -174,7 +175,7 @@ class SafetensorsCheckpoint(Checkpoint):
             return AutoTokenizer.from_pretrained(self.folder)
         except Exception as error:  # tokenizers raise whatever their parser met
             raise InputError(
-                f"{self.source} has no usable tokenizer: {_first_line(error)}",
+                f"{self.source} has no usable tokenizer: {first_line(error)}",
                 "add tokenizer.json and tokenizer_config.json of the model to the folder",
             ) from None
 
@@ -204,7 +205,9 @@ def open_checkpoint(source: str) -> Checkpoint:
     if path.is_dir():
         return SafetensorsCheckpoint(source, path)
     if path.exists():
-        raise InputError(f"{source} is neither a model folder nor a .gguf file", "give the folder that holds config.json")
+        raise InputError(
+            f"{source} is neither a model folder nor a .gguf file", "give the folder that holds config.json"
+        )
     return SafetensorsCheckpoint(source, _download(source))
 
 
@@ -236,10 +239,11 @@ def _download(source: str) -> Path:
         raise InputError(f"model {source!r} does not exist", hint) from None
     except LocalEntryNotFoundError:
         raise InputError(
-            f"model {source!r} is no local folder and is not in the Hugging Face cache, and the hub cannot be reached", hint
+            f"model {source!r} is no local folder and is not in the Hugging Face cache, and the hub cannot be reached",
+            hint,
         ) from None
     except Exception as error:  # the hub client's errors differ by transport
-        raise InputError(f"model {source!r} cannot be fetched: {_first_line(error)}", hint) from None
+        raise InputError(f"model {source!r} cannot be fetched: {first_line(error)}", hint) from None
 
 
 def _safetensors_files(source: str, folder: Path) -> list[Path]:
@@ -270,11 +274,12 @@ def _text_config(source: str, folder: Path) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # unknown architectures surface as ValueError, KeyError or strict-dataclass errors
         raise InputError(
-            f"the config.json of {source} is not understood: {_first_line(error)}",
+            f"the config.json of {source} is not understood: {first_line(error)}",
             "use a decoder-only model that this version of transformers knows",
         ) from None
     text = getattr(config, "text_config", None)
-    return config if text is None else text
+    chosen: PretrainedConfig = config if text is None else text
+    return chosen
 
 
 def _kind(source: str, quantization: Any, tensors: dict[str, tuple[Path, str]]) -> str:
@@ -298,5 +303,6 @@ def _text_name(stored: str) -> str:
     return stored
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of a library's error text, for errors that are one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

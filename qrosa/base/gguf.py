@@ -1,8 +1,8 @@
 """A ``.gguf`` file as a base.
 
-The file's blocks (Q4_1, Q8_0, F16, ...) are decoded to fp32 one tensor at a time with the ``gguf`` package and then quantised to NF4
-like any other checkpoint. Names, and the head permutation that llama.cpp applies to some projections, are undone by
-transformers' own tables, so every architecture that transformers reads from GGUF works; reading through
+The file's blocks (Q4_1, Q8_0, F16, ...) are decoded to fp32 one tensor at a time with the ``gguf`` package and then
+quantised to NF4 like any other checkpoint. Names, and the head permutation that llama.cpp applies to some projections,
+are undone by transformers' own tables, so every architecture that transformers reads from GGUF works; reading through
 ``from_pretrained`` itself would hold the whole model in fp32.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qrosa.base.checkpoint import Checkpoint, _first_line
+from qrosa.base.checkpoint import Checkpoint, first_line
 from qrosa.errors import InputError, StorageError
 
 if TYPE_CHECKING:
@@ -39,11 +39,12 @@ class GGUFCheckpoint(Checkpoint):
                 model = AutoModelForCausalLM.from_config(self.config)
         except Exception as error:  # unknown architectures surface as ValueError or KeyError
             raise InputError(
-                f"{source} cannot be used: {_first_line(error)}", "use a GGUF file of an architecture transformers can read"
+                f"{source} cannot be used: {first_line(error)}",
+                "use a GGUF file of an architecture transformers can read",
             ) from None
         architecture = tables.read_field(self._reader, "general.architecture")[0]
         processor_type = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)
-        self._processor = processor_type(config=self.config.to_dict())
+        self._processor = processor_type(config=self.config.to_dict())  # type: ignore[no-untyped-call]
         names = tables.get_gguf_hf_weights_map(model, self._processor)
         stored = {tensor.name: tensor for tensor in self._reader.tensors}
         self._tensors = {name: stored[theirs] for theirs, name in names.items() if theirs in stored}
@@ -83,7 +84,8 @@ class GGUFCheckpoint(Checkpoint):
             return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
         except Exception as error:  # tokenizers raise whatever their parser met
             raise InputError(
-                f"the tokenizer in {self.source} cannot be used: {_first_line(error)}", "use the model's safetensors folder"
+                f"the tokenizer in {self.source} cannot be used: {first_line(error)}",
+                "use the model's safetensors folder",
             ) from None
 
 
@@ -99,4 +101,6 @@ def _open(source: str, path: Path) -> Any:
     except PermissionError:
         raise StorageError(f"{source} cannot be read", "check the file's permissions") from None
     except Exception as error:  # the reader trusts the file and fails in many ways on a damaged one
-        raise StorageError(f"{source} is not a sound GGUF file: {_first_line(error)}", "download the file again") from None
+        raise StorageError(
+            f"{source} is not a sound GGUF file: {first_line(error)}", "download the file again"
+        ) from None

@@ -1,21 +1,21 @@
 """Loading a base: an empty model, filled tensor by tensor, each linear layer quantised as it comes.
 
-At no time does a 16-bit copy of the model stand beside the 4-bit one: the peak is the 4-bit model and one 16-bit matrix. All
-parameters are frozen; adapters are added afterwards.
+At no time does a 16-bit copy of the model stand beside the 4-bit one: the peak is the 4-bit model and one 16-bit
+matrix. All parameters are frozen; adapters are added afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from qrosa.adapters.inject import quantized_linears, replace_module, target_linears
 from qrosa.adapters.linear import QRosaLinear
-from qrosa.base.checkpoint import Checkpoint, SafetensorsCheckpoint, _first_line, open_checkpoint
+from qrosa.base.checkpoint import Checkpoint, SafetensorsCheckpoint, first_line, open_checkpoint
 from qrosa.errors import InputError, StorageError
 from qrosa.quant.nf4 import NF4Weight
 
@@ -92,7 +92,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # an unsupported config surfaces as ValueError, KeyError or AttributeError
         raise InputError(
-            f"{getattr(config, 'model_type', 'this model')} cannot be built as a causal language model: {_first_line(error)}",
+            f"{getattr(config, 'model_type', 'this')} cannot be built as a causal LM: {first_line(error)}",
             "use a decoder-only model such as Llama, Mistral, Qwen, Gemma or Phi-3",
         ) from None
     for path, linear in target_linears(model).items():
@@ -117,7 +117,7 @@ def quantize_weight(checkpoint: Checkpoint, path: str, device: torch.device | st
     dense = checkpoint.read(name)
     if dense.ndim != 2 or not dense.is_floating_point():
         raise InputError(
-            f"tensor {name!r} of {checkpoint.source} is {dense.dtype} {tuple(dense.shape)}, not a floating-point matrix",
+            f"tensor {name!r} of {checkpoint.source} is {dense.dtype} {tuple(dense.shape)}, no floating-point matrix",
             "use a bf16, fp16 or fp32 checkpoint, or one quantised to NF4 by bitsandbytes",
         )
     return NF4Weight.quantize(dense.to(device), torch.bfloat16)
@@ -189,6 +189,11 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def model_device(model: Any) -> torch.device:
+def base_info(model: nn.Module) -> BaseInfo:
+    """Where a loaded model's base came from."""
+    return cast(BaseInfo, model.qrosa_base)
+
+
+def model_device(model: nn.Module) -> torch.device:
     """Where a loaded model computes."""
     return next(iter(quantized_linears(model).values())).weight.device

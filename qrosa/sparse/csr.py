@@ -1,9 +1,9 @@
 """The sparse delta of one weight matrix, in compressed sparse rows.
 
-Row pointers are int32. Columns are uint16 while K <= 65536, which covers every model up to some 70B and halves the index's
-bytes; signed 16-bit columns, as an earlier implementation had them, are wrong above 32767. Columns rise within
-a row and no position stands twice, so an order of the values is an order of the flat positions: a mask can be kept, sorted
-and compared as one int64 list. Values are fp32: folded into bf16, 1 to 9% of small updates would round away.
+Row pointers are int32. Columns are uint16 while K <= 65536, which covers every model up to some 70B and halves the
+index's bytes; signed 16-bit columns, as the reference implementation has them, are wrong above 32767. Columns rise
+within a row and no position stands twice, so the order of the values is the order of the flat positions: a mask can be
+kept, sorted and compared as one int64 list. Values are fp32: folded into bf16, 1 to 9% of small updates round away.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class CsrDelta:
     def from_mask(cls, mask: Tensor, values: Tensor | None = None) -> CsrDelta:
         """From a dense boolean mask [N, K]; values (default zero) in row-major order of the positions."""
         if mask.ndim != 2:
-            raise InputError(f"a mask must be a matrix, got shape {tuple(mask.shape)}", "give one bool per weight, [N, K]")
+            raise InputError(
+                f"a mask must be a matrix, got shape {tuple(mask.shape)}", "give one bool per weight, [N, K]"
+            )
         positions = mask.bool().flatten().nonzero().flatten()
         return cls.from_positions(positions, (int(mask.shape[0]), int(mask.shape[1])), values)
 
@@ -101,7 +103,9 @@ class CsrDelta:
         if self.row_ptr.dtype != torch.int32 or self.row_ptr.shape != (rows + 1,):
             raise InputError(f"sparse row pointers are not int32 [{rows + 1}]", hint)
         if self.col.dtype != column_dtype(columns) or self.values.dtype != torch.float32:
-            raise InputError(f"sparse columns or values have a wrong dtype ({self.col.dtype}, {self.values.dtype})", hint)
+            raise InputError(
+                f"sparse columns or values have a wrong dtype ({self.col.dtype}, {self.values.dtype})", hint
+            )
         counts = self.row_ptr[1:].long() - self.row_ptr[:-1].long()
         starts_and_ends = int(self.row_ptr[0]) == 0 and int(self.row_ptr[-1]) == self.nnz
         if not starts_and_ends or bool((counts < 0).any()) or self.values.shape != self.col.shape:

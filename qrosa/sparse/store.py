@@ -196,7 +196,9 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG_FILE
     if not path.is_file():
-        raise InputError(f"{folder} holds no adapter ({CONFIG_FILE} is missing)", "give a run folder or its adapter/ folder")
+        raise InputError(
+            f"{folder} holds no adapter ({CONFIG_FILE} is missing)", "give a run folder or its adapter/ folder"
+        )
     config = read_json(path)
     if config.get("format") != FORMAT:
         raise InputError(f"{path} is not a qrosa adapter", "adapters of other tools cannot be read; give a qrosa run")

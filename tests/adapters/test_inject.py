@@ -39,7 +39,9 @@ def adapted(folder: Path) -> nn.Module:
     layers = inject.quantized_linears(model)
     inject.inject_low_rank(model, dict.fromkeys(layers, 2) | {next(iter(layers)): 0}, alpha=4, dropout=0.1, seed=5)
     last = next(reversed(layers.values()))
-    last.set_sparse(CsrDelta.from_positions(torch.tensor([0, 5, 77]), last.weight.shape, torch.tensor([1.0, -2.0, 3.0])))
+    last.set_sparse(
+        CsrDelta.from_positions(torch.tensor([0, 5, 77]), last.weight.shape, torch.tensor([1.0, -2.0, 3.0]))
+    )
     return model
 
 
@@ -58,7 +60,8 @@ def test_state_goes_out_and_in(tiny_model_dir: Callable[..., Path]) -> None:
 def test_initial_values_depend_on_the_seed_alone(tiny_model_dir: Callable[..., Path]) -> None:
     first, second = adapted(tiny_model_dir()), adapted(tiny_model_dir())
     assert all(
-        torch.equal(a, b) for a, b in zip(inject.trainable_parameters(first), inject.trainable_parameters(second), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(inject.trainable_parameters(first), inject.trainable_parameters(second), strict=True)
     )
 
 

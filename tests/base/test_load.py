@@ -128,7 +128,10 @@ def test_gguf_loads_as_transformers_loads_it(smollm2: Path) -> None:
     checkpoint, prepared = open_checkpoint(str(path)), open_checkpoint(str(smollm2))
     assert checkpoint.kind == "gguf"
     model = empty_model(checkpoint.config)
-    for name in [*(name for name, _ in model.named_parameters()), *(f"{path}.weight" for path in quantized_linears(model))]:
+    for name in [
+        *(name for name, _ in model.named_parameters()),
+        *(f"{path}.weight" for path in quantized_linears(model)),
+    ]:
         assert checkpoint.shape(name) == prepared.shape(name)
         if "layers.7." in name or "embed" in name:
             assert torch.equal(checkpoint.read(name).bfloat16(), prepared.read(name)), name

@@ -12,7 +12,10 @@ import torch
 from qrosa.errors import InputError, QrosaError, StorageError
 from qrosa.sparse import store
 
-TENSORS = {"layer.low_rank_A": torch.randn(2, 6).bfloat16(), "layer.sparse_col": torch.tensor([1, 2], dtype=torch.uint16)}
+TENSORS = {
+    "layer.low_rank_A": torch.randn(2, 6).bfloat16(),
+    "layer.sparse_col": torch.tensor([1, 2], dtype=torch.uint16),
+}
 CONFIG = {"base": {}, "adapter": {}, "modules": {}}
 
 
