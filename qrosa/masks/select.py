@@ -167,9 +167,9 @@ def accumulate(
         for index, sample in enumerate(rows):
             with torch.enable_grad():
                 value = loss(model, sample)
-            if not bool(torch.isfinite(value)):
+            if not math.isfinite(float(value.detach())):
                 raise TrainingError(
-                    f"the loss of selection row {index + 1} is {float(value)}",
+                    f"the loss of selection row {index + 1} is {float(value.detach())}",
                     "lower the learning rate if this came after warm-up, else check the base",
                 )
             torch.autograd.grad(value, anchor, allow_unused=True)
