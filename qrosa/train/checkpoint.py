@@ -27,7 +27,15 @@ from typing import Any
 from torch import Tensor
 
 from qrosa.errors import InputError, QrosaError, StorageError
-from qrosa.sparse.store import ADAPTER_FILE, CONFIG_FILE, read_json, read_tensors, write_fault, write_json, write_tensors
+from qrosa.sparse.store import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    read_json,
+    read_tensors,
+    write_fault,
+    write_json,
+    write_tensors,
+)
 
 CHECKPOINTS = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -88,7 +88,8 @@ def _chunk(
     if not need_gradient:
         return loss, None
     gradient = logits.sub_(log_total[:, None]).exp_()  # softmax, in place
-    gradient.scatter_add_(1, labels[:, None], torch.full_like(gradient[:, :1], -1.0))
+    # scatter_ of distinct positions: a scatter_add_ would be slow wherever determinism is asked for.
+    gradient.scatter_(1, labels[:, None], gradient.gather(1, labels[:, None]) - 1.0)
     if capped is not None:
         gradient.mul_(capped.square_().neg_().add_(1.0))  # d tanh = 1 - tanh^2
     if scale != 1.0:

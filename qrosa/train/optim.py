@@ -18,6 +18,7 @@ bitsandbytes' paged optimizer falls back to plain memory on the CPU (it says so 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -231,6 +232,20 @@ class AdapterOptimizer:
         """One AdamW step of each part at its own learning rate; gradients are zero afterwards."""
         for name, group in self.groups.items():
             group.step(sparse_lr if name == SPARSE else lr)
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Norm of what was accumulated, by part."""
+        return {name: float(torch.linalg.vector_norm(group.gradient)) for name, group in self.groups.items()}
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the parameters as the model sees them, by part: the same as long as nothing was learnt."""
+        digests = {}
+        for name, group in self.groups.items():
+            digest = hashlib.sha256()
+            for parameter in group.parameters:
+                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digests[name] = digest.hexdigest()
+        return digests
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,72 @@
+"""How much memory a process takes, now and at its highest, phase by phase.
+
+On a card the allocator keeps the count. On the CPU the kernel does: ``VmHWM`` of ``/proc/self/status`` is the
+highest resident size since it was last reset, and writing ``5`` to ``/proc/self/clear_refs`` resets it, so a phase's
+peak is exact, not sampled. Where that file cannot be written the peak since the process started stands in; elsewhere
+than on Linux the current size does, which is a lower bound.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class MemoryMeter:
+    """Peak bytes of each phase of a run on one device.
+
+    Attributes:
+        peaks: Phase -> highest bytes: allocated by torch on a card, resident in the process on the CPU.
+    """
+
+    def __init__(self, device: torch.device, peaks: dict[str, int] | None = None) -> None:
+        self.device = device
+        self.peaks: dict[str, int] = dict(peaks or {})
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the block towards ``name``; phases may come back, and do not nest."""
+        self._reset()
+        try:
+            yield
+        finally:
+            self.peaks[name] = max(self.peaks.get(name, 0), self.peak())
+
+    def peak(self) -> int:
+        """Highest bytes since the phase began."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resident("VmHWM")
+
+    def now(self) -> int:
+        """Bytes taken at this moment."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        return resident("VmRSS")
+
+    def _reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        except OSError:
+            return  # not permitted, or not Linux: the peak then covers earlier phases too
+
+
+def resident(field: str) -> int:
+    """``VmHWM`` (peak) or ``VmRSS`` (now) of this process in bytes."""
+    try:
+        with open("/proc/self/status") as file:
+            found = re.search(rf"^{field}:\s+(\d+) kB", file.read(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return int(found[1]) * 1024
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,66 @@
+"""Mask selection inside a run: which rows it reads, with which loss, and the same masks on every process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from qrosa.masks.samples import Sample
+from qrosa.train.loss import chunked_loss, logit_rule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from qrosa.data.template import EncodedRow
+
+_SEED_SHIFT = 7919  # the selection's rows are drawn apart from the order of the steps
+
+
+def selection_rows(rows: Sequence[EncodedRow], count: int, seed: int) -> list[EncodedRow]:
+    """The training rows that masks are selected on: a function of the seed alone."""
+    chosen = random.Random(seed + _SEED_SHIFT).sample(range(len(rows)), min(count, len(rows)))
+    return [rows[index] for index in chosen]
+
+
+def sample_loss(chunk_tokens: int) -> Callable[[nn.Module, Sample], Tensor]:
+    """A sample's mean loss with the head applied in chunks, for ``select_masks``."""
+
+    def loss(model: nn.Module, sample: Sample) -> Tensor:
+        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        ids = torch.tensor([sample.input_ids], device=device)
+        output = model.get_decoder()(input_ids=ids, use_cache=False)  # type: ignore[operator]
+        softcap, scale = logit_rule(model.config)
+        total = chunked_loss(
+            output.last_hidden_state[0, :-1],
+            torch.tensor(sample.labels[1:], device=device),
+            model.get_output_embeddings(),  # type: ignore[operator]
+            chunk_tokens=chunk_tokens,
+            softcap=softcap,
+            scale=scale,
+        )
+        return total / sample.supervised
+
+    return loss
+
+
+def agree_on(accelerator: Accelerator, positions: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The main process's masks, on every process.
+
+    Every process selects on the same rows, but different cards may round differently, and masks that differ in
+    one place would add gradients of different positions.
+    """
+    if accelerator.num_processes == 1:
+        return positions
+    from accelerate.utils import broadcast
+
+    counts = torch.tensor([chosen.numel() for chosen in positions.values()], device=accelerator.device)
+    counts = broadcast(counts)
+    flat = torch.zeros(int(counts.sum()), dtype=torch.int64, device=accelerator.device)
+    if accelerator.is_main_process:
+        flat.copy_(torch.cat([chosen.to(torch.int64) for chosen in positions.values()]))
+    parts = broadcast(flat).cpu().split(counts.tolist())
+    return dict(zip(positions, parts, strict=True))

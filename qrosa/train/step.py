@@ -1,0 +1,161 @@
+"""The gradients of one optimizer step, whatever micro-batches it takes to get them.
+
+The effective batch is a promise, the micro-batch a means. The loss of a step is the sum over all its supervised tokens
+divided by their number, over all micro-batches and processes, so the split changes nothing but rounding. When memory
+runs out, the step's gradients so far are thrown away, the micro-batch is halved (rows and tokens) and the step begins
+again: earlier steps are untouched, and the repeated step is the one that the smaller split would have given at once.
+
+Each micro-batch seeds the generators from (seed, step, process, index) before its forward pass: dropout can be
+repeated after a restart without any saved generator state.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qrosa.data.batching import MicroBatch, micro_batches
+from qrosa.errors import DoesNotFitError
+from qrosa.train.loss import CHUNK_TOKENS, IGNORED, model_loss
+from qrosa.train.optim import AdapterOptimizer
+
+if TYPE_CHECKING:
+    from qrosa.data.template import EncodedRow
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that is computed at once.
+
+    Attributes:
+        rows: Sequences in a micro-batch.
+        tokens: Tokens in a micro-batch, padding included; a single longer row still makes a micro-batch.
+    """
+
+    rows: int
+    tokens: int
+
+    def halved(self) -> Limits:
+        """Half of both, and at least one."""
+        return Limits(max(1, self.rows // 2), max(1, self.tokens // 2))
+
+
+def supervised_tokens(row: EncodedRow) -> int:
+    """Tokens of a row that carry loss; the first token of a row is never predicted."""
+    return len(row.labels) - 1 - row.labels[1:].count(IGNORED)
+
+
+def micro_batch_seed(seed: int, step: int, process: int, index: int) -> int:
+    """A generator seed in [0, 2^63) that no two micro-batches of a run share but by chance."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{process}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up: torch's on a card, or on the CPU, or Python's own."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "out of memory" in text)
+
+
+def free_memory() -> None:
+    """Give back what a broken-off computation left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class StepRunner:
+    """Computes the gradients of optimizer steps into the optimizer's flat buffers.
+
+    Args:
+        model: The model, adapters in place.
+        optimizer: Owner of the flat gradients.
+        limits: Micro-batch to start with; ``self.limits`` holds the one now in use.
+        pad_id: Token that shorter rows are filled up with.
+        seed: The run's seed.
+        device: Where the model is.
+        chunk_tokens: Positions whose logits exist at once.
+        process: Index of this process among those that share a step.
+        on_shrink: Called with (step, limits before, limits after) when memory ran out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: AdapterOptimizer,
+        *,
+        limits: Limits,
+        pad_id: int,
+        seed: int,
+        device: torch.device,
+        chunk_tokens: int = CHUNK_TOKENS,
+        process: int = 0,
+        on_shrink: Callable[[int, Limits, Limits], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.limits = limits
+        self.pad_id = pad_id
+        self.seed = seed
+        self.device = device
+        self.chunk_tokens = chunk_tokens
+        self.process = process
+        self.on_shrink = on_shrink
+
+    def gradients(self, rows: Sequence[EncodedRow], step: int, normaliser: int) -> float:
+        """Add the gradient of ``sum of losses / normaliser`` over ``rows`` to the optimizer's flat gradients.
+
+        Args:
+            rows: This process's rows of the step; may be empty.
+            step: Optimizer step, from 0.
+            normaliser: Supervised tokens of the step over all processes.
+
+        Returns:
+            The sum of the rows' losses.
+
+        Raises:
+            DoesNotFitError: A single row does not fit the memory.
+        """
+        while True:
+            batches = micro_batches(rows, max_rows=self.limits.rows, max_tokens=self.limits.tokens, pad_id=self.pad_id)
+            try:
+                return self._run(batches, step, normaliser)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Outside the handler, whose traceback would keep the activations alive.
+            self.optimizer.zero_gradients()
+            self._shrink(batches, step)
+
+    def _run(self, batches: Sequence[MicroBatch], step: int, normaliser: int) -> float:
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(batches):
+            torch.manual_seed(micro_batch_seed(self.seed, step, self.process, index))
+            loss, _ = model_loss(self.model, batch.to(self.device), self.chunk_tokens)
+            (loss / normaliser).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+            self.optimizer.accumulate()
+        return float(total)
+
+    def _shrink(self, batches: Sequence[MicroBatch], step: int) -> None:
+        free_memory()
+        rows = max(batch.input_ids.shape[0] for batch in batches)
+        tokens = max(batch.input_ids.numel() for batch in batches)
+        if rows == 1:
+            raise DoesNotFitError(
+                f"one row of {tokens} tokens does not fit the memory",
+                "shorten the rows with --seq-len, or turn activation checkpointing on (--checkpointing on)",
+            )
+        before = self.limits
+        # From what was really computed at once: limits far above it would halve in vain.
+        self.limits = Limits(min(before.rows, rows), min(before.tokens, tokens)).halved()
+        if self.on_shrink is not None:
+            self.on_shrink(step, before, self.limits)
