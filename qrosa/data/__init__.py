@@ -1,0 +1,1 @@
+"""Data: rows from files, rows to tokens, tokens to micro-batches."""
