@@ -60,7 +60,9 @@ def examine() -> list[Check]:
     checks: list[Check] = []
     for name, look in _CHECKS.items():
         try:
-            checks.append(look())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what a warning would say is a finding here, with its hint
+                checks.append(look())
         except Exception as error:
             text = (str(error).splitlines() or [""])[0]
             hint = "install it again: pip install --force-reinstall qrosa, or 'make distclean build' in a clone"
@@ -112,9 +114,7 @@ def check_ops() -> Check:
     """Which op library serves which device, and whether it decodes what bitsandbytes packs."""
     import torch
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a missing library is this check's own finding
-        from qrosa import ops
+    from qrosa import ops
     from qrosa.quant.nf4 import NF4Weight
 
     status = ops.status()
