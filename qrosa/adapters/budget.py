@@ -1,7 +1,7 @@
 """From a budget to ranks and numbers of sparse values, module by module, in whole parameters.
 
-A rank-r part of an [N, K] matrix costs r * (N + K) parameters, a sparse part one per position. The low-rank share of the
-budget is spent in three steps:
+A rank-r part of an [N, K] matrix costs r * (N + K) parameters, a sparse part one per position. The low-rank share
+of the budget is spent in three steps:
 
 1. *Uniformly*: the largest rank that all modules can have.
 2. *What is left*, in whole +1 ranks, one a module: cheapest modules first, ties from the last decoder layer down. A
@@ -15,7 +15,8 @@ Sparse positions are shared out in proportion to N * K, by largest remainder, ne
 alternative, one rank everywhere, leaves up to the cost of one rank of all modules unspent: on a 135M model that is
 three quarters of a 0.3% budget.
 
-Shares are of all parameters of the base, embeddings included, a tied head once.
+Shares are of all parameters of the base, embeddings included, a tied head once. The result depends on the modules and
+not on their order: a plan made from a file's header and a loaded model agree.
 """
 
 from __future__ import annotations
@@ -129,8 +130,8 @@ def allocate(
             count 0. Decides only where the ranks beyond the uniform ones go.
 
     Raises:
-        InputError: A budget that no whole parameters can meet: below one rank, above 100%, or a mask with more positions
-            than the matrices have.
+        InputError: A budget that no whole parameters can meet: below one rank, above 100%, or a mask with more
+            positions than the matrices have.
     """
     if not linears:
         raise InputError("the model has no linear layers to adapt", "use a decoder-only model, such as Llama or Qwen")
@@ -164,7 +165,7 @@ def _from_budget(
     if used == 0:
         raise InputError(
             f"budget {config.budget} is {total:,} parameters, less than one rank of the smallest layer ({cheapest:,})",
-            f"raise the budget to {cheapest / base_parameters:.2g} of the base or more, or leave --sparse-share above 0",
+            f"raise the budget to {100 * cheapest / base_parameters:.2g}% or more, or leave --sparse-share above 0",
         )
     most = sum(linear.full_rank * linear.rank_cost for linear in linears)
     if total > most:
@@ -224,14 +225,16 @@ def spend_on_ranks(
 
 def _leftover_order(linears: Sequence[LinearShape], sensitivity: Mapping[str, float] | None) -> list[LinearShape]:
     if sensitivity is None:
-        return sorted(linears, key=lambda linear: (linear.rank_cost, -linear.layer))
+        return sorted(linears, key=lambda linear: (linear.rank_cost, -linear.layer, linear.path))
     known = set(sensitivity) & {linear.path for linear in linears}
     if not known:
         raise InputError("the sensitivities name no module of this model", "measure them on this base")
-    return sorted(
-        linears,
-        key=lambda linear: (-sensitivity.get(linear.path, 0.0) / linear.rank_cost, linear.rank_cost, -linear.layer),
-    )
+
+    def order(linear: LinearShape) -> tuple[float, int, int, str]:
+        gain = sensitivity.get(linear.path, 0.0) / linear.rank_cost
+        return -gain, linear.rank_cost, -linear.layer, linear.path
+
+    return sorted(linears, key=order)
 
 
 def _explicit(config: AdapterConfig, linears: Sequence[LinearShape]) -> tuple[dict[str, int], dict[str, int]]:
@@ -272,7 +275,7 @@ def _share_out(linears: Sequence[LinearShape], total: int, asked: str) -> dict[s
         )
     nnz = {linear.path: total * linear.size // positions for linear in linears}
     missing = total - sum(nnz.values())
-    by_remainder = sorted(linears, key=lambda linear: -(total * linear.size % positions))
+    by_remainder = sorted(linears, key=lambda linear: (-(total * linear.size % positions), linear.path))
     for linear in by_remainder[:missing]:
         nnz[linear.path] += 1
     return nnz
