@@ -1,0 +1,143 @@
+"""Everything that can refuse a run, before a single file is written or a weight is loaded.
+
+In the order of cost: the output folder, the packages asked for, the base's headers, the budget, the rows, the plan. What
+comes out is all that the run needs, settings resolved: where the user left a choice open, it is made here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qrosa.adapters.budget import Allocation, allocate
+from qrosa.config import RunConfig, parse_share
+from qrosa.errors import InputError
+from qrosa.memory.shape import ModelShape
+from qrosa.train.folder import check_output
+from qrosa.train.planning import RunPlan, plan_run
+from qrosa.train.schedule import Phases, warmup_and_total
+from qrosa.train.trackers import check_trackers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qrosa.base.checkpoint import Checkpoint
+    from qrosa.data.dataset import Dataset
+
+DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass
+class Prepared:
+    """A run that nothing speaks against.
+
+    Attributes:
+        config: Settings with every choice made.
+        checkpoint: The base, opened.
+        tokenizer: Its tokenizer.
+        train: Training rows.
+        heldout: Rows to evaluate on, or None.
+        allocation: Where the trainable parameters go.
+        phases: Length of the phases.
+        plan: Memory of each phase, and the settings that fit.
+    """
+
+    config: RunConfig
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    heldout: Dataset | None
+    allocation: Allocation
+    phases: Phases
+    plan: RunPlan
+
+    @property
+    def pad_id(self) -> int:
+        """Token to pad with; it is masked, so any will do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+
+    def fingerprints(self) -> dict[str, str]:
+        """What a resumed run must find unchanged."""
+        held_out = self.heldout.fingerprint() if self.heldout else "none"
+        return {"model": self.checkpoint.fingerprint(), "data": f"{self.train.fingerprint()}+{held_out}"}
+
+
+def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry_run: bool = False) -> Prepared:
+    """Check and resolve a run; nothing is written.
+
+    Args:
+        config: The settings as given.
+        resume: Go on with the run in the output folder.
+        force: Start over in a folder that holds a run.
+        dry_run: The output folder is not looked at.
+
+    Raises:
+        InputError: Anything about the settings, the base, the rows or the output.
+        DoesNotFitError: The plan does not fit the memory asked for.
+        StorageError: Damaged, unreadable or unwritable files.
+    """
+    from qrosa.base.checkpoint import open_checkpoint
+
+    if not dry_run:
+        check_output(Path(config.output), resume=resume, force=force)
+    check_trackers(config.train.log_to)
+    checkpoint = open_checkpoint(config.model)
+    shape = ModelShape.from_source(config.model)
+    allocation = allocate(config.adapter, shape.linears, shape.base_parameters)
+    tokenizer = checkpoint.tokenizer()
+    seq_len = resolve_seq_len(config.data.seq_len, checkpoint.config)
+    train, heldout = load_data(config, tokenizer, seq_len)
+    phases = warmup_and_total(
+        config, len(train), low_rank=allocation.low_rank_parameters > 0, sparse=allocation.nnz_total > 0
+    )
+    plan = plan_run(config, shape, allocation, train, heldout)
+    config = _resolve(config, seq_len, phases, plan)
+    return Prepared(config, checkpoint, tokenizer, train, heldout, allocation, phases, plan)
+
+
+def resolve_seq_len(asked: int | None, model_config: Any) -> int:
+    """The longest row in tokens: what was asked for, or the model's limit, at most 2048.
+
+    Raises:
+        InputError: More was asked for than the model can read.
+    """
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if asked is None:
+        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
+    if limit is not None and asked > limit:
+        raise InputError(f"--seq-len {asked} is more than the model reads ({limit})", f"use at most {limit}")
+    return asked
+
+
+def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tuple[Dataset, Dataset | None]:
+    """Training rows, and held-out rows if some were asked for."""
+    from qrosa.data.dataset import load_rows
+
+    data = config.data
+    assert data.data is not None
+    train = load_rows(data.data, tokenizer, seq_len=seq_len, train_on=data.train_on)
+    if data.eval_data is not None:
+        return train, load_rows(data.eval_data, tokenizer, seq_len=seq_len, train_on=data.train_on, split="test")
+    share = parse_share(data.eval_split, "--eval-split") if data.eval_split is not None else 0.0
+    return train.split(share, config.train.seed) if share > 0 else (train, None)
+
+
+def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: RunPlan) -> RunConfig:
+    """The settings with every open choice filled in."""
+    train = config.train
+    epochs = 1.0 if train.epochs is None and train.max_steps is None else train.epochs
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, seq_len=seq_len),
+        masks=dataclasses.replace(config.masks, warmup_steps=phases.warmup),
+        train=dataclasses.replace(
+            train,
+            epochs=epochs,
+            micro_batch=str(plan.limits.rows),
+            checkpointing="on" if plan.checkpointing else "off",
+            save_every=train.save_every or max(1, phases.total // 10),
+        ),
+    )

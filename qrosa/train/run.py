@@ -1,0 +1,255 @@
+"""A fine-tuning run from its settings to its report.
+
+    prepare (refuses what cannot work) -> load the base -> put the adapter on -> steps -> adapter, report, card
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qrosa.adapters.inject import quantized_linears
+from qrosa.base.adapter_io import attach_adapter, load_adapter, save_adapter
+from qrosa.base.load import load_base
+from qrosa.config import RunConfig, to_flat
+from qrosa.errors import InputError
+from qrosa.masks.repair import init_low_rank, set_masks
+from qrosa.masks.select import select_masks
+from qrosa.sparse.store import write_json, write_text
+from qrosa.train.checkpoint import Checkpoint, check_same_run, cut_back, latest
+from qrosa.train.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, make_folder
+from qrosa.train.loop import TrainingLoop, Work
+from qrosa.train.modes import choose_attention, set_checkpointing
+from qrosa.train.optim import AdapterOptimizer
+from qrosa.train.peak import MemoryMeter
+from qrosa.train.prepare import Prepared, prepare
+from qrosa.train.progress import Progress
+from qrosa.train.report import Facts, ModuleShare, write_report
+from qrosa.train.selection import agree_on, sample_loss, selection_rows
+from qrosa.train.state import RunState
+from qrosa.train.step import supervised_tokens
+from qrosa.train.trackers import make_accelerator, start_trackers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+
+def finetune(
+    config: RunConfig, *, resume: bool = False, force: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Fine-tune a model and write the run folder ``config.output``.
+
+    Args:
+        config: The settings.
+        resume: Go on with the run that lies in the output folder, from its newest sound checkpoint.
+        force: Start over in a folder that holds a run.
+        progress: Told of everything that people may want to see.
+
+    Returns:
+        The contents of ``report.json``.
+
+    Raises:
+        InputError: Bad settings, base, rows or output; a run to resume that is not the same run.
+        DoesNotFitError: The memory asked for is not enough.
+        TrainingError: Training diverged or taught the model nothing.
+        StorageError: Damaged, unreadable or unwritable files.
+        InterruptedRunError: A signal came, and a checkpoint was written.
+    """
+    progress = progress or Progress()
+    prepared = prepare(config, resume=resume, force=force)
+    try:
+        return _Run(prepared, progress).go(resume=resume, force=force)
+    finally:
+        progress.close()
+
+
+class _Run:
+    """One run in the making: what is loaded, and where it goes."""
+
+    def __init__(self, prepared: Prepared, progress: Progress) -> None:
+        self.prepared = prepared
+        self.config = prepared.config
+        self.progress = progress
+        self.folder = Path(self.config.output)
+        self.accelerator: Accelerator = make_accelerator(self.config.train.log_to, self.folder)
+        self.device: torch.device = self.accelerator.device
+        self.meter = MemoryMeter(self.device)
+        self.identity = {"settings": to_flat(self.config), "fingerprints": prepared.fingerprints()}
+
+    def go(self, *, resume: bool, force: bool) -> dict[str, Any]:
+        checkpoint = self._found_checkpoint() if resume else None
+        self._open_folder(checkpoint, fresh=not resume, force=force)
+        with self.meter.phase("load"):
+            model = self._load(checkpoint)
+        work = self._work(model, checkpoint)
+        start_trackers(self.accelerator, self.identity["settings"])
+        loop = TrainingLoop(work, self.progress)
+        loop.fit()
+        loop.evaluate()
+        self.accelerator.end_training()
+        return self._finish(work)
+
+    def _found_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to go on from; None where the run stopped before its first one."""
+        found = latest(self.folder, self.progress.notice)
+        if found is None:
+            self.progress.notice("the run has no checkpoint yet: it starts from the beginning")
+        else:
+            check_same_run(found.state, self.identity["settings"], self.identity["fingerprints"])
+        return found
+
+    def _open_folder(self, checkpoint: Checkpoint | None, *, fresh: bool, force: bool) -> None:
+        import yaml
+
+        if self.accelerator.is_main_process:
+            make_folder(self.folder, force=fresh and force)
+            logs = checkpoint.state["logs"] if checkpoint else {"metrics.jsonl": 0, "eval.jsonl": 0}
+            for name, size in logs.items():
+                cut_back(self.folder / name, size)
+            if fresh:
+                write_text(self.folder / CONFIG_FILE, yaml.safe_dump(self.identity["settings"], sort_keys=False))
+                write_json(self.folder / PLAN_FILE, self.prepared.plan.document)
+        self.accelerator.wait_for_everyone()
+
+    def _load(self, checkpoint: Checkpoint | None) -> nn.Module:
+        """The base in 4 bits with its adapter, new or from a checkpoint, ready to train."""
+        config, plan = self.config, self.prepared.plan
+        if self.device.type == "cuda":
+            # Deterministic attention backward, so that a resumed run is the same run to the bit.
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+            if plan.cap is not None:
+                total = torch.cuda.get_device_properties(self.device).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, plan.cap / total), self.device)
+        model, _ = load_base(
+            self.prepared.checkpoint, self.device, progress=lambda n, of: self.progress.stage("load", n, of)
+        )
+        choose_attention(model, self.device)
+        set_checkpointing(model, plan.checkpointing)
+        attach_adapter(model, config.adapter, config.train.seed)
+        if checkpoint is not None:
+            load_adapter(model, checkpoint.folder)
+        elif config.adapter.low_rank_init == "svd" and self.prepared.allocation.low_rank_parameters:
+            rows = self._selection_rows()
+            for notice in init_low_rank(
+                model,
+                rows,
+                limit=len(rows),
+                seed=config.train.seed,
+                checkpoint=None if self.prepared.checkpoint.kind == "nf4" else self.prepared.checkpoint,
+                progress=lambda n, of: self.progress.stage("svd", n, of),
+            ):
+                self.progress.notice(notice)
+        return model
+
+    def _work(self, model: nn.Module, checkpoint: Checkpoint | None) -> Work:
+        prepared, train = self.prepared, self.config.train
+        low_rank, sparse = _parameters(model)
+        optimizer = AdapterOptimizer(low_rank, sparse, kind=train.optimizer, weight_decay=train.weight_decay)
+        state = RunState(limits=prepared.plan.limits, eval_tokens=prepared.plan.eval_tokens)
+        if checkpoint is not None:
+            optimizer.load_state_tensors(checkpoint.optimizer_tensors())
+            state = RunState.from_json(checkpoint.state["run"])
+            self.meter.peaks = {**state.peaks, **self.meter.peaks}
+            self.progress.notice(f"going on after step {state.step}")
+        return Work(
+            config=self.config,
+            phases=prepared.phases,
+            folder=self.folder,
+            model=model,
+            optimizer=optimizer,
+            rows=prepared.train.rows,
+            heldout=prepared.heldout.rows if prepared.heldout else [],
+            pad_id=prepared.pad_id,
+            state=state,
+            accelerator=self.accelerator,
+            meter=self.meter,
+            identity=self.identity,
+            select=lambda: self._select(model, optimizer),
+            write_adapter=lambda folder: save_adapter(model, folder),
+            planned=prepared.plan.planned,
+            chunk_tokens=prepared.plan.chunk_tokens,
+        )
+
+    def _select(self, model: nn.Module, optimizer: AdapterOptimizer) -> tuple[int, int]:
+        """Pick the masks and hand the new sparse part to the optimizer."""
+        config, prepared = self.config, self.prepared
+        rows = self._selection_rows()
+        original = None if prepared.checkpoint.kind == "nf4" else prepared.checkpoint
+        positions = select_masks(
+            model,
+            rows,
+            config=config.masks,
+            nnz=prepared.allocation.nnz,
+            seed=config.train.seed,
+            group_bytes=prepared.plan.group_bytes,
+            progress=lambda done, total: self.progress.stage("select", done, total),
+            loss=sample_loss(prepared.plan.chunk_tokens),
+            checkpoint=original,
+        )
+        notices = set_masks(
+            model,
+            agree_on(self.accelerator, positions),
+            init=config.adapter.sparse_init,
+            low_rank_repairs=config.adapter.low_rank_init == "svd",
+            checkpoint=original if config.adapter.sparse_init == "residual" else None,
+        )
+        for notice in notices:
+            self.progress.notice(notice)
+        optimizer.add_sparse(_parameters(model)[1])
+        return sum(len(row.input_ids) for row in rows), sum(supervised_tokens(row) for row in rows)
+
+    def _selection_rows(self) -> list[Any]:
+        return selection_rows(self.prepared.train.rows, self.config.masks.mask_samples, self.config.train.seed)
+
+    def _finish(self, work: Work) -> dict[str, Any]:
+        """Save the adapter and write the report."""
+        with self.meter.phase("save"):
+            if self.accelerator.is_main_process:
+                save_adapter(work.model, self.folder / ADAPTER_FOLDER)
+        work.state.peaks = dict(self.meter.peaks)
+        facts = Facts(
+            settings=self.identity["settings"],
+            base=dataclasses.asdict(work.model.qrosa_base),  # type: ignore[call-overload]
+            phases=self.prepared.phases,
+            state=work.state,
+            planned=self.prepared.plan.planned,
+            modules=module_shares(work.model),
+            data=dataclasses.asdict(self.prepared.train.report),
+            trainable=sum(group.master.numel() for group in work.optimizer.groups.values()),
+        )
+        report = write_report(self.folder, facts) if self.accelerator.is_main_process else {}
+        self.accelerator.wait_for_everyone()
+        return report
+
+
+def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Low-rank and sparse parameters, in model order.
+
+    Raises:
+        InputError: The layers do not keep the dtypes that the optimizer relies on.
+    """
+    low_rank, sparse = [], []
+    for layer in quantized_linears(model).values():
+        for name, parameter in layer.adapter_parameters().items():
+            (sparse if name == "sparse_values" else low_rank).append(parameter)
+    if any(parameter.dtype != torch.float32 for parameter in sparse):
+        raise InputError("sparse values must be fp32", "do not cast the model")
+    return low_rank, sparse
+
+
+def module_shares(model: nn.Module) -> list[ModuleShare]:
+    """What each matrix of a model got of the adapter."""
+    from qrosa.adapters.inject import layer_index
+
+    shares = []
+    for path, layer in quantized_linears(model).items():
+        values = layer.sparse_values
+        rms = float(values.detach().square().mean().sqrt()) if values is not None and values.numel() else 0.0
+        size = layer.in_features * layer.out_features
+        shares.append(ModuleShare(path, layer_index(path), layer.rank, layer.nnz, size, rms))
+    return shares
