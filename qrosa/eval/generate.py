@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from qrosa.data.template import encode_prompt
 from qrosa.errors import InputError
 from qrosa.eval.head import evaluating, model_device
 
-Message = dict[str, str]
+Message = dict[str, Any]
 OnText = Callable[[str], None]
 
 
@@ -74,12 +75,17 @@ class Chat:
 
     Args:
         model: A transformers causal language model.
-        tokenizer: Its tokenizer; without a chat template the turns are joined as plain text.
+        tokenizer: Its tokenizer, with a chat template.
         sampling: How tokens are picked.
         system: The system message, if any.
+
+    Raises:
+        InputError: The tokenizer has no chat template.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, sampling: Sampling, system: str | None = None) -> None:
+        if not tokenizer.chat_template:
+            raise InputError("the model's tokenizer has no chat template", "use --prompt, which goes on from a text")
         self.model = model
         self.tokenizer = tokenizer
         self.sampling = sampling
@@ -146,22 +152,12 @@ def generate(
 
 
 def encode_messages(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Tokens of a conversation, up to where the assistant speaks next.
+    """Tokens of a conversation, up to where the assistant speaks next, exactly as training rows have them.
 
     Raises:
-        InputError: The template refuses the messages, such as a system message that it has no place for.
+        InputError: No chat template, or one that refuses the messages, such as a system message.
     """
-    if not tokenizer.chat_template:
-        text = "\n".join(message["content"] for message in messages) + "\n"
-        return list(tokenizer(text)["input_ids"])
-    try:
-        encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
-    except Exception as error:  # jinja's own errors, and whatever a template raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"the chat template refuses these messages: {reason}", "leave out --system, or use --raw"
-        ) from None
-    return list(encoded["input_ids"])
+    return encode_prompt(list(messages), tokenizer)
 
 
 def generate_ids(

@@ -4,11 +4,11 @@ The labels are the distinct completions of the rows themselves. Everything start
 are batched by length and padded on the left, so that all of them end at the same position, and the cache of that pass
 is shared by all that follows, which only computes a few tokens a row:
 
-- *loss*: the row's own completion, teacher-forced;
-- *accuracy*: the label with the highest summed log-probability after the prompt. What all labels share at their end
-  (the end of turn) is left out, unless one label is the beginning of another and only the end tells them apart.
-  Labels of one token then need no pass at all: they are read off the prompt's last position;
-- *exact match*: the text generated greedily, up to two tokens longer than the longest label, equals the completion's.
+- *accuracy*: the label with the highest summed log-probability after the prompt. The tokens that end the turn are left
+  out, unless one label is the beginning of another and only the end tells them apart. Labels of one token then need
+  no pass at all: they are read off the prompt's last position;
+- *exact match*: the text generated greedily, up to two tokens longer than the longest label, equals the completion's;
+- *loss*: the row's own completion, teacher-forced, where loss falls on nothing else (not with ``--train-on all``).
 
 A cache cannot be rewound for every architecture (sliding windows forget), so it is forked instead. The caches of plain
 and sliding-window attention replace their tensors and never write into them, which makes a fork free; others are
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qrosa.data.template import EncodedRow
 from qrosa.eval.generate import end_tokens, padding_token
 from qrosa.eval.head import decoder_output, evaluating, head_logits, model_device, token_log_probs
-from qrosa.eval.perplexity import IGNORED, MAX_ROWS, MAX_TOKENS, evaluate_loss, loss_result
+from qrosa.eval.perplexity import MAX_ROWS, MAX_TOKENS, evaluate_loss, loss_result
 
 MAX_LABELS = 64
 MAX_LABEL_TOKENS = 32
@@ -50,17 +50,19 @@ class TaskResult(TypedDict):
 
 @dataclass(frozen=True)
 class LabelSet:
-    """The distinct completions of a set of rows.
+    """The distinct completions of a set of rows, in order of first appearance.
 
     Attributes:
-        labels: Whole completions, end-of-turn tokens included, in order of first appearance.
-        scored: The part of each that tells it from the others.
-        shared_end: What was left out.
+        answers: Their tokens, without those that end the turn.
+        scored: What the likelihood is taken of: the answers, or the whole completions.
+        longest: Tokens of the longest whole completion.
+        ends: Tokens that end a turn.
     """
 
-    labels: tuple[Tokens, ...]
+    answers: tuple[Tokens, ...]
     scored: tuple[Tokens, ...]
-    shared_end: Tokens
+    longest: int
+    ends: frozenset[int]
 
 
 @dataclass
@@ -82,33 +84,22 @@ class _Tally:
     exact: int = 0
 
 
-def split_completion(row: EncodedRow) -> tuple[Tokens, Tokens] | None:
-    """Prompt and completion of a row with one unbroken supervised part, else None."""
-    supervised = [index for index, label in enumerate(row.labels) if label != IGNORED]
-    if not supervised or supervised[0] == 0 or supervised[-1] - supervised[0] + 1 != len(supervised):
-        return None
-    first, last = supervised[0], supervised[-1] + 1
-    return tuple(row.input_ids[:first]), tuple(row.input_ids[first:last])
-
-
 def find_labels(rows: Sequence[EncodedRow]) -> LabelSet | None:
     """The rows' label set, or None when they have none: 2 to 64 distinct completions of at most 32 tokens each."""
-    found: dict[Tokens, None] = {}
+    found: dict[Tokens, Tokens] = {}
     for row in rows:
-        parts = split_completion(row)
-        if parts is None or len(parts[1]) > MAX_LABEL_TOKENS:
+        answer, whole = _answer(row), _completion(row)
+        if not answer or len(whole) > MAX_LABEL_TOKENS:
             return None
-        found[parts[1]] = None
+        found[answer] = max(whole, found.get(answer, ()), key=len)
         if len(found) > MAX_LABELS:
             return None
     if len(found) < 2:
         return None
-    labels = tuple(found)
-    shared = _shared_end(labels)
-    scored = tuple(label[: len(label) - shared] for label in labels)
-    if any(a != b and b[: len(a)] == a for a in scored for b in scored):
-        return LabelSet(labels, labels, ())
-    return LabelSet(labels, scored, labels[0][len(labels[0]) - shared :])
+    answers, wholes = tuple(found), tuple(found.values())
+    nested = any(a != b and b[: len(a)] == a for a in answers for b in answers)
+    ends = frozenset(whole[len(answer)] for answer, whole in found.items() if len(whole) > len(answer))
+    return LabelSet(answers, wholes if nested else answers, max(map(len, wholes)), ends)
 
 
 def evaluate_tasks(
@@ -136,62 +127,67 @@ def evaluate_tasks(
         pad_id = padding_token(model, tokenizer)
         result = evaluate_loss(model, rows, max_tokens=max_tokens, pad_id=pad_id, progress=progress)
         return {**result, "accuracy": None, "exact_match": None}
+    shared = all(_loss_is_on_completion(row) for row in rows)
     tally = _Tally()
     with evaluating(model):
         for batch in _batches(rows, max_tokens):
             _score_batch(model, tokenizer, batch, labels, tally)
             if progress is not None:
                 progress(tally.rows, len(rows))
-    return {
-        **loss_result(tally.rows, tally.tokens, tally.loss),
-        "accuracy": tally.right / tally.rows,
-        "exact_match": tally.exact / tally.rows,
-    }
+    loss = (
+        loss_result(tally.rows, tally.tokens, tally.loss)
+        if shared
+        else evaluate_loss(model, rows, max_tokens=max_tokens, pad_id=padding_token(model, tokenizer))
+    )
+    return {**loss, "accuracy": tally.right / tally.rows, "exact_match": tally.exact / tally.rows}
 
 
-def _shared_end(labels: Sequence[Tokens]) -> int:
-    """Tokens that all labels share at their end, leaving each at least one of its own."""
-    limit = min(len(label) for label in labels) - 1
-    shared = 0
-    while shared < limit and len({label[-1 - shared] for label in labels}) == 1:
-        shared += 1
-    return shared
+def _completion(row: EncodedRow) -> Tokens:
+    return () if row.prompt_len is None else tuple(row.input_ids[row.prompt_len : row.turn_end])
 
 
-def _batches(rows: Sequence[EncodedRow], max_tokens: int) -> Iterator[list[tuple[Tokens, Tokens]]]:
-    """Prompt and completion of all rows, the longest prompts first, so that the largest batch fails first."""
-    parts = sorted((p for row in rows if (p := split_completion(row))), key=lambda p: len(p[0]), reverse=True)
+def _answer(row: EncodedRow) -> Tokens:
+    return () if not row.prompt_len else tuple(row.input_ids[row.prompt_len : row.answer_end])
+
+
+def _loss_is_on_completion(row: EncodedRow) -> bool:
+    """Whether the last completion's tokens, and no others, carry loss."""
+    completion = _completion(row)
+    start = row.prompt_len or 0
+    return row.supervised_tokens == len(completion) and tuple(row.labels[start : start + len(completion)]) == completion
+
+
+def _batches(rows: Sequence[EncodedRow], max_tokens: int) -> Iterator[list[EncodedRow]]:
+    """All rows, the longest prompts first, so that the largest batch comes, and fails, first."""
+    order = sorted(rows, key=lambda row: row.prompt_len or 0, reverse=True)
     start = 0
-    while start < len(parts):
-        size = max(1, min(MAX_ROWS, max_tokens // len(parts[start][0])))
-        yield parts[start : start + size]
+    while start < len(order):
+        size = max(1, min(MAX_ROWS, max_tokens // (order[start].prompt_len or 1)))
+        yield order[start : start + size]
         start += size
 
 
 def _score_batch(
-    model: nn.Module, tokenizer: Any, batch: Sequence[tuple[Tokens, Tokens]], labels: LabelSet, tally: _Tally
+    model: nn.Module, tokenizer: Any, batch: Sequence[EncodedRow], labels: LabelSet, tally: _Tally
 ) -> None:
     pad_id = padding_token(model, tokenizer)
-    gold = [completion for _, completion in batch]
-    prompted = _run_prompts(model, [prompt for prompt, _ in batch], pad_id)
+    gold = [_completion(row) for row in batch]
+    prompted = _run_prompts(model, [row.input_ids[: row.prompt_len] for row in batch], pad_id)
     first = torch.log_softmax(head_logits(model, prompted.last), dim=-1)  # fp32 [B, V]
     tally.rows += len(batch)
-    tally.tokens += sum(len(completion) for completion in gold)
+    tally.tokens += sum(map(len, gold))
     tally.loss -= _log_likelihood(model, prompted, first, gold, pad_id).double().sum().item()
     scores = [_log_likelihood(model, prompted, first, [label] * len(batch), pad_id) for label in labels.scored]
     picked = torch.stack(scores, dim=1).argmax(dim=1).tolist()
-    tally.right += sum(labels.labels[index] == completion for index, completion in zip(picked, gold, strict=True))
-    limit = max(len(label) for label in labels.labels) + _EXTRA_TOKENS
-    special = set(tokenizer.all_special_ids)
-    ends = end_tokens(model, tokenizer) | {token for token in labels.shared_end if token in special}
-    answers = _greedy(model, prompted, first, limit, ends)
+    tally.right += sum(labels.answers[index] == _answer(row) for index, row in zip(picked, batch, strict=True))
+    ends = end_tokens(model, tokenizer) | labels.ends
+    made = _greedy(model, prompted, first, labels.longest + _EXTRA_TOKENS, ends)
     tally.exact += sum(
-        _text(tokenizer, answer) == _text(tokenizer, completion)
-        for answer, completion in zip(answers, gold, strict=True)
+        _text(tokenizer, tokens) == _text(tokenizer, _answer(row)) for tokens, row in zip(made, batch, strict=True)
     )
 
 
-def _run_prompts(model: nn.Module, prompts: Sequence[Tokens], pad_id: int) -> _Prompted:
+def _run_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int) -> _Prompted:
     """The pass that all else shares; prompts are padded on the left."""
     device = model_device(model)
     width = max(len(prompt) for prompt in prompts)
