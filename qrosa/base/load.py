@@ -195,5 +195,5 @@ def base_info(model: nn.Module) -> BaseInfo:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Where a loaded model computes."""
-    return next(iter(quantized_linears(model).values())).weight.device
+    """Where a loaded model computes (the packed base may lie elsewhere)."""
+    return next(model.parameters()).device

@@ -1,0 +1,1 @@
+"""Keeping on the host what the card does not need now: boundary activations, and layers of the base."""

@@ -1,0 +1,131 @@
+"""A quantised layer as one flat run of bytes, so that it moves to the card in one copy.
+
+The tensors of an ``NF4Weight`` lie end to end, each aligned to 256 bytes; the absmax map, the same 1 KiB for every layer,
+stays out of it and on the card. A flat layer lives in one of two places: host memory, pinned where a card reads it, or
+a safetensors file that is mapped into memory, for hosts that have less memory than the base takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qrosa.errors import InputError, StorageError
+from qrosa.quant.nf4 import NF4Weight
+from qrosa.sparse.store import read_safetensors_header, write_tensors
+
+ALIGNMENT = 256
+_TENSORS = ("codes", "absmax", "absmax_scale", "absmax_offset")
+
+
+@dataclass(frozen=True)
+class FlatWeight:
+    """One layer's packed bytes and how to read them.
+
+    Attributes:
+        data: uint8 [nbytes], in host memory or mapped from a file.
+        template: The weight's shape, dtype and absmax map, its tensors on the meta device.
+        offsets: Byte offset of each tensor in ``data``, by attribute name.
+    """
+
+    data: Tensor
+    template: NF4Weight
+    offsets: dict[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of ``data``."""
+        return self.data.numel()
+
+    def views(self, data: Tensor, absmax_code: Tensor | None) -> NF4Weight:
+        """The layer's tensors as views of ``data``, a flat buffer that holds (a copy of) this layer's bytes.
+
+        Args:
+            data: uint8, at least ``nbytes`` long.
+            absmax_code: The absmax map on the same device, None when absmax is not nested.
+        """
+        tensors = {}
+        for name, offset in self.offsets.items():
+            like = getattr(self.template, name)
+            piece = data[offset : offset + like.numel() * like.element_size()]
+            tensors[name] = piece.view(like.dtype).view(like.shape)
+        return dataclasses.replace(self.template, absmax_code=absmax_code, **tensors)
+
+    def weight(self) -> NF4Weight:
+        """The layer as it lies on the host."""
+        return self.views(self.data, self.template.absmax_code)
+
+
+def flat_layout(weight: NF4Weight) -> tuple[dict[str, int], int]:
+    """Offset of each tensor, and the bytes of all of them."""
+    offsets, end = {}, 0
+    for name, tensor in weight.tensors().items():
+        if name in _TENSORS:
+            offsets[name] = end
+            size = tensor.numel() * tensor.element_size()
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+    return offsets, end
+
+
+def to_host(weight: NF4Weight, *, pinned: bool) -> FlatWeight:
+    """Copy a layer into one buffer in host memory.
+
+    Args:
+        weight: On any device.
+        pinned: Lock the pages, so that a card can copy from them while it computes.
+    """
+    offsets, nbytes = flat_layout(weight)
+    data = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+    _write(weight, offsets, data)
+    return FlatWeight(data, _template(weight), offsets)
+
+
+def to_disk(weight: NF4Weight, folder: Path, name: str) -> FlatWeight:
+    """Write a layer to ``folder/name.safetensors`` and map it; a file of the right size is taken as it is.
+
+    Raises:
+        InputError: ``folder`` is not a folder.
+        StorageError: The disk is full or the folder cannot be written.
+    """
+    offsets, nbytes = flat_layout(weight)
+    path = folder / f"{name}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{folder} is not a folder", "give a folder on a fast disk") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(f"{folder} cannot be written: {reason}", "check the folder's permissions") from None
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    _write(weight, offsets, data)
+    write_tensors(path, {"data": data})
+    header, start = read_safetensors_header(path)
+    begin, end = header["data"][2]
+    mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=start + begin, shape=(end - begin,))
+    return FlatWeight(torch.from_numpy(mapped), _template(weight), offsets)
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where ``folder`` is or would be."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    stats = os.statvfs(existing)
+    return stats.f_bavail * stats.f_frsize
+
+
+def _write(weight: NF4Weight, offsets: dict[str, int], data: Tensor) -> None:
+    data.zero_()  # the gaps of the alignment are written to disk too
+    for name, offset in offsets.items():
+        tensor = getattr(weight, name)
+        data[offset : offset + tensor.numel() * tensor.element_size()] = tensor.reshape(-1).view(torch.uint8).cpu()
+
+
+def _template(weight: NF4Weight) -> NF4Weight:
+    meta = weight.to("meta")
+    code = None if weight.absmax_code is None else weight.absmax_code.cpu()
+    return dataclasses.replace(meta, absmax_code=code)
