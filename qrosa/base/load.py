@@ -192,8 +192,3 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 def base_info(model: nn.Module) -> BaseInfo:
     """Where a loaded model's base came from."""
     return cast(BaseInfo, model.qrosa_base)
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Where a loaded model computes (the packed base may lie elsewhere)."""
-    return next(model.parameters()).device

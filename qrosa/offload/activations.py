@@ -1,8 +1,8 @@
 """Activation offload: what checkpointing keeps of each decoder block, kept in host memory.
 
-Activation checkpointing keeps one hidden state [B, L, d] a block, its *boundary*. Here each boundary goes to pinned host memory on a
-stream of its own as soon as its block has run, and comes back one block ahead of the backward pass. What is recomputed is
-computed from the same bits, so losses and gradients equal those without offload.
+Activation checkpointing keeps one hidden state [B, L, d] a block, its *boundary*. Here each boundary goes to pinned
+host memory on a stream of its own as soon as its block has run, and comes back one block ahead of the backward pass.
+What is recomputed is computed from the same bits, so losses and gradients equal those without offload.
 
 It works through torch's own non-reentrant checkpoint. That keeps a block's arguments in a closure; here it is handed a
 *boundary* object instead of the hidden state. The first forward pass takes the live tensor out of it, so the graph is

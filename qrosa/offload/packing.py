@@ -1,8 +1,8 @@
 """A quantised layer as one flat run of bytes, so that it moves to the card in one copy.
 
-The tensors of an ``NF4Weight`` lie end to end, each aligned to 256 bytes; the absmax map, the same 1 KiB for every layer,
-stays out of it and on the card. A flat layer lives in one of two places: host memory, pinned where a card reads it, or
-a safetensors file that is mapped into memory, for hosts that have less memory than the base takes.
+The tensors of an ``NF4Weight`` lie end to end, each aligned to 256 bytes; the absmax map, the same 1 KiB for every
+layer, stays out of it and on the card. A flat layer lives in one of two places: host memory, pinned where a card reads
+it, or a safetensors file that is mapped into memory, for hosts that have less memory than the base takes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class FlatWeight:
             data: uint8, at least ``nbytes`` long.
             absmax_code: The absmax map on the same device, None when absmax is not nested.
         """
-        tensors = {}
+        tensors: dict[str, Any] = {}
         for name, offset in self.offsets.items():
             like = getattr(self.template, name)
             piece = data[offset : offset + like.numel() * like.element_size()]

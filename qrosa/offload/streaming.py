@@ -1,18 +1,18 @@
 """Base streaming: the 4-bit layers stay in host memory and visit the card one decoder block at a time.
 
-Two slots on the card each hold one block. While block i computes out of one slot, the next block is copied into the other
-on a stream of its own: block i + 1 in the forward pass, block i - 1 in backward, where activation checkpointing runs each
-block's forward again right before its backward. The copy of a block waits for the work of the block that held the slot, the
-work of a block waits for its copy; nothing else waits, and the host never does. At 2048 tokens a step an 8B block computes
-longer than its 110 MB take over PCIe 4.0, so the copy hides.
+Two slots on the card each hold one block. While block i computes out of one slot, the next block is copied into the
+other on a stream of its own: block i + 1 in the forward pass, block i - 1 in backward, where activation checkpointing
+runs each block's forward again right before its backward. The copy of a block waits for the work of the block that
+held the slot, the work of a block waits for its copy; nothing else waits, and the host never does. At 2048 tokens a
+step an 8B block computes longer than its 110 MB take over PCIe 4.0, so the copy hides.
 
 Some blocks may stay on the card for good (*resident*). They are spread evenly, so that each copy has the arithmetic of
 several blocks to hide behind.
 
 The hooks stand on the linear layers and not on the blocks: a block's own hooks do not run again when checkpointing
-recomputes its forward, its children's do. Weights that are used in backward are the ones that the recomputed forward saw, in
-the slot that it used; without checkpointing a slot would have been overwritten by then, which autograd notices and
-refuses.
+recomputes its forward, its children's do. Weights that are used in backward are the ones that the recomputed forward
+saw, in the slot that it used; without checkpointing a slot would have been overwritten by then, which autograd notices
+and refuses.
 """
 
 from __future__ import annotations
