@@ -14,7 +14,7 @@ import threading
 
 import torch
 
-from qrosa.ops import reference
+from qrosa.ops import dropout, reference
 from qrosa.ops.operands import CsrOperands, NF4Operands
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -40,7 +40,9 @@ def release_workspace() -> None:
     _workspace.buffer = None
 
 
-def effective_weight(nf4: NF4Operands, csr: CsrOperands | None, shape: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
+def effective_weight(
+    nf4: NF4Operands, csr: CsrOperands | None, shape: tuple[int, int], like: torch.Tensor
+) -> torch.Tensor:
     """deq(Wq) + S [N, K] in ``like``'s dtype, in scratch that the next call overwrites."""
     if like.dtype == torch.float64:  # kernels end at fp32; fp64 is for checking gradients
         return reference.effective_weight(nf4, csr, shape, like.dtype)
@@ -51,7 +53,11 @@ def effective_weight(nf4: NF4Operands, csr: CsrOperands | None, shape: tuple[int
 
 def dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     """x with a share ``p`` of its elements zeroed and the rest scaled up; the same seed drops the same elements."""
-    return torch.ops.qrosa.dropout(x, p, seed) if p > 0.0 else x  # type: ignore[no-any-return]
+    if p == 0.0:
+        return x
+    if x.dtype == torch.float64:
+        return dropout.dropout(x, p, seed)
+    return torch.ops.qrosa.dropout(x.contiguous(), p, seed)  # type: ignore[no-any-return]
 
 
 def forward(

@@ -45,7 +45,9 @@ def row_indices(row_ptr: torch.Tensor, nnz: int) -> torch.Tensor:
     return torch.repeat_interleave(rows, row_ptr.diff().long(), output_size=nnz)
 
 
-def effective_weight(nf4: NF4Operands, csr: CsrOperands | None, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def effective_weight(
+    nf4: NF4Operands, csr: CsrOperands | None, shape: tuple[int, int], dtype: torch.dtype
+) -> torch.Tensor:
     """deq(Wq) + S, [N, K]: summed in fp32 (fp64 for an fp64 result), rounded once to ``dtype``."""
     dense = dequantize(nf4, shape, compute_dtype(dtype))
     if csr is not None and csr.col.numel():

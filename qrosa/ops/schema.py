@@ -63,7 +63,8 @@ def check_csr(row_ptr: OptionalTensor, col: OptionalTensor, values: OptionalTens
     expected = torch.uint16 if columns <= MAX_UINT16_COLUMNS else torch.int32
     torch._check(row_ptr.dtype == torch.int32, lambda: f"row_ptr must be int32, got {row_ptr.dtype}")
     torch._check(
-        row_ptr.numel() == rows + 1, lambda: f"row_ptr must hold {rows + 1} values for {rows} rows, got {row_ptr.numel()}"
+        row_ptr.numel() == rows + 1,
+        lambda: f"row_ptr must hold {rows + 1} values for {rows} rows, got {row_ptr.numel()}",
     )
     torch._check(col.dtype == expected, lambda: f"col must be {expected} for {columns} columns, got {col.dtype}")
     if values is not None:
@@ -126,6 +127,8 @@ def _(dy, x, stat, square):  # type: ignore[no-untyped-def]
         lambda: f"stat must be [{dy.shape[1]}, {x.shape[1]}], got {list(stat.shape)}",
     )
 
+
+LIBRARY.define("cpu_isa(int request) -> int")  # no tensors, so no fake: asked outside of graphs
 
 LIBRARY.define("dropout(Tensor x, float p, int seed) -> Tensor")
 

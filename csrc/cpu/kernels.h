@@ -1,0 +1,64 @@
+// What each instruction set provides: one table of kernels, filled by the file kernels_<isa>.cpp.
+//
+// The bindings split the work among threads and call through the table that `kernels()` picked for this machine. A kernel
+// works on a range, on raw pointers that were checked, and returns false when it met an index outside the matrix.
+#pragma once
+
+#include <cstdint>
+
+#include "../csr.h"
+#include "../dropout.h"
+#include "../nf4.h"
+
+namespace qrosa {
+
+enum class Float { kBf16, kFp16, kFp32 };
+
+enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+
+struct Kernels {
+  // out[row, :] = round(deq + S) for rows [begin, end); out is the whole [N, K].
+  bool (*dequant_rows)(const Nf4View& nf4, const CsrView& csr, Float type, void* out, int64_t columns, int64_t begin,
+                       int64_t end);
+
+  // 32-bit words that one packed column of `rows` rows takes (bf16 packs two rows in a word), padded for the vectors.
+  int64_t (*packed_words)(Float type, int64_t rows);
+  // packed[c * words + ...] = column c of src [rows, columns], zero-padded; src rows are `stride` elements apart.
+  void (*pack_columns)(Float type, const void* src, int64_t stride, int64_t rows, int64_t columns, uint32_t* packed);
+  // out[i] (+)= packed_dy[row] . packed_x[column i] for the stored positions of rows [begin, end).
+  bool (*sddmm_rows)(Float type, const CsrView& csr, const uint32_t* packed_dy, const uint32_t* packed_x, int64_t words,
+                     int64_t columns, int64_t begin, int64_t end, bool first, float* out);
+
+  // Floats of workspace that spmm_prepare writes for `rows` rows of x.
+  int64_t (*spmm_workspace)(Float type, int64_t rows, int64_t columns);
+  void (*spmm_prepare)(const Nf4View& nf4, Float type, const void* x, int64_t rows, int64_t columns, float* prepared);
+  // y[t, n] for n in [begin, end); y [rows, features]; tile: [columns + 64] floats of this thread's own.
+  bool (*spmm_rows)(const Nf4View& nf4, const CsrView& csr, Float type, const void* x, const float* prepared, void* y,
+                    int64_t rows, int64_t columns, int64_t features, int64_t begin, int64_t end, float* tile);
+
+  // tile [n, k] += dY^T X over `depth` rows; packed_dy as by pack_columns, x rows `stride` elements apart.
+  void (*score_tile)(Float type, const uint32_t* packed_dy, int64_t words, const void* x, int64_t stride, int64_t depth,
+                     int64_t n, int64_t k, uint32_t* packed_x, float* tile, int64_t tile_stride);
+  // stat += tile, or tile squared.
+  void (*score_add)(const float* tile, int64_t tile_stride, int64_t n, int64_t k, bool square, float* stat,
+                    int64_t stat_stride);
+
+  // out[i] = keep(i) ? x[i] * scale : 0 for i in [begin, end).
+  void (*dropout)(Float type, const void* x, void* out, int64_t begin, int64_t end, DropoutKeys keys,
+                  uint32_t threshold, float scale);
+};
+
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
+#endif
+
+// The kernels for this machine, or what QROSA_CPU_ISA / qrosa::cpu_isa asked for.
+const Kernels& kernels();
+Isa current_isa();
+// Uses `isa`, or the best below it that this machine has; returns what is used.
+Isa force_isa(Isa isa);
+
+}  // namespace qrosa

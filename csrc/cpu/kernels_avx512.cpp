@@ -1,0 +1,11 @@
+#define QROSA_ISA avx512
+#include "dequant_add.h"
+#include "dequant_spmm.h"
+#include "dropout_kernel.h"
+#include "score_accumulate.h"
+#include "sddmm.h"
+#include "table.h"
+
+namespace qrosa {
+const Kernels kAvx512Kernels = QROSA_KERNELS(avx512);
+}
