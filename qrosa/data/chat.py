@@ -16,6 +16,9 @@ Some templates write a turn differently once it is history, and prefixes then do
   be given it, and its answer.
 
 A turn that is not learnt is counted (``skipped``), never guessed at.
+
+Some templates (Llama 3, gpt-oss) write today's date. Here the clock stands still: the same rows must give the same
+tokens tomorrow, or a run could not be resumed.
 """
 
 from __future__ import annotations
@@ -32,6 +35,11 @@ if TYPE_CHECKING:
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "stand-in for the answer"
+# Shadows the function of the same name that transformers gives to templates; the date is Llama 3's own default.
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}"
+    "{% if format == '%Y-%m-%d' %}2024-07-26{% else %}26 Jul 2024{% endif %}{% endmacro %}"
+)
 
 
 @dataclass(frozen=True)
@@ -153,16 +161,18 @@ class ChatTemplate:
         options: dict[str, Any] = {"chat_template": self._source(conversation.tools), "tools": conversation.tools}
         options.update(self._tokenizer.special_tokens_map)
         try:
-            texts, marks = render_jinja_template([conversation.messages], return_assistant_tokens_mask=True, **options)
+            rendered: Any = render_jinja_template(
+                [conversation.messages], return_assistant_tokens_mask=True, **options
+            )  # annotated as text, in fact a pair: texts, character ranges
         except Exception as error:  # whatever a template's own code raises
             raise _refused(error, where) from None
-        text = texts[0]
+        [text], [marks] = rendered
         first = 0
         if conversation.first:  # answers inside a prompt are context
             context = self._try_render(conversation.messages[: conversation.first], conversation.tools)
             first = _common_length(context or "", text)
         spans: list[tuple[int, int]] = []
-        for start, end in marks[0]:
+        for start, end in marks:
             if self._closing and text.startswith(self._closing, end):
                 end += len(self._closing)
             if start < first or end <= start:
@@ -191,7 +201,8 @@ class ChatTemplate:
         return tail[: min(ends)] if ends else ""
 
     def _source(self, tools: list[Any] | None) -> str:
-        return self._tokenizer.get_chat_template(None, tools)
+        source = self._tokenizer.get_chat_template(None, tools)
+        return _FIXED_DATE + source if "strftime_now" in source else source
 
     def _try_render(self, messages: list[Message], tools: list[Any] | None, ask: bool = False) -> str | None:
         """None where the template refuses: part of a conversation may be none to it."""
@@ -202,7 +213,9 @@ class ChatTemplate:
 
     def _render(self, messages: list[Message], tools: list[Any] | None, where: str, ask: bool = False) -> str:
         try:
-            text = self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
+            text = self._tokenizer.apply_chat_template(
+                messages, tools, chat_template=self._source(tools), tokenize=False, add_generation_prompt=ask
+            )
         except Exception as error:  # whatever a template's own code raises
             raise _refused(error, where) from None
         return str(text)

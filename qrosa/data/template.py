@@ -104,6 +104,7 @@ class Encoder:
         self._bos = _leading_bos(tokenizer)
         added = tokenizer.added_tokens_decoder
         self._end_ids = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        self._spaces: dict[int, bool] = {}
         self._anchor_ids = self._find_anchor()
 
     def encode(self, raws: Sequence[RawRow]) -> list[EncodedRow]:
@@ -188,10 +189,22 @@ class Encoder:
         if raw.kind != "text":
             start, end = spans[-1] if spans else (len(ids), len(ids))
             encoded.prompt_len, encoded.turn_end = start, end
-            while end > start and ids[end - 1] in self._end_ids:
-                end -= 1
-            encoded.answer_end = end
+            encoded.answer_end = self._answer_end(ids, start, end)
         return encoded
+
+    def _answer_end(self, ids: list[int], start: int, end: int) -> int:
+        """Where the tokens that end a turn begin; there may be white space between them (Phi-3)."""
+        at = end
+        while at > start and (ids[at - 1] in self._end_ids or self._is_space(ids[at - 1])):
+            at -= 1
+            if ids[at] in self._end_ids:
+                end = at
+        return end
+
+    def _is_space(self, token: int) -> bool:
+        if token not in self._spaces:
+            self._spaces[token] = _decode(self._tokenizer, [token]).isspace()
+        return self._spaces[token]
 
     def _tokenize_pieces(self, rows: list[list[tuple[int, str]]]) -> list[list[list[int]]]:
         """Token ids of every row's pieces; a piece at position 0 is the start of a text, others continue one."""
@@ -253,8 +266,10 @@ def preview(rows: Iterable[EncodedRow], tokenizer: PreTrainedTokenizerBase, n: i
 
 def _cut(row: Rendered) -> list[tuple[int, str]]:
     """Pieces with their position: the text before the first span; then each span alone, and through to the next."""
+    if not row.spans:
+        return [(0, row.text)]
     starts = [start for start, _ in row.spans]
-    pieces = [(0, row.text[: starts[0]] if starts else row.text)]
+    pieces = [(0, row.text[: starts[0]])]
     for (start, end), following in zip(row.spans, [*starts[1:], len(row.text)], strict=True):
         pieces += [(start, row.text[start:end]), (start, row.text[start:following])]
     return pieces
