@@ -1,0 +1,124 @@
+"""A run's progress for people: one live line on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from qrosa.train.progress import Progress, StepLine
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SECONDS_BETWEEN_LINES = 10.0
+_STAGES = {"load": "loading", "svd": "fitting the low-rank part", "select": "selecting masks", "eval": "evaluating"}
+
+
+def make_progress(console: Console) -> Progress:
+    """The progress that suits where the output goes."""
+    return LiveProgress(console) if console.is_terminal else PlainProgress(console)
+
+
+class PlainProgress(Progress):
+    """A line now and then, for logs: the first step, the last one, and one every few seconds between them."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._last = float("-inf")
+        self._stage = ""
+
+    def notice(self, text: str) -> None:
+        """Printed at once."""
+        self._print(f"note: {text}")
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Printed when it begins and when it is done."""
+        if name != self._stage:
+            self._stage = name
+            self._print(f"{_STAGES.get(name, name)} ...")
+        if done >= total:
+            self._stage = ""
+
+    def step(self, line: StepLine) -> None:
+        """Printed if the last one was long enough ago."""
+        now = time.monotonic()
+        if line.step in (1, line.total) or now - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = now
+            self._print(describe(line))
+
+    def evaluated(self, step: int, loss: float, perplexity: float) -> None:
+        """Printed at once."""
+        self._print(f"after step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.3f}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+
+class LiveProgress(PlainProgress):
+    """One line that is drawn over, with what is worth keeping printed above it."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            transient=True,
+        )
+        self._task: Any = None
+        self._shown = ""
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Moves the bar."""
+        self._show(_STAGES.get(name, name), done, total, "")
+
+    def step(self, line: StepLine) -> None:
+        """Moves the bar and shows the step's figures beside it."""
+        figures = f"loss {line.loss:.4f}  {_speed(line)}  {_memory(line)}  {_left(line.seconds_left)} left"
+        self._show(_phase(line.phase), line.step, line.total, figures)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.stop()
+
+    def _show(self, what: str, done: int, total: int, figures: str) -> None:
+        self._bar.start()
+        if what != self._shown and self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+        if self._task is None:
+            self._task = self._bar.add_task(what, figures=figures)
+            self._shown = what
+        self._bar.update(self._task, completed=done, total=total, figures=figures)
+
+
+def describe(line: StepLine) -> str:
+    """A step as one line of a log."""
+    return (
+        f"step {line.step}/{line.total}  {_phase(line.phase)}  loss {line.loss:.4f}  {_speed(line)}  "
+        f"{_memory(line)}  {_left(line.seconds_left)} left"
+    )
+
+
+def _phase(phase: str) -> str:
+    return {"warmup": "warm-up", "train": "training"}.get(phase, phase)
+
+
+def _speed(line: StepLine) -> str:
+    return f"{line.tokens_per_s:,.0f} tokens/s"
+
+
+def _memory(line: StepLine) -> str:
+    planned = f" of {line.planned / 2**30:.2f} planned" if line.planned else ""
+    return f"{line.memory / 2**30:.2f} GiB{planned}"
+
+
+def _left(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
