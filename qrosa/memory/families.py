@@ -1,8 +1,8 @@
 """From a config.json to the shapes of all parameters, without building the model.
 
 transformers would build it on the meta device, but importing torch alone takes longer than a whole plan may. A decoder
-of the supported families is the same list of matrices with a few switches (fused projections, biases, extra norms), so the
-list is written down once, here, and a test holds it against the model that transformers builds. config.json files
+of the supported families is the same list of matrices with a few switches (fused projections, biases, extra norms), so
+the list is written down once, here, and a test holds it against the model that transformers builds. config.json files
 leave out values that equal their class's defaults; those defaults are here too. Unknown families are read as
 Llama-like where their config has Llama's keys, and the shape says so.
 """

@@ -64,10 +64,10 @@ def test_a_small_model_gets_ranks_where_they_are_cheap_then_from_the_last_layer(
     assert allocation.trainable == math.floor(0.003 * SMOL_PARAMETERS)
     of = {linear.path: allocation.ranks[linear.path] for linear in SMOL}
     assert all(of[f"model.layers.{i}.self_attn.{name}_proj"] >= 1 for i in range(30) for name in "qkvo")
-    covered = [i for i in range(30) if of[f"model.layers.{i}.mlp.gate_proj"]]
+    covered = [i for i in range(30) if of[f"model.layers.{i}.mlp.up_proj"]]
     assert covered == list(range(covered[0], 30)) and 0 < covered[0]
     words = " ".join(allocation.describe())
-    assert f"none on gate_proj of layers 0 to {covered[0] - 1}" in words and "rank 1 on the other" in words
+    assert f"up_proj of layers 0 to {covered[0] - 1}" in words and "rank 1 on the other" in words
 
 
 def test_a_count() -> None:

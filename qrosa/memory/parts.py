@@ -1,0 +1,128 @@
+"""What lies in memory for longer than a layer: the base, the adapter, gradients, optimizer, statistics, logits.
+
+One function a component, its formula in the docstring, bytes out. N and K are a matrix's sizes; sums run over the
+decoder's matrices. Sources: bitsandbytes' NF4 layout for the base, ``qrosa.train.optim`` and ``qrosa.train.loss`` for
+what training keeps, ``qrosa.masks`` for selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qrosa.adapters.budget import Allocation, LinearShape
+from qrosa.masks.groups import STATISTIC_BYTES, group_matrices
+from qrosa.memory.activations import FULL, HALF
+from qrosa.memory.families import Dimensions
+from qrosa.memory.shape import ModelShape
+
+_BLOCK, _NESTED_BLOCK, _CODE_TABLE = 64, 256, 1024
+_OPTIMIZER_BLOCK, _OPTIMIZER_MINIMUM = 256, 4096  # bitsandbytes' 8-bit AdamW; smaller tensors stay in fp32
+_TOP_K_CHUNK = 1 << 22  # values that top-k looks at together
+
+
+def nf4_bytes(out_features: int, in_features: int, nested: bool = True) -> int:
+    """A packed matrix: half a byte a weight; each block of 64 has an absmax, one byte when nested, with an fp32 scale for
+    256 of them and one fp32 offset, else fp32. Without the 1 KiB table that all matrices share.
+    """
+    size = out_features * in_features
+    blocks = -(-size // _BLOCK)
+    absmax = blocks + FULL * -(-blocks // _NESTED_BLOCK) + FULL if nested else FULL * blocks
+    return -(-size // 2) + absmax
+
+
+def base_bytes(shape: ModelShape) -> int:
+    """All packed matrices and the one shared table of nested absmax values."""
+    packed = sum(nf4_bytes(x.out_features, x.in_features, shape.nested) for x in shape.linears)
+    return packed + (_CODE_TABLE if shape.nested else 0)
+
+
+def unquantised_bytes(shape: ModelShape) -> int:
+    """Embeddings, norms, biases and an untied head, in bf16."""
+    return HALF * sum(shape.unquantised.values())
+
+
+def low_rank_bytes(allocation: Allocation) -> int:
+    """A [r, K] and B [N, r] in bf16."""
+    return HALF * allocation.low_rank_parameters
+
+
+def sparse_bytes(allocation: Allocation) -> int:
+    """fp32 values, uint16 columns (int32 where K > 65536), int32 row pointers [N + 1]; nothing where nnz is 0."""
+    total = 0
+    for linear in allocation.linears:
+        nnz = allocation.nnz[linear.path]
+        column = 2 if linear.in_features <= 1 << 16 else 4
+        total += nnz * (FULL + column) + (4 * (linear.out_features + 1) if nnz else 0)
+    return total
+
+
+def flat_gradient_bytes(low_rank: int, sparse: int) -> int:
+    """The flat fp32 gradients that micro-batches are added up in."""
+    return FULL * (low_rank + sparse)
+
+
+def micro_batch_gradient_bytes(low_rank: int, sparse: int) -> int:
+    """``.grad`` of one micro-batch: bf16 for the low-rank part, fp32 for the sparse part."""
+    return HALF * low_rank + FULL * sparse
+
+
+def optimizer_bytes(low_rank: int, sparse: int, optimizer: str) -> int:
+    """The fp32 master of the low-rank part (sparse values are their own), and two states a parameter.
+
+    AdamW: fp32 m and v. 8-bit: a byte each, an fp32 absmax for each block of 256 of each, and two 1 KiB tables.
+    """
+    return FULL * low_rank + sum(_state_bytes(size, optimizer) for size in (low_rank, sparse) if size)
+
+
+def _state_bytes(size: int, optimizer: str) -> int:
+    if optimizer == "adamw" or size < _OPTIMIZER_MINIMUM:
+        return 2 * FULL * size
+    return 2 * (size + FULL * -(-size // _OPTIMIZER_BLOCK) + _CODE_TABLE)
+
+
+def observed(allocation: Allocation, scope: str) -> dict[str, int]:
+    """Path -> N * K of the matrices whose statistics selection collects."""
+    wanted = [x for x in allocation.linears if scope == "global" or allocation.nnz[x.path]]
+    return {x.path: x.size for x in wanted}
+
+
+def statistic_bytes(sizes: dict[str, int], group_bytes: int) -> int:
+    """fp32 [N, K] for each matrix of the largest group, and for top-k of one of them a chunk of candidates."""
+    groups = group_matrices(sizes, max(group_bytes, STATISTIC_BYTES * max(sizes.values(), default=0)))
+    return max((STATISTIC_BYTES * sum(sizes[path] for path in group) for group in groups), default=0)
+
+
+def top_k_bytes(allocation: Allocation) -> int:
+    """Candidates of one matrix, joined with a chunk of 4M scores: values twice, pairs of value and index once."""
+    largest = max(allocation.linears, key=lambda x: x.size)
+    k = max(allocation.nnz.values())
+    return (2 * FULL + 16) * (k + min(largest.size, max(_TOP_K_CHUNK, k)))
+
+
+def loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int) -> int:
+    """From the decoder's last layer to the loss, all tokens supervised in the worst case.
+
+    [T, d]: the final norm's fp32 input, its output, the output without last positions, its supervised rows and their
+    gradient. A chunk of c positions: fp32 logits, the exponentials under their log-sum-exp and the gradient of the chunk
+    before, [c, V] each, and one more for capped logits.
+    """
+    chunk = min(chunk_tokens, tokens)
+    copies = 4 if dims.logit_softcap else 3
+    return tokens * dims.hidden * (FULL + 4 * HALF) + copies * FULL * chunk * dims.vocab
+
+
+def eval_loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int) -> int:
+    """The same without gradients: hidden states and their supervised rows, logits in bf16 and twice in fp32."""
+    chunk = min(chunk_tokens, tokens)
+    copies = 2 if dims.logit_softcap else 1
+    return 2 * HALF * tokens * dims.hidden + (HALF + (1 + copies) * FULL) * chunk * dims.vocab
+
+
+def quantise_bytes(linear_size: int, stored_bytes: int, on_cpu: bool) -> int:
+    """A matrix while it is quantised: as stored, its absmax, and on the CPU three fp32 copies (bitsandbytes' CPU code)."""
+    return (stored_bytes + (3 * FULL if on_cpu else 0)) * linear_size + 2 * FULL * -(-linear_size // _BLOCK)
+
+
+def largest(linears: Iterable[LinearShape]) -> int:
+    """N * K of the largest matrix."""
+    return max(linear.size for linear in linears)
