@@ -1,9 +1,9 @@
 """Activations of one decoder layer: what autograd saves, and what backward needs beside it.
 
-T tokens in a micro-batch, rows of L; d, f, H as in the model; bf16 unless said. The lists follow the transformers modules
-with ``qrosa::linear`` in place of their projections: that op saves its input once (shared where several projections read
-the same tensor) and drop(X) A^T; norms save their fp32 input; a frozen weight saves nothing. A test holds the sum
-against the tensors that autograd really saves, family by family, to the byte.
+T tokens in a micro-batch, rows of L; d, f, H as in the model; bf16 unless said. The lists follow the transformers
+modules with ``qrosa::linear`` in place of their projections: that op saves its input once (shared where several
+projections read the same tensor) and drop(X) A^T; norms save their fp32 input; a frozen weight saves nothing. A test
+holds the sum against the tensors that autograd really saves, family by family, to the byte.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def saved_by_layer(dims: Dimensions, batch: MicroBatch, attention: str, rank_sum
     Returns:
         ``norms``: each RMSNorm's fp32 input [T, d] and scale [T] (LayerNorm: bf16 input, fp32 mean and scale); the same
         for norms on queries and keys; Gemma's 1 + weight in fp32.
-        ``inputs``: X of the projections, [T, d] and [T, heads * head_dim]; the down projection's is in ``feed_forward``.
+        ``inputs``: X of the projections, [T, d] and [T, heads * head_dim]; for the down projection in ``feed_forward``.
         ``attention``: see below.
-        ``feed_forward``: gate, its activation, up, and their product, [T, f] each; Phi: GELU's four steps and its result.
+        ``feed_forward``: gate, its activation, up, and their product, [T, f] each; Phi: GELU's four steps and result.
         ``projected``: drop(X) A^T [T, r].
     """
     tokens, heads = batch.tokens, dims.heads + dims.kv_heads
@@ -76,8 +76,8 @@ def saved_by_layer(dims: Dimensions, batch: MicroBatch, attention: str, rank_sum
 def _saved_attention(dims: Dimensions, batch: MicroBatch, attention: str) -> int:
     """Rotated queries and keys, values; then by implementation.
 
-    Eager: keys and values repeated for every query head, probabilities [heads, T, L] in fp32 and bf16, the tanh of capped
-    scores. Fused: log-sum-exp fp32 [T, heads]; under a mask, keys and values repeated and the mask in bf16. Phi's and
+    Eager: keys and values repeated for every query head, probabilities [heads, T, L] in fp32 and bf16, the tanh of
+    capped scores. Fused: log-sum-exp fp32 [T, heads]; under a mask, keys and values repeated and the mask in bf16. Phi's and
     Phi-3's partial rotation joins tensors, which gives the output a layout that has to be copied for the projection;
     Phi-3's values are a view that keeps the whole fused projection alive.
     """
@@ -103,8 +103,8 @@ def backward_workspace(
     """What the backward pass of one layer holds at its peak beside everything that the layer saved.
 
     The peak is where backward enters the layer, in the down projection: the gradients of the residual stream and of the
-    layer's output [T, d], of its input [T, f], then either the dense weight (bf16 [N, K]) or, with dropout, the low-rank
-    part's term [T, f] before and after its mask. Eager attention has a peak of its own: the gradients of the scores in
+    layer's output [T, d], of its input [T, f], then either the dense weight (bf16 [N, K]) or, with dropout, the
+    low-rank part's term [T, f] before and after its mask. Eager attention has a peak of its own: the gradients of the scores in
     bf16 and fp32, twice, by which time what the feed-forward block saved is free again.
 
     Args:

@@ -287,7 +287,7 @@ def _save(work: Workload) -> PhaseMemory:
 def _export(work: Workload) -> PhaseMemory:
     """One tensor at a time on the host: quantised again, decoded and merged in fp32, rounded; the device is not used.
 
-    Composition holds the fp32 weight, the packed one and the low-rank product; quantising comes before it and is larger.
+    Composition holds the fp32 weight, the packed one and the low-rank product; quantising comes before and is larger.
     """
     matrix, stored = parts.largest(work.shape.linears), work.shape.stored_bytes
     quantising = parts.quantise_bytes(matrix, stored, True) + stored * matrix

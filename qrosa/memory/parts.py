@@ -21,8 +21,10 @@ _TOP_K_CHUNK = 1 << 22  # values that top-k looks at together
 
 
 def nf4_bytes(out_features: int, in_features: int, nested: bool = True) -> int:
-    """A packed matrix: half a byte a weight; each block of 64 has an absmax, one byte when nested, with an fp32 scale for
-    256 of them and one fp32 offset, else fp32. Without the 1 KiB table that all matrices share.
+    """A packed matrix: half a byte a weight, and an absmax for each block of 64.
+
+    Nested, an absmax is one byte, with an fp32 scale for 256 of them and one fp32 offset; else it is fp32. Without the
+    1 KiB table of nested values, which all matrices share.
     """
     size = out_features * in_features
     blocks = -(-size // _BLOCK)
@@ -103,8 +105,8 @@ def loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int) -> int:
     """From the decoder's last layer to the loss, all tokens supervised in the worst case.
 
     [T, d]: the final norm's fp32 input, its output, the output without last positions, its supervised rows and their
-    gradient. A chunk of c positions: fp32 logits, the exponentials under their log-sum-exp and the gradient of the chunk
-    before, [c, V] each, and one more for capped logits.
+    gradient. A chunk of c positions: fp32 logits, the exponentials under their log-sum-exp and the gradient of the
+    chunk before, [c, V] each, and one more for capped logits.
     """
     chunk = min(chunk_tokens, tokens)
     copies = 4 if dims.logit_softcap else 3
@@ -119,7 +121,7 @@ def eval_loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int) -> int:
 
 
 def quantise_bytes(linear_size: int, stored_bytes: int, on_cpu: bool) -> int:
-    """A matrix while it is quantised: as stored, its absmax, and on the CPU three fp32 copies (bitsandbytes' CPU code)."""
+    """A matrix while it is quantised: as stored, its absmax, and three fp32 copies in bitsandbytes' CPU code."""
     return (stored_bytes + (3 * FULL if on_cpu else 0)) * linear_size + 2 * FULL * -(-linear_size // _BLOCK)
 
 

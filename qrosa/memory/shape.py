@@ -1,8 +1,8 @@
 """The shape of a base: its matrices and sizes, read from headers, never from weights.
 
 Three sources, best first: the headers of a folder's safetensors files (a few kilobytes each), the tensor list of a
-``.gguf`` file, or config.json alone (a hub id, or a folder whose weights are not there yet). Module paths are those of the
-transformers model in every case, so a plan names the modules that training will.
+``.gguf`` file, or config.json alone (a hub id, or a folder whose weights are not there yet). Module paths are those of
+the transformers model in every case, so a plan names the modules that training will.
 """
 
 from __future__ import annotations

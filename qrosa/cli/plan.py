@@ -1,0 +1,127 @@
+"""``qrosa plan``: what a run will take, phase by phase, before anything is loaded.
+
+Answers from the model's config.json and file headers alone, without torch. Only ``--data`` loads a tokenizer, to measure
+the longest row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qrosa.cli.options import emit_json, given, json_option, model_option, progress_console, result_console
+from qrosa.cli.options import settings_options as settings_flags
+from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, make_group, read_yaml
+from qrosa.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qrosa.memory.plan import Plan
+
+# Settings that change memory, or what the plan is made from; the rest of a config is read and passed over.
+_SETTINGS = (
+    *("budget", "rank", "density", "sparse_per_layer", "sparse_share", "dropout", "low_rank_init"),
+    *("mask_score", "mask_scope", "mask_memory"),
+    *("data", "seq_len", "train_on"),
+    *("batch_size", "micro_batch", "optimizer", "checkpointing", "keep", "vram"),
+)
+_EXAMPLES = """\b
+Examples:
+  qrosa plan --model meta-llama/Llama-3.1-8B --budget 0.3% --vram 24GB
+  qrosa plan --model ./model --budget 20M --vram 12GB --seq-len 4096 --optimizer adamw8bit
+  qrosa plan --model ./model --rank 16 --density 0.6% --data rows.jsonl --json
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@model_option(required=False)
+@click.option("--config", metavar="FILE", help="YAML file with any of these settings; flags win.")
+@settings_flags("adapter", "masks", "data", "train", only=_SETTINGS)
+@json_option
+def command(model: str | None, config: str | None, as_json: bool, **settings: Any) -> None:
+    """Say what a run will take, phase by phase, before anything is loaded.
+
+    Prints the memory of loading, mask selection, training, evaluation, saving and export, component by component, and the
+    micro-batch, checkpointing and chunk sizes that fit. With --vram for that card, without for the card that is here, or
+    for this machine's memory if there is none. Exit code 3: it does not fit; the nearest settings that do are named.
+    """
+    values = (read_yaml(config) if config else {}) | given(settings)
+    source = model or values.get("model")
+    if not source:
+        raise InputError("--model is missing", "give --model, or model: in the config file")
+    made = make_plan(str(source), values)
+    if as_json:
+        emit_json(made.to_json())
+    else:
+        show(made, result_console())
+    made.require_fit()
+
+
+def make_plan(source: str, values: dict[str, Any]) -> Plan:
+    """Plan a model with flat settings, measuring the longest row if data is named.
+
+    Raises:
+        InputError: A model, a budget, rows or a setting that cannot be.
+    """
+    from qrosa.memory.shape import ModelShape
+    from qrosa.memory.solve import DEFAULT_SEQ_LEN, plan
+
+    adapter, masks = make_group(AdapterConfig, values), make_group(MaskConfig, values)
+    data, train = make_group(DataConfig, values), make_group(TrainConfig, values)
+    shape = ModelShape.from_source(source)
+    longest = None
+    if data.data is not None:
+        seq_len = data.seq_len or min(DEFAULT_SEQ_LEN, shape.dims.max_positions)
+        longest = longest_row(source, data, seq_len)
+    return plan(shape, adapter, masks, data, train, longest_row=longest)
+
+
+def longest_row(source: str, data: DataConfig, seq_len: int) -> int:
+    """Tokens of the longest training row, cut at ``seq_len``.
+
+    Raises:
+        InputError: No usable tokenizer or rows.
+    """
+    from qrosa.data.dataset import load_rows
+
+    assert data.data is not None
+    with progress_console().status("measuring the rows"):
+        rows = load_rows(data.data, _tokenizer(source), seq_len=seq_len, train_on=data.train_on)
+    return rows.report.longest
+
+
+def _tokenizer(source: str) -> Any:
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".gguf":
+        from qrosa.base.checkpoint import open_checkpoint
+
+        return open_checkpoint(source).tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path if path.is_dir() else source)
+    except Exception as error:  # tokenizers raise whatever their parser met
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(
+            f"{source} has no usable tokenizer: {first}",
+            "add the model's tokenizer files to the folder, or plan without --data",
+        ) from None
+
+
+def show(made: Plan, console: Console) -> None:
+    """Print a plan for people: table, where the budget went, the settings with their reasons, the verdict."""
+    console.print(made.table())
+    for line in made.allocation.describe():
+        console.print(line)
+    console.print()
+    for name, value in made.settings.items():
+        reason = made.reasons.get(name)
+        shown = (
+            ("on" if value else "off") if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else value
+        )
+        console.print(f"{name.replace('_', '-'):20} {shown!s:>14}" + (f"   {reason}" if reason else ""))
+    console.print()
+    console.print(made.verdict(), style="green" if made.fits else "red")

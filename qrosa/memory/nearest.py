@@ -1,0 +1,88 @@
+"""The settings nearest to a plan that does not fit, one change at a time, each tried before it is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from qrosa.errors import InputError
+from qrosa.memory.plan import Plan, Request, Suggestion
+from qrosa.memory.solve import solve_smallest
+
+_LENGTH_STEP = 64
+_GB_TENTH = 2**30 / 10
+
+
+def nearest(plan: Plan) -> list[Suggestion]:
+    """Single changes that make ``plan`` fit, the least painful first.
+
+    Undoing a forced micro-batch or forced checkpointing comes first, then 8-bit optimizer states, shorter rows, a
+    smaller budget, and a larger card, which always helps.
+    """
+    return [suggestion for suggestion in _tries(plan) if suggestion is not None]
+
+
+def _tries(plan: Plan) -> Iterator[Suggestion | None]:
+    request = plan.request
+    train = request.train
+    for name, free in (("micro_batch", "auto"), ("checkpointing", "auto"), ("optimizer", "adamw8bit")):
+        if getattr(train, name) != free and not (name == "optimizer" and train.optimizer != "adamw"):
+            change: dict[str, Any] = {name: free}
+            changed = dataclasses.replace(request, train=dataclasses.replace(train, **change))
+            yield _if_fits(changed, name, free)
+    yield _longest(request, plan.work.length)
+    yield _smaller_budget(request)
+    needed = math.ceil(plan.peak / _GB_TENTH) / 10
+    yield Suggestion("vram", f"{needed:g}GB", plan.peak)
+
+
+def _if_fits(request: Request, name: str, value: str) -> Suggestion | None:
+    try:
+        tried = solve_smallest(request)
+    except InputError:
+        return None
+    return Suggestion(name, value, tried.peak) if tried.fits else None
+
+
+def _longest(request: Request, length: int) -> Suggestion | None:
+    """The longest rows that fit, in steps of 64 tokens."""
+
+    def attempt(steps: int) -> Suggestion | None:
+        seq_len = steps * _LENGTH_STEP
+        data = dataclasses.replace(request.data, seq_len=seq_len)
+        return _if_fits(dataclasses.replace(request, data=data), "seq_len", str(seq_len))
+
+    return _largest(attempt, (length - 1) // _LENGTH_STEP)
+
+
+def _smaller_budget(request: Request) -> Suggestion | None:
+    """The largest share of the budget, in tenths, that fits."""
+    if request.adapter.budget is None:
+        return None
+    from qrosa.adapters.budget import allocate
+
+    trainable = allocate(request.adapter, request.shape.linears, request.shape.base_parameters).trainable
+
+    def attempt(tenths: int) -> Suggestion | None:
+        count = trainable * tenths // 10
+        if count < 1:
+            return None
+        adapter = dataclasses.replace(request.adapter, budget=str(count))
+        return _if_fits(dataclasses.replace(request, adapter=adapter), "budget", str(count))
+
+    return _largest(attempt, 9)
+
+
+def _largest(attempt: Callable[[int], Suggestion | None], most: int) -> Suggestion | None:
+    """What ``attempt`` gives for the largest number from 1 to ``most`` that succeeds, by bisection."""
+    found, low, high = None, 1, most
+    while low <= high:
+        middle = (low + high) // 2
+        tried = attempt(middle)
+        if tried is None:
+            high = middle - 1
+        else:
+            found, low = tried, middle + 1
+    return found

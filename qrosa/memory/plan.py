@@ -1,0 +1,229 @@
+"""A plan: settings that fit, what each phase takes with them, and why; as JSON and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qrosa.adapters.budget import Allocation
+from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
+from qrosa.errors import DoesNotFitError
+from qrosa.masks.groups import group_matrices
+from qrosa.memory.model import GRADIENT_SCORES, PhaseMemory, Workload
+from qrosa.memory.parts import observed
+from qrosa.memory.shape import ModelShape
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_OVERHEAD = ("cuda_context", "allocator_slack")  # what torch's own count of allocated bytes does not see
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for.
+
+    Attributes:
+        shape: The base.
+        adapter: Budget settings.
+        masks: Mask settings.
+        data: Data settings.
+        train: Training settings.
+        device: ``cuda`` or ``cpu``.
+        cap: Bytes that may be used: of the card, or of the host.
+        longest_row: Tokens of the longest row, None where no rows are known.
+    """
+
+    shape: ModelShape
+    adapter: AdapterConfig
+    masks: MaskConfig
+    data: DataConfig
+    train: TrainConfig
+    device: str
+    cap: int
+    longest_row: int | None
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change that makes a plan fit.
+
+    Attributes:
+        setting: Name of the setting, with underscores.
+        value: What to set it to.
+        peak: Bytes that the plan then takes at most.
+    """
+
+    setting: str
+    value: str
+    peak: int
+
+    def __str__(self) -> str:
+        return f"--{self.setting.replace('_', '-')} {self.value}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Chosen settings and the memory of every phase.
+
+    Attributes:
+        request: What was asked for.
+        work: The chosen settings.
+        allocation: Where the trained parameters are.
+        phases: Phase -> its memory, in order.
+        reasons: Setting -> why it was chosen.
+    """
+
+    request: Request
+    work: Workload
+    allocation: Allocation
+    phases: dict[str, PhaseMemory]
+    reasons: dict[str, str]
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that any phase takes of the memory that is capped."""
+        return max(self.bytes_of(memory) for memory in self.phases.values())
+
+    @property
+    def fits(self) -> bool:
+        """The peak is within the cap."""
+        return self.peak <= self.request.cap
+
+    def bytes_of(self, memory: PhaseMemory) -> int:
+        """A phase's bytes of the memory that is capped: the card's, or on the CPU the whole process's."""
+        return memory.device_total + (memory.host_total if self.work.on_cpu else 0)
+
+    @property
+    def planned(self) -> dict[str, int]:
+        """Phase -> bytes as a run measures them: allocated by torch on a card, resident in the process on the CPU."""
+        hidden = () if self.work.on_cpu else _OVERHEAD
+        return {
+            name: self.bytes_of(memory) - sum(memory.device.get(component, 0) for component in hidden)
+            for name, memory in self.phases.items()
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What training reads: micro-batch, checkpointing, chunks, groups, length."""
+        work = self.work
+        return {
+            "device": work.device,
+            "seq_len": self.request.data.seq_len or work.length,
+            "longest_row": work.length,
+            "batch_size": self.request.train.batch_size,
+            "micro_batch": work.rows,
+            "micro_batch_tokens": work.tokens,
+            "eval_tokens": work.eval_tokens,
+            "checkpointing": work.checkpointing,
+            "attention": work.attention,
+            "loss_chunk_tokens": work.loss_chunk_tokens,
+            "mask_group_bytes": work.mask_group_bytes,
+            "mask_passes": self.mask_passes,
+            "optimizer": work.optimizer,
+        }
+
+    @property
+    def mask_passes(self) -> int:
+        """Times that mask selection reads its samples."""
+        if not self.allocation.nnz_total or self.work.mask_score not in GRADIENT_SCORES:
+            return 0
+        return len(group_matrices(observed(self.allocation, self.work.mask_scope), self.work.mask_group_bytes))
+
+    def nearest(self) -> list[Suggestion]:
+        """Single changes that make the plan fit, the least painful first; empty when it fits as it is."""
+        from qrosa.memory.nearest import nearest
+
+        return [] if self.fits else nearest(self)
+
+    def require_fit(self) -> None:
+        """Refuse a plan that does not fit.
+
+        Raises:
+            DoesNotFitError: It does not; the hint names the nearest settings that do.
+        """
+        if self.fits:
+            return
+        phase = max(self.phases, key=lambda name: self.bytes_of(self.phases[name]))
+        ways = self.nearest()
+        raise DoesNotFitError(
+            f"{phase} takes {size_text(self.peak)} at the least and {size_text(self.request.cap)} are there",
+            "these would fit: " + ", or ".join(str(way) for way in ways) if ways else "use a smaller model",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The document that ``qrosa plan --json`` prints and a run keeps as ``plan.json``."""
+        return {
+            "model": self.request.shape.source,
+            "base": {
+                "parameters": self.request.shape.base_parameters,
+                "kind": self.request.shape.kind,
+                "read_from": self.request.shape.read_from,
+            },
+            "budget": {
+                "trainable": self.allocation.trainable,
+                "share": self.allocation.share,
+                "rank": self.allocation.rank,
+                "density": self.allocation.density,
+                "nnz": self.allocation.nnz_total,
+                "low_rank_parameters": self.allocation.low_rank_parameters,
+                "where": self.allocation.describe(),
+            },
+            "settings": self.settings,
+            "reasons": self.reasons,
+            "phases": {
+                name: {
+                    "device": {**memory.device, "total": memory.device_total},
+                    "host": {**memory.host, "total": memory.host_total},
+                    "disk": memory.disk,
+                    "moment": memory.moment,
+                }
+                for name, memory in self.phases.items()
+            },
+            "peak": self.peak,
+            "vram": self.request.cap,
+            "fits": self.fits,
+            "nearest": [{"setting": way.setting, "value": way.value, "peak": way.peak} for way in self.nearest()],
+        }
+
+    def table(self) -> Table:
+        """Phase by component, in megabytes, for a terminal."""
+        from rich.table import Table
+
+        table = Table(title=f"Memory in MB, on {_device_words(self.work)}", title_justify="left")
+        table.add_column("", no_wrap=True)
+        for name in self.phases:
+            table.add_column(name, justify="right")
+        columns = list(self.phases.values())
+        for component in dict.fromkeys(key for memory in columns for key in memory.device):
+            table.add_row(component.replace("_", " "), *(_megabytes(m.device.get(component)) for m in columns))
+        table.add_section()
+        table.add_row("device", *(_megabytes(m.device_total) for m in columns), style="bold")
+        for component in dict.fromkeys(key for memory in columns for key in memory.host):
+            name = f"host: {component.replace('_', ' ')}"
+            table.add_row(name, *(_megabytes(m.host.get(component)) for m in columns), style="dim")
+        table.add_row("host", *(_megabytes(m.host_total) for m in columns), style="bold")
+        table.add_section()
+        table.add_row("disk", *(_megabytes(m.disk) for m in columns))
+        return table
+
+    def verdict(self) -> str:
+        """One line: fits or not, in what, and where the peak is."""
+        phase = max(self.phases, key=lambda name: self.bytes_of(self.phases[name]))
+        word = "fits" if self.fits else "does not fit"
+        what = "host memory" if self.work.on_cpu else "device memory"
+        moment = self.phases[phase].moment
+        return f"{word}: {size_text(self.peak)} of {size_text(self.request.cap)} {what}, at {phase} ({moment})"
+
+
+def size_text(size: int) -> str:
+    """Bytes in binary units, as card makers mean them: ``23.4 GB``."""
+    return f"{size / 2**30:.2f} GB" if size >= 2**30 else f"{size / 2**20:.1f} MB"
+
+
+def _device_words(work: Workload) -> str:
+    return "the CPU" if work.on_cpu else "the card"
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if not size else f"{size / 2**20:,.1f}"

@@ -1,0 +1,229 @@
+"""From a memory cap to settings: the fastest candidate that fits.
+
+Candidates are tried in the order in which the levers pay. Smaller loss chunks are nearly free. Then activations are
+recomputed, which costs a third more arithmetic, but is better than micro-batches too small to keep the device busy; and
+last, with recomputation, the micro-batch goes down to a single row. The effective batch never changes. Mask statistics
+take most of what memory is left in their own phase: fewer bytes mean more passes, not other masks.
+
+Checking a candidate is arithmetic, so all of them together cost milliseconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from qrosa.adapters.budget import Allocation, allocate
+from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, parse_size
+from qrosa.errors import InputError
+from qrosa.memory import parts
+from qrosa.memory.hardware import card_memory, host_memory
+from qrosa.memory.model import GRADIENT_SCORES, Workload, phases
+from qrosa.memory.plan import Plan, Request, size_text
+from qrosa.memory.shape import ModelShape
+
+DEFAULT_SEQ_LEN = 2048
+# Tokens of a micro-batch: above the first figure a device gains nothing more, below the second it idles. On a card
+# products of 2k rows and more run near peak; on a CPU the time to decode 4-bit weights is a few per cent at 512 rows.
+WANTED_TOKENS = {"cuda": 8192, "cpu": 2048}
+BUSY_TOKENS = {"cuda": 2048, "cpu": 512}
+EVAL_TOKENS = 4096
+LOSS_CHUNKS = (256, 128, 64)
+STATISTICS_SHARE = 0.9  # of the memory that selection leaves: one more pass is cheaper than running out
+
+
+def plan(
+    model: str | ModelShape,
+    adapter: AdapterConfig,
+    masks: MaskConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    *,
+    vram: int | None = None,
+    longest_row: int | None = None,
+    device: str | None = None,
+    allocation: Allocation | None = None,
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        model: What the user named, or its shape.
+        adapter: Budget settings.
+        masks: Mask settings.
+        data: Data settings.
+        train: Training settings.
+        vram: Bytes that may be used; default ``train.vram``, else the card's memory, else what the host has free.
+        longest_row: Tokens of the longest row, where rows are known; else rows are taken to fill ``seq_len``.
+        device: ``cuda`` or ``cpu``; default a card where ``vram`` is given or a card is found.
+        allocation: Where the trained parameters are; default from the budget.
+
+    Returns:
+        The fastest settings that fit, or the smallest ones, with ``fits`` false.
+
+    Raises:
+        InputError: A model, a budget or a setting that cannot be.
+    """
+    shape = ModelShape.from_source(model) if isinstance(model, str) else model
+    if vram is None and train.vram is not None:
+        vram = parse_size(train.vram, "--vram")
+    card = None if vram is not None and device is not None else card_memory()
+    device = device or ("cuda" if vram is not None or card else "cpu")
+    cap = vram if vram is not None else card if device == "cuda" and card else host_memory()
+    seq_len = _seq_len(data, shape)
+    request = Request(
+        shape, adapter, masks, dataclasses.replace(data, seq_len=seq_len), train, device, cap, longest_row
+    )
+    return solve(request, allocation)
+
+
+def _seq_len(data: DataConfig, shape: ModelShape) -> int:
+    limit = shape.dims.max_positions
+    if data.seq_len is None:
+        return min(DEFAULT_SEQ_LEN, limit)
+    if data.seq_len > limit:
+        raise InputError(f"--seq-len {data.seq_len} is more than the model reads ({limit})", f"use at most {limit}")
+    return data.seq_len
+
+
+def solve(request: Request, allocation: Allocation | None = None) -> Plan:
+    """Choose the settings of a request whose device and cap are known: the fastest that fit, else the smallest."""
+    allocation = allocation or allocate(request.adapter, request.shape.linears, request.shape.base_parameters)
+    last = None
+    for candidate in _candidates(request, allocation):
+        last = _made(request, candidate)
+        if last.fits:
+            break
+    assert last is not None
+    return last
+
+
+def solve_smallest(request: Request) -> Plan:
+    """The settings that take least memory, whether or not larger ones would fit."""
+    allocation = allocate(request.adapter, request.shape.linears, request.shape.base_parameters)
+    *_, smallest = _candidates(request, allocation)
+    return _made(request, smallest)
+
+
+def _made(request: Request, candidate: Workload) -> Plan:
+    """The plan of a candidate: group bound and evaluation size are filled in from what memory is left."""
+    work = _with_eval_tokens(_with_group_bytes(candidate, request), request)
+    return Plan(request, work, work.allocation, phases(work), _reasons(request, work))
+
+
+def _candidates(request: Request, allocation: Allocation) -> Iterator[Workload]:
+    """Workloads from the fastest to the smallest."""
+    first = _first(request, allocation)
+    wanted = request.train.checkpointing
+    for checkpointing in {"auto": (False, True), "on": (True,), "off": (False,)}[wanted]:
+        smallest_is_last = checkpointing or wanted == "off"
+        for tokens in _token_ladder(request, first.length, down_to_one_row=smallest_is_last):
+            for chunk in LOSS_CHUNKS:
+                yield dataclasses.replace(
+                    first, checkpointing=checkpointing, tokens=tokens, loss_chunk_tokens=min(chunk, tokens)
+                )
+
+
+def _first(request: Request, allocation: Allocation) -> Workload:
+    train, dims = request.train, request.shape.dims
+    seq_len = request.data.seq_len or DEFAULT_SEQ_LEN
+    length = min(seq_len, request.longest_row or seq_len)
+    fixed = train.micro_batch != "auto"
+    return Workload(
+        shape=request.shape,
+        allocation=allocation,
+        device=request.device,
+        # The fused kernels cannot cap scores; on the CPU their backward is slower than plain attention's.
+        attention="eager" if request.device == "cpu" or dims.attention_softcap else "sdpa",
+        optimizer=train.optimizer,
+        dropout=request.adapter.dropout if allocation.low_rank_parameters else 0.0,
+        mask_score=request.masks.mask_score,
+        mask_scope=request.masks.mask_scope,
+        length=length,
+        rows=min(int(train.micro_batch), train.batch_size) if fixed else train.batch_size,
+        tokens=length,
+        eval_tokens=length,
+        checkpointing=False,
+        loss_chunk_tokens=LOSS_CHUNKS[0],
+        mask_group_bytes=0,
+        checkpoints=train.keep,
+    )
+
+
+def _token_ladder(request: Request, length: int, *, down_to_one_row: bool) -> list[int]:
+    """Sizes of a micro-batch in tokens, falling; a fixed micro-batch has one."""
+    train = request.train
+    if train.micro_batch != "auto":
+        return [min(int(train.micro_batch), train.batch_size) * length]
+    tokens = max(length, min(WANTED_TOKENS[request.device], train.batch_size * length))
+    floor = length if down_to_one_row else max(length, min(tokens, BUSY_TOKENS[request.device]))
+    ladder = [tokens]
+    while ladder[-1] > floor:
+        ladder.append(max(floor, ladder[-1] // 2))
+    return ladder
+
+
+def _with_group_bytes(work: Workload, request: Request) -> Workload:
+    """Give mask statistics the memory that their phase leaves, within ``--mask-memory``, at least one matrix."""
+    if not work.allocation.nnz_total or work.mask_score not in GRADIENT_SCORES:
+        return work
+    sizes = parts.observed(work.allocation, work.mask_scope)
+    least, most = (4 * function(sizes.values()) for function in (max, sum))
+    alone = dataclasses.replace(work, mask_group_bytes=least)
+    memory = phases(alone)["select"]
+    taken = memory.device_total - memory.device["mask_statistics"] + (memory.host_total if work.on_cpu else 0)
+    room = int(STATISTICS_SHARE * (request.cap - taken))
+    if request.masks.mask_memory is not None:
+        room = min(room, parse_size(request.masks.mask_memory, "--mask-memory"))
+    return dataclasses.replace(work, mask_group_bytes=max(least, min(most, room)))
+
+
+def _with_eval_tokens(work: Workload, request: Request) -> Workload:
+    """The largest evaluation micro-batch that fits."""
+    tokens = max(work.length, EVAL_TOKENS)
+    while tokens > work.length:
+        memory = phases(dataclasses.replace(work, eval_tokens=tokens))["eval"]
+        if memory.device_total + (memory.host_total if work.on_cpu else 0) <= request.cap:
+            break
+        tokens = max(work.length, tokens // 2)
+    return dataclasses.replace(work, eval_tokens=tokens)
+
+
+def _reasons(request: Request, work: Workload) -> dict[str, str]:
+    """Why each setting is what it is."""
+    train = request.train
+    known = request.longest_row is not None
+    reasons = {
+        "longest_row": "the longest row of the data" if known else "rows are taken to fill seq-len; --data would tell",
+        "micro_batch": "as asked" if train.micro_batch != "auto" else "bounded by tokens, not by rows",
+        "micro_batch_tokens": _token_reason(request, work),
+        "checkpointing": _checkpointing_reason(request, work),
+        "attention": _attention_reason(work),
+        "loss_chunk_tokens": f"logits of {work.loss_chunk_tokens} positions exist at once",
+    }
+    if work.mask_group_bytes:
+        reasons["mask_group_bytes"] = f"{size_text(work.mask_group_bytes)} of statistics at a time"
+    return reasons
+
+
+def _token_reason(request: Request, work: Workload) -> str:
+    if request.train.micro_batch != "auto":
+        return f"{work.rows} rows of {work.length} tokens, as asked"
+    if work.tokens >= WANTED_TOKENS[work.device]:
+        return "more tokens at once gain nothing on this device"
+    if work.tokens == work.length * request.train.batch_size:
+        return "the whole batch at once"
+    return "the most that fits" if work.tokens > work.length else "one longest row at a time"
+
+
+def _checkpointing_reason(request: Request, work: Workload) -> str:
+    if request.train.checkpointing != "auto":
+        return "as asked"
+    if work.checkpointing:
+        return "activations do not fit; recomputing them costs about a third more time"
+    return "all activations fit, so nothing is recomputed"
+
+
+def _attention_reason(work: Workload) -> str:
+    if work.shape.dims.attention_softcap:
+        return "fused attention cannot cap scores"
+    return "faster in backward on a CPU" if work.on_cpu else "fused, without a score matrix"
