@@ -1,7 +1,7 @@
 """``qrosa plan``: what a run will take, phase by phase, before anything is loaded.
 
-Answers from the model's config.json and file headers alone, without torch. Only ``--data`` loads a tokenizer, to measure
-the longest row.
+Answers from the model's config.json and file headers alone, without torch. Only ``--data`` loads a tokenizer, to
+measure the longest row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Settings that change memory, or what the plan is made from; the rest of a config is read and passed over.
 _SETTINGS = (
-    *("budget", "rank", "density", "sparse_per_layer", "sparse_share", "dropout", "low_rank_init"),
+    *("budget", "rank", "density", "sparse_per_layer", "sparse_share", "dropout"),
     *("mask_score", "mask_scope", "mask_memory"),
     *("data", "seq_len", "train_on"),
     *("batch_size", "micro_batch", "optimizer", "checkpointing", "keep", "vram"),
@@ -44,9 +44,10 @@ Examples:
 def command(model: str | None, config: str | None, as_json: bool, **settings: Any) -> None:
     """Say what a run will take, phase by phase, before anything is loaded.
 
-    Prints the memory of loading, mask selection, training, evaluation, saving and export, component by component, and the
-    micro-batch, checkpointing and chunk sizes that fit. With --vram for that card, without for the card that is here, or
-    for this machine's memory if there is none. Exit code 3: it does not fit; the nearest settings that do are named.
+    Prints the memory of loading, mask selection, training, evaluation, saving and export, component by component, and
+    the micro-batch, checkpointing and chunk sizes that fit. With --vram for that card, without for the card that is
+    here, or for this machine's memory if there is none. Exit code 3: it does not fit; the nearest settings that do are
+    named.
     """
     values = (read_yaml(config) if config else {}) | given(settings)
     source = model or values.get("model")

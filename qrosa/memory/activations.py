@@ -77,9 +77,9 @@ def _saved_attention(dims: Dimensions, batch: MicroBatch, attention: str) -> int
     """Rotated queries and keys, values; then by implementation.
 
     Eager: keys and values repeated for every query head, probabilities [heads, T, L] in fp32 and bf16, the tanh of
-    capped scores. Fused: log-sum-exp fp32 [T, heads]; under a mask, keys and values repeated and the mask in bf16. Phi's and
-    Phi-3's partial rotation joins tensors, which gives the output a layout that has to be copied for the projection;
-    Phi-3's values are a view that keeps the whole fused projection alive.
+    capped scores. Fused: log-sum-exp fp32 [T, heads]; under a mask, keys and values repeated and the mask in bf16.
+    Phi's and Phi-3's partial rotation joins tensors, which gives the output a layout that has to be copied for the
+    projection; Phi-3's values are a view that keeps the whole fused projection alive.
     """
     query, key = HALF * batch.tokens * dims.query_width, HALF * batch.tokens * dims.key_width
     if attention == "eager":
@@ -104,8 +104,8 @@ def backward_workspace(
 
     The peak is where backward enters the layer, in the down projection: the gradients of the residual stream and of the
     layer's output [T, d], of its input [T, f], then either the dense weight (bf16 [N, K]) or, with dropout, the
-    low-rank part's term [T, f] before and after its mask. Eager attention has a peak of its own: the gradients of the scores in
-    bf16 and fp32, twice, by which time what the feed-forward block saved is free again.
+    low-rank part's term [T, f] before and after its mask. Eager attention has a peak of its own: the gradients of the
+    scores in bf16 and fp32, twice, by which time what the feed-forward block saved is free again.
 
     Args:
         dims: The decoder's sizes.

@@ -56,3 +56,6 @@ def write_config(folder: Path, name: str) -> Path:
     made.mkdir(parents=True, exist_ok=True)
     (made / "config.json").write_text(json.dumps(MODELS[name].config))
     return made
+
+
+SMOLLM2 = _sizes("llama", 49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True, max_position_embeddings=8192)

@@ -1,0 +1,55 @@
+"""Every shipped recipe loads, plans, fits, and takes what its comment says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from qrosa.config import make_run_config, parse_size, read_yaml
+from qrosa.memory.shape import ModelShape, from_config
+from qrosa.memory.solve import plan
+from tests.memory.memory_cases import MODELS, SMOLLM2
+
+RECIPES = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
+HUB = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2,
+    "meta-llama/Llama-3.1-8B-Instruct": MODELS["Llama-3.1-8B"].config,
+    "mistralai/Mistral-Nemo-Instruct-2407": MODELS["Mistral-Nemo-12B"].config,
+    "Qwen/Qwen2.5-14B-Instruct": MODELS["Qwen2.5-14B"].config,
+}
+
+
+def recipe_shape(model: str) -> ModelShape:
+    return from_config(model, HUB[model])
+
+
+def test_there_are_recipes() -> None:
+    assert len(RECIPES) >= 5
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_first_line_is_the_command_that_runs_it(path: Path) -> None:
+    words = shlex.split(path.read_text().splitlines()[0].removeprefix("# "))
+    assert words[:4] == ["qrosa", "finetune", "--config", f"configs/{path.name}"]
+    flags = dict(zip(words[4::2], words[5::2], strict=True))
+    assert set(flags) == {"--data", "--output"}
+    config = make_run_config(read_yaml(path) | {"data": flags["--data"], "output": flags["--output"]})
+    assert config.model in HUB
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_planned_memory_is_what_the_comment_says(path: Path) -> None:
+    said = re.search(
+        r"^# Planned peak: ([0-9.]+ [MG]B) of ([0-9.]+ GB) on (a card|the CPU)", path.read_text(), re.MULTILINE
+    )
+    assert said, "no '# Planned peak: ... of ... on ...' comment"
+    config = make_run_config(read_yaml(path) | {"data": "rows.jsonl", "output": "run"})
+    device = "cpu" if said[3] == "the CPU" else "cuda"
+    shape = recipe_shape(config.model)
+    made = plan(shape, config.adapter, config.masks, config.data, config.train, device=device)
+    assert made.fits
+    assert made.request.cap == parse_size(said[2].replace(" ", ""), "--vram")
+    assert made.peak == pytest.approx(parse_size(said[1].replace(" ", ""), "--vram"), rel=0.005)
