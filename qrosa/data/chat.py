@@ -201,7 +201,11 @@ class ChatTemplate:
         return tail[: min(ends)] if ends else ""
 
     def _source(self, tools: list[Any] | None) -> str:
-        source = self._tokenizer.get_chat_template(None, tools)
+        try:
+            source = self._tokenizer.get_chat_template(None, tools)
+        except ValueError:
+            message = "the model's tokenizer has several chat templates, none of them the default"
+            raise InputError(message, "name one of them 'default' in its tokenizer_config.json") from None
         return _FIXED_DATE + source if "strftime_now" in source else source
 
     def _try_render(self, messages: list[Message], tools: list[Any] | None, ask: bool = False) -> str | None:

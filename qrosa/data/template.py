@@ -105,6 +105,7 @@ class Encoder:
         added = tokenizer.added_tokens_decoder
         self._end_ids = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         self._spaces: dict[int, bool] = {}
+        self._ids: dict[int, int] = {}
         self._anchor_ids = self._find_anchor()
 
     def encode(self, raws: Sequence[RawRow]) -> list[EncodedRow]:
@@ -220,7 +221,8 @@ class Encoder:
         batch = self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
-        return [list(ids) for ids in batch["input_ids"]]
+        one = self._ids.setdefault  # one object an id, not one a token: a third of the memory
+        return [[one(token, token) for token in ids] for ids in batch["input_ids"]]
 
     def _continuations(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text as they are behind other text: without the space some tokenizers put in front."""

@@ -45,17 +45,20 @@ THINKING = (
     "{% if message['role'] == 'assistant' %}"
     "{% set answer = message['content'].split('</think>')[-1].lstrip('\n') %}"
     "{% if loop.last %}{% set thought = message['content'].split('</think>')[0].split('<think>')[-1] %}"
-    "{{ '<think>\n' + (thought.strip('\n') if '</think>' in message['content'] else '') + '\n</think>\n\n' }}{% endif %}"
+    "{% if '</think>' not in message['content'] %}{% set thought = '' %}{% endif %}"
+    "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}{% endif %}"
     "{{ answer }}{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 # DeepSeek-R1: the generation prompt opens a thinking block that no answer has.
-OPEN_THOUGHT = CHATML.replace("'<|im_start|>assistant\n' }}{% endif %}", "'<|im_start|>assistant\n<think>\n' }}{% endif %}")
+OPEN_THOUGHT = CHATML.replace(
+    "'<|im_start|>assistant\n' }}{% endif %}", "'<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
 # Mistral: the system prompt stands in the last user turn, and only if nothing follows it.
 SYSTEM_LAST = (
     "{{ bos_token }}{% set rest = messages[1:] if messages[0]['role'] == 'system' else messages %}"
     "{% for message in rest %}{% if message['role'] == 'user' %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% if loop.index0 % 2 == 1 %}{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% if loop.last and messages[0]['role'] == 'system' %}"
     "{{ '[INST]' + messages[0]['content'] + '\n\n' + message['content'] + '[/INST]' }}"
     "{% else %}{{ '[INST]' + message['content'] + '[/INST]' }}{% endif %}"
@@ -64,8 +67,8 @@ SYSTEM_LAST = (
 )
 # Phi 3: the token that ends a turn, and EOS behind the whole.
 EOS_LAST = (
-    "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|eot|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+    "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' + message['content'] + '<|eot|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 # No token at all ends a turn.
 PLAIN = (

@@ -41,7 +41,9 @@ def test_prompts_and_completions_may_be_messages() -> None:
 
 
 def test_sharegpt_names_become_roles() -> None:
-    said = [{"from": name, "value": "x"} for name in ("system", "Human", "user", "gpt", "chatgpt", "tool", "observation")]
+    said = [
+        {"from": name, "value": "x"} for name in ("system", "Human", "user", "gpt", "chatgpt", "tool", "observation")
+    ]
     roles = [message["role"] for message in example(conversations=said).messages]
     assert roles == ["system", "user", "user", "assistant", "assistant", "tool", "tool"]
     assert example(conversations=CHAT) == Conversation(CHAT)  # roles under this key are common too
@@ -124,7 +126,9 @@ def test_mixed_kinds_are_refused(tmp_path: Path) -> None:
         list(read_rows(path))
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", "\n\n"), ("a.json", "[]"), ("b.json", ""), ("a.csv", "text\n")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", "\n\n"), ("a.json", "[]"), ("b.json", ""), ("a.csv", "text\n")]
+)
 def test_a_source_without_rows_is_refused(tmp_path: Path, name: str, content: str) -> None:
     path = tmp_path / name
     path.write_text(content)
