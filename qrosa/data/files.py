@@ -83,7 +83,8 @@ def read_file(path: Path, columns: Collection[str]) -> Iterator[Record]:
 def split_files(folder: Path, split: str) -> list[Path]:
     """The files of a folder that belong to a split, by the words in their names and in those of their folders.
 
-    ``train`` also takes the files that name no split, when none names ``train``.
+    ``train`` takes the files that name no split, when none names ``train``; any split takes all files when none of
+    them names a split.
     """
     try:
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
@@ -94,8 +95,9 @@ def split_files(folder: Path, split: str) -> list[Path]:
         raise InputError(f"{folder} holds no data files", f"put {_listed(SUFFIXES)} files into it")
     splits = {file: _split_of(file.relative_to(folder)) for file in files}
     chosen = [file for file in files if splits[file] == split]
-    if not chosen and split == "train":
-        chosen = [file for file in files if splits[file] is None]
+    unnamed = [file for file in files if splits[file] is None]
+    if not chosen and (split == "train" or unnamed == files):
+        chosen = unnamed
     if not chosen:
         names = ", ".join(file.name for file in files[:4])
         raise InputError(f"{folder} holds no {split} files (found {names})", f"name one {split}.jsonl, or give a file")

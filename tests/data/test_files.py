@@ -208,6 +208,10 @@ class TestFolder:
         write(tmp_path / "latest.jsonl", as_jsonl(ROWS[:1]))  # "test" inside a word is no split
         assert len(records(tmp_path)) == 4
 
+    def test_a_folder_that_names_no_split_serves_for_any(self, tmp_path: Path) -> None:
+        write(tmp_path / "reviews.jsonl", as_jsonl(ROWS))
+        assert len(records(tmp_path, "test")) == len(records(tmp_path, "train")) == 3
+
     def test_other_files_are_passed_over(self, tmp_path: Path) -> None:
         write(tmp_path / "a.jsonl", as_jsonl(ROWS))
         for name in ("README.md", "dataset_info.json", ".hidden.jsonl", ".cache/b.jsonl"):
