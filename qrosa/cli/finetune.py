@@ -20,6 +20,7 @@ from qrosa.cli.options import (
     json_option,
     model_option,
     progress_console,
+    result_console,
     settings_options,
 )
 from qrosa.config import RunConfig, make_run_config, read_yaml
@@ -114,20 +115,19 @@ def _dry_run(config: RunConfig, *, as_json: bool) -> None:
 
     prepared = prepare(config, dry_run=True)
     if as_json:
-        emit_json(prepared.plan.document)
-        return
-    console = progress_console()
-    _show_setup(console, prepared)
-    _show_rows(console, prepared)
+        emit_json(prepared.plan.to_json())
+    else:
+        console = result_console()
+        _show_setup(console, prepared)
+        _show_rows(console, prepared)
+    prepared.plan.require_fit()
 
 
 def _show_setup(console: Console, prepared: Prepared) -> None:
-    """The plan, the budget's whereabouts and the data, in words."""
-    from qrosa.cli.plan import print_plan
+    """The plan, the data and the steps, in words."""
+    from qrosa.cli.plan import show
 
-    print_plan(console, prepared.plan.document)
-    for line in prepared.allocation.describe():
-        console.print(line, markup=False)
+    show(prepared.plan, console)
     report, phases = prepared.train.report, prepared.phases
     held_out = f", {len(prepared.heldout)} held out" if prepared.heldout else ""
     console.print(

@@ -28,7 +28,6 @@ from qrosa.train.checkpoint import checkpoint_steps, prune, save_checkpoint, ste
 from qrosa.train.evaluate import evaluate
 from qrosa.train.folder import EVAL_FILE, METRICS_FILE, append_line, size_of
 from qrosa.train.interrupt import Interrupts
-from qrosa.train.loss import CHUNK_TOKENS
 from qrosa.train.optim import AdapterOptimizer
 from qrosa.train.peak import MemoryMeter
 from qrosa.train.progress import Progress, StepLine
@@ -62,7 +61,6 @@ class Work:
         select: Picks the masks and returns (tokens, supervised tokens) that it read; called once.
         write_adapter: Saves the adapter into a folder.
         planned: Phase -> bytes of the plan.
-        chunk_tokens: Positions whose logits exist at once.
     """
 
     config: RunConfig
@@ -80,7 +78,6 @@ class Work:
     select: Callable[[], tuple[int, int]]
     write_adapter: Callable[[Path], None]
     planned: Mapping[str, int]
-    chunk_tokens: int = CHUNK_TOKENS
 
 
 class TrainingLoop:
@@ -102,7 +99,7 @@ class TrainingLoop:
             pad_id=work.pad_id,
             seed=work.config.train.seed,
             device=work.accelerator.device,
-            chunk_tokens=work.chunk_tokens,
+            chunk_tokens=work.state.chunk_tokens,
             process=work.accelerator.process_index,
             on_shrink=self._shrunk,
         )

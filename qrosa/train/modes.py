@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 
@@ -27,8 +26,8 @@ def set_checkpointing(model: nn.Module, on: bool) -> None:
         hf.gradient_checkpointing_disable()
 
 
-def choose_attention(model: nn.Module, device: torch.device) -> None:
-    """Eager attention on the CPU, transformers' own choice elsewhere."""
+def set_attention(model: nn.Module, kind: str) -> None:
+    """Use ``eager`` or ``sdpa`` attention, as the plan counted on."""
     hf = cast(Any, model)
-    if device.type == "cpu" and hf.config._attn_implementation == "sdpa":
-        hf.set_attn_implementation("eager")
+    if hf.config._attn_implementation != kind:
+        hf.set_attn_implementation(kind)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrosa.adapters.budget import Allocation, allocate
-from qrosa.config import RunConfig, parse_share
+from qrosa.config import RunConfig, parse_share, parse_size
 from qrosa.errors import InputError
+from qrosa.memory.hardware import card_memory
+from qrosa.memory.plan import Plan
 from qrosa.memory.shape import ModelShape
+from qrosa.memory.solve import plan as make_plan
 from qrosa.train.folder import check_output
-from qrosa.train.planning import RunPlan, plan_run
 from qrosa.train.schedule import Phases, warmup_and_total
 from qrosa.train.trackers import check_trackers
 
@@ -42,6 +44,7 @@ class Prepared:
         allocation: Where the trainable parameters go.
         phases: Length of the phases.
         plan: Memory of each phase, and the settings that fit.
+        cap: Hard cap on the card's memory in bytes, or None.
     """
 
     config: RunConfig
@@ -51,7 +54,8 @@ class Prepared:
     heldout: Dataset | None
     allocation: Allocation
     phases: Phases
-    plan: RunPlan
+    plan: Plan
+    cap: int | None
 
     @property
     def pad_id(self) -> int:
@@ -93,9 +97,34 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
     phases = warmup_and_total(
         config, len(train), low_rank=allocation.low_rank_parameters > 0, sparse=allocation.nnz_total > 0
     )
-    plan = plan_run(config, shape, allocation, train, heldout)
+    longest = max(train.report.longest, heldout.report.longest if heldout else 0)
+    plan, cap = _plan(config, shape, allocation, longest)
+    if not dry_run:
+        plan.require_fit()
     config = _resolve(config, seq_len, phases, plan)
-    return Prepared(config, checkpoint, tokenizer, train, heldout, allocation, phases, plan)
+    return Prepared(config, checkpoint, tokenizer, train, heldout, allocation, phases, plan, cap)
+
+
+def _plan(config: RunConfig, shape: ModelShape, allocation: Allocation, longest: int) -> tuple[Plan, int | None]:
+    """The plan for the device that the run will use, and the cap it holds itself to."""
+    import torch
+
+    on_card = torch.cuda.is_available()
+    cap = parse_size(config.train.vram, "--vram") if config.train.vram is not None else None
+    if on_card and cap is not None:
+        cap = min(cap, card_memory() or cap)  # a cap above what the card has promises nothing
+    made = make_plan(
+        shape,
+        config.adapter,
+        config.masks,
+        config.data,
+        config.train,
+        vram=cap,
+        longest_row=longest,
+        device="cuda" if on_card else "cpu",
+        allocation=allocation,
+    )
+    return made, cap
 
 
 def resolve_seq_len(asked: int | None, model_config: Any) -> int:
@@ -125,7 +154,7 @@ def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seq_len: in
     return train.split(share, config.train.seed) if share > 0 else (train, None)
 
 
-def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: RunPlan) -> RunConfig:
+def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: Plan) -> RunConfig:
     """The settings with every open choice filled in."""
     train = config.train
     epochs = 1.0 if train.epochs is None and train.max_steps is None else train.epochs
@@ -136,8 +165,8 @@ def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: RunPlan) -> 
         train=dataclasses.replace(
             train,
             epochs=epochs,
-            micro_batch=str(plan.limits.rows),
-            checkpointing="on" if plan.checkpointing else "off",
+            micro_batch=str(plan.work.rows),
+            checkpointing="on" if plan.work.checkpointing else "off",
             save_every=train.save_every or max(1, phases.total // 10),
         ),
     )

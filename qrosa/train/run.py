@@ -22,7 +22,7 @@ from qrosa.sparse.store import write_json, write_text
 from qrosa.train.checkpoint import Checkpoint, check_same_run, cut_back, latest
 from qrosa.train.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, make_folder
 from qrosa.train.loop import TrainingLoop, Work
-from qrosa.train.modes import choose_attention, set_checkpointing
+from qrosa.train.modes import set_attention, set_checkpointing
 from qrosa.train.optim import AdapterOptimizer
 from qrosa.train.peak import MemoryMeter
 from qrosa.train.prepare import Prepared, prepare
@@ -30,7 +30,7 @@ from qrosa.train.progress import Progress
 from qrosa.train.report import Facts, ModuleShare, write_report
 from qrosa.train.selection import agree_on, sample_loss, selection_rows
 from qrosa.train.state import RunState
-from qrosa.train.step import supervised_tokens
+from qrosa.train.step import Limits, supervised_tokens
 from qrosa.train.trackers import make_accelerator, start_trackers
 
 if TYPE_CHECKING:
@@ -112,24 +112,24 @@ class _Run:
                 cut_back(self.folder / name, size)
             if fresh:
                 write_text(self.folder / CONFIG_FILE, yaml.safe_dump(self.identity["settings"], sort_keys=False))
-                write_json(self.folder / PLAN_FILE, self.prepared.plan.document)
+                write_json(self.folder / PLAN_FILE, self.prepared.plan.to_json())
         self.accelerator.wait_for_everyone()
 
     def _load(self, checkpoint: Checkpoint | None) -> nn.Module:
         """The base in 4 bits with its adapter, new or from a checkpoint, ready to train."""
-        config, plan = self.config, self.prepared.plan
+        config, work = self.config, self.prepared.plan.work
         if self.device.type == "cuda":
             # Deterministic attention backward, so that a resumed run is the same run to the bit.
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
-            if plan.cap is not None:
+            if self.prepared.cap is not None:
                 total = torch.cuda.get_device_properties(self.device).total_memory
-                torch.cuda.set_per_process_memory_fraction(min(1.0, plan.cap / total), self.device)
+                torch.cuda.set_per_process_memory_fraction(min(1.0, self.prepared.cap / total), self.device)
         model, _ = load_base(
             self.prepared.checkpoint, self.device, progress=lambda n, of: self.progress.stage("load", n, of)
         )
-        choose_attention(model, self.device)
-        set_checkpointing(model, plan.checkpointing)
+        set_attention(model, work.attention)
+        set_checkpointing(model, work.checkpointing)
         attach_adapter(model, config.adapter, config.train.seed)
         if checkpoint is not None:
             load_adapter(model, checkpoint.folder)
@@ -150,7 +150,8 @@ class _Run:
         prepared, train = self.prepared, self.config.train
         low_rank, sparse = _parameters(model)
         optimizer = AdapterOptimizer(low_rank, sparse, kind=train.optimizer, weight_decay=train.weight_decay)
-        state = RunState(limits=prepared.plan.limits, eval_tokens=prepared.plan.eval_tokens)
+        plan = prepared.plan.work
+        state = RunState(Limits(plan.rows, plan.tokens), plan.eval_tokens, plan.loss_chunk_tokens)
         if checkpoint is not None:
             optimizer.load_state_tensors(checkpoint.optimizer_tensors())
             state = RunState.from_json(checkpoint.state["run"])
@@ -172,7 +173,6 @@ class _Run:
             select=lambda: self._select(model, optimizer),
             write_adapter=lambda folder: save_adapter(model, folder),
             planned=prepared.plan.planned,
-            chunk_tokens=prepared.plan.chunk_tokens,
         )
 
     def _select(self, model: nn.Module, optimizer: AdapterOptimizer) -> tuple[int, int]:
@@ -186,9 +186,9 @@ class _Run:
             config=config.masks,
             nnz=prepared.allocation.nnz,
             seed=config.train.seed,
-            group_bytes=prepared.plan.group_bytes,
+            group_bytes=prepared.plan.work.mask_group_bytes or None,
             progress=lambda done, total: self.progress.stage("select", done, total),
-            loss=sample_loss(prepared.plan.chunk_tokens),
+            loss=sample_loss(prepared.plan.work.loss_chunk_tokens),
             checkpoint=original,
         )
         notices = set_masks(

@@ -18,6 +18,7 @@ class RunState:
         selected_at: Steps that were done when the masks were picked, or None before.
         limits: Training micro-batch now in use.
         eval_tokens: Tokens, padding included, that an evaluation computes at once.
+        chunk_tokens: Positions whose logits exist at once.
         seconds: Time spent in steps, over all processes that carried the run.
         tokens: Tokens trained on, padding not counted.
         first_loss: Loss of the first step.
@@ -30,6 +31,7 @@ class RunState:
 
     limits: Limits
     eval_tokens: int
+    chunk_tokens: int
     step: int = 0
     selected_at: int | None = None
     seconds: float = 0.0

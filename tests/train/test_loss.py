@@ -11,7 +11,9 @@ from qrosa.errors import InputError
 from qrosa.train.loss import chunked_loss, logit_rule
 
 
-def make_head(width: int, vocabulary: int, *, bias: bool = False, dtype: torch.dtype = torch.float32) -> torch.nn.Linear:
+def make_head(
+    width: int, vocabulary: int, *, bias: bool = False, dtype: torch.dtype = torch.float32
+) -> torch.nn.Linear:
     head = torch.nn.Linear(width, vocabulary, bias=bias, dtype=dtype)
     return head.requires_grad_(False)
 
