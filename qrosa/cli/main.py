@@ -155,6 +155,7 @@ def _quiet_libraries() -> None:
 
 
 @click.group(
+    name="qrosa",
     cls=LazyGroup,
     params=[
         _debug_option(),

@@ -68,6 +68,21 @@ def check_output(output: Path, *, resume: bool, force: bool) -> None:
         raise StorageError(f"output {output} cannot be written", f"check the permissions of {nearest}")
 
 
+def check_room(output: Path, nbytes: int) -> None:
+    """Refuse a run whose checkpoints and adapter the disk has no room for.
+
+    Raises:
+        StorageError: Less than ``nbytes`` are free where ``output`` will be.
+    """
+    nearest = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    free = shutil.disk_usage(nearest).free
+    if nbytes > free:
+        raise StorageError(
+            f"the run takes {nbytes / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free in {nearest}",
+            "free some disk, lower --keep, or give an --output on another disk",
+        )
+
+
 def make_folder(output: Path, *, force: bool) -> None:
     """Create the run folder; with ``force`` the files of a former run in it are deleted first.
 

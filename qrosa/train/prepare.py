@@ -18,7 +18,7 @@ from qrosa.memory.hardware import card_memory
 from qrosa.memory.plan import Plan
 from qrosa.memory.shape import ModelShape
 from qrosa.memory.solve import plan as make_plan
-from qrosa.train.folder import check_output
+from qrosa.train.folder import check_output, check_room
 from qrosa.train.schedule import Phases, warmup_and_total
 from qrosa.train.trackers import check_trackers
 
@@ -101,6 +101,7 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
     plan, cap = _plan(config, shape, allocation, longest)
     if not dry_run:
         plan.require_fit()
+        check_room(Path(config.output), max(phase.disk for name, phase in plan.phases.items() if name != "export"))
     config = _resolve(config, seq_len, phases, plan)
     return Prepared(config, checkpoint, tokenizer, train, heldout, allocation, phases, plan, cap)
 

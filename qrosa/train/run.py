@@ -1,6 +1,6 @@
 """A fine-tuning run from its settings to its report.
 
-    prepare (refuses what cannot work) -> load the base -> put the adapter on -> steps -> adapter, report, card
+prepare (refuses what cannot work) -> load the base -> put the adapter on -> steps -> adapter, report, card
 """
 
 from __future__ import annotations
@@ -82,9 +82,10 @@ class _Run:
 
     def go(self, *, resume: bool, force: bool) -> dict[str, Any]:
         checkpoint = self._found_checkpoint() if resume else None
-        self._open_folder(checkpoint, fresh=not resume, force=force)
         with self.meter.phase("load"):
             model = self._load(checkpoint)
+        # Only now: a damaged base shows when it is read, and must not leave a folder, nor cost --force a former run.
+        self._open_folder(checkpoint, fresh=not resume, force=force)
         work = self._work(model, checkpoint)
         start_trackers(self.accelerator, self.identity["settings"])
         loop = TrainingLoop(work, self.progress)
