@@ -31,7 +31,7 @@ class Sampling:
         max_new_tokens: Longest answer.
         temperature: 0 takes the most likely token each time; 1 samples from the model's distribution.
         top_p: Sample among the most likely tokens that together have this probability.
-        seed: Source of the samples; None continues torch's own.
+        seed: Source of the samples; None draws a new one.
     """
 
     max_new_tokens: int = 256
@@ -49,6 +49,8 @@ class Sampling:
             )
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p {self.top_p:g} is out of range", "use a share above 0 and up to 1, such as 0.9")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed {self.seed} is out of range", "use a seed from 0 up to 2^63")
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,7 @@ def generate_ids(
     config = _generation_config(model, tokenizer, sampling, room)
     with evaluating(model):
         try:
-            if sampling.seed is not None:
-                torch.manual_seed(sampling.seed)
+            torch.seed() if sampling.seed is None else torch.manual_seed(sampling.seed)
             cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=made)
         except KeyboardInterrupt:
             interrupted = True

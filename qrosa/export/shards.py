@@ -177,4 +177,4 @@ def _bytes_of(spec: TensorSpec, name: str, tensor: torch.Tensor) -> torch.Tensor
 
 def _write_in_pieces(file: IO[bytes], data: torch.Tensor) -> None:
     for start in range(0, data.numel(), _WRITE_BYTES):
-        file.write(memoryview(data[start : start + _WRITE_BYTES].numpy()))
+        file.write(data[start : start + _WRITE_BYTES].numpy().data)

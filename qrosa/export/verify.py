@@ -20,7 +20,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qrosa.base.adapter_io import load_run_or_model
+from qrosa.base.adapter_io import load_adapter, load_run_or_model
+from qrosa.base.load import load_base
 from qrosa.data.template import EncodedRow
 from qrosa.errors import InputError
 from qrosa.eval.head import CHUNK_TOKENS, Head, decoder_output, evaluating, model_device
@@ -57,6 +58,7 @@ def verify(
     exported: str | Path,
     rows: Sequence[EncodedRow],
     *,
+    model: str | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> Drift:
@@ -66,6 +68,7 @@ def verify(
         source: The run or adapter folder.
         exported: The folder that was exported from it.
         rows: Encoded rows, at most a few dozen.
+        model: Where the base is now, if it has moved since the training.
         device: Where both models run.
         progress: Called with what is being done.
 
@@ -79,9 +82,7 @@ def verify(
         raise InputError("there are no supervised tokens to verify on", "give other rows with --data")
     say = progress or (lambda _: None)
     say("running the trained model")
-    model, _, _ = load_run_or_model(str(source), device)
-    trained = _record(model, rows)
-    del model
+    trained = _record(_load_trained(source, model, device), rows)
     gc.collect()
     say("running the exported model")
     plain = _load_plain(exported, device)
@@ -133,6 +134,14 @@ def _record(model: nn.Module, rows: Sequence[EncodedRow]) -> _Recorded:
             output = decoder_output(model, ids, torch.ones_like(ids), use_cache=False)
             hidden.append(output.last_hidden_state[0, :-1].cpu())
     return _Recorded(hidden, Head.of(model))
+
+
+def _load_trained(source: str | Path, model: str | None, device: torch.device | str) -> nn.Module:
+    if model is None:
+        return load_run_or_model(str(source), device)[0]
+    loaded, _ = load_base(model, device)
+    load_adapter(loaded, source)
+    return cast(nn.Module, loaded.eval())
 
 
 def _load_plain(folder: str | Path, device: torch.device | str) -> nn.Module:

@@ -1,0 +1,181 @@
+"""``qrosa export``: a run becomes a folder that others can load without qrosa."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qrosa.cli.options import (
+    device_option,
+    emit_json,
+    force_option,
+    json_option,
+    progress_console,
+    result_console,
+)
+from qrosa.config import read_yaml
+from qrosa.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qrosa.data.template import EncodedRow
+    from qrosa.export.card import Drift
+    from qrosa.export.merge import ExportReport
+
+_EXAMPLES = """\b
+Examples:
+  qrosa export run --output merged                              # fp16 safetensors for plain transformers
+  qrosa export run --output merged --dtype bf16 --verify        # and measure what the export lost
+  qrosa export run --output adapter-for-peft --format peft
+"""
+
+
+@click.command(epilog=_EXAMPLES)
+@click.argument("source", metavar="RUN")
+@click.option("--output", required=True, metavar="FOLDER", help="The folder to make; it appears whole or not at all.")
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["safetensors", "peft"]),
+    default="safetensors",
+    show_default=True,
+    help="A merged model, or the low-rank part alone for PEFT.",
+)
+@click.option("--dtype", type=click.Choice(["fp16", "bf16"]), help="Of the merged weights.  [default: fp16]")
+@click.option(
+    "--base",
+    type=click.Choice(["nf4", "original"]),
+    help="Merge into the 4-bit base that was trained on, or into the original weights.  [default: nf4]",
+)
+@click.option("--verify", is_flag=True, help="Compare the export with the trained model on rows.")
+@click.option("--data", metavar="FILE", help="Rows for --verify.  [default: the run's own, first 32]")
+@click.option("--model", metavar="ID|FOLDER|FILE", help="Where the base is now, if it has moved since the training.")
+@device_option
+@force_option
+@json_option
+def command(
+    source: str,
+    output: str,
+    format_: str,
+    dtype: str | None,
+    base: str | None,
+    verify: bool,
+    data: str | None,
+    model: str | None,
+    device: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Merge a run into a model that loads without qrosa.
+
+    The weights are streamed: memory stays below 2 GB and three times the largest tensor, whatever the model. With
+    --verify both models are loaded afterwards, one after the other.
+    """
+    _check(format_, dtype=dtype, base=base, verify=verify, data=data)
+    console = progress_console()
+    if format_ == "peft":
+        from qrosa.export.peft import export_peft
+
+        _report(export_peft(source, output, model=model, force=force), None, as_json=as_json)
+        return
+    from qrosa.cli.loading import choose_device, progress_bar
+    from qrosa.export.merge import merge
+
+    place = choose_device(device)
+    rows = _verify_rows(source, data, model) if verify else []
+    with progress_bar(console, f"writing {output}") as advance:
+        report = merge(
+            source,
+            output,
+            dtype=dtype or "fp16",
+            base=base or "nf4",
+            model=model,
+            force=force,
+            device=place,
+            progress=advance,
+        )
+    drift = _verify(source, report, rows, model, place, console) if verify else None
+    _report(report, drift, as_json=as_json)
+
+
+def _check(format_: str, *, dtype: str | None, base: str | None, verify: bool, data: str | None) -> None:
+    if data is not None and not verify:
+        raise InputError("--data is only used by --verify", "add --verify, or leave out --data")
+    if format_ != "peft":
+        return
+    for flag, given in (("--dtype", dtype), ("--base", base), ("--verify", verify)):
+        if given:
+            raise InputError(f"{flag} does not go with --format peft, which merges nothing", f"leave out {flag}")
+
+
+def _verify_rows(source: str, data: str | None, model: str | None) -> list[EncodedRow]:
+    """Rows to compare on, read before the export is written, so that a bad --data costs nothing.
+
+    Raises:
+        InputError: No rows are named, or none can be read.
+    """
+    from qrosa.data.dataset import load_rows
+    from qrosa.export.merge import open_adapter
+    from qrosa.export.verify import VERIFY_ROWS
+    from qrosa.train.prepare import resolve_seq_len
+
+    settings = _run_settings(Path(source))
+    rows = data or settings.get("eval_data") or settings.get("data")
+    if not rows:
+        raise InputError(f"{source} does not name rows to verify on", "give some with --data")
+    opened = open_adapter(source, model)
+    seq_len = resolve_seq_len(settings.get("seq_len"), opened.checkpoint.config)
+    split = "train" if data is None and not settings.get("eval_data") else "test"
+    train_on = str(settings.get("train_on") or "completion")
+    try:
+        found = load_rows(
+            rows, opened.checkpoint.tokenizer(), seq_len=seq_len, train_on=train_on, limit=VERIFY_ROWS, split=split
+        )
+    except InputError as error:
+        raise InputError(error.message, error.hint if data else "give rows to verify on with --data") from error
+    return found.rows
+
+
+def _run_settings(source: Path) -> dict[str, Any]:
+    """The settings of the run that an adapter came from, if it still lies in its run."""
+    path = next(
+        (folder / "config.yaml" for folder in (source, source.parent) if (folder / "config.yaml").is_file()), None
+    )
+    return {} if path is None else read_yaml(path)
+
+
+def _verify(
+    source: str, report: ExportReport, rows: list[EncodedRow], model: str | None, device: str, console: Console
+) -> Drift:
+    from qrosa.export.card import write_card
+    from qrosa.export.merge import card_facts, open_adapter
+    from qrosa.export.verify import verify
+
+    say = lambda text: console.print(f"{text} ...", markup=False)  # noqa: E731
+    drift = verify(source, report.output, rows, model=model, device=device, progress=say)
+    facts = card_facts(open_adapter(source, model), dtype=report.dtype, base=report.base)
+    write_card(Path(report.output), facts, drift)
+    return drift
+
+
+def _report(report: ExportReport, drift: Drift | None, *, as_json: bool) -> None:
+    if as_json:
+        import dataclasses
+
+        emit_json({**dataclasses.asdict(report), "verify": drift})
+        return
+    console = result_console()
+    size = f"{report.bytes / 1e9:.2f} GB" if report.bytes > 1e9 else f"{report.bytes / 1e6:.1f} MB"
+    console.print(
+        f"{report.output}: {report.tensors} tensors, {size} {report.dtype}, in {report.seconds:.1f} s", markup=False
+    )
+    if drift is None:
+        return
+    console.print(
+        f"drift over {drift['rows']} rows, {drift['tokens']:,} tokens: same most likely token "
+        f"{100 * drift['top1_agreement']:.2f}%, mean KL {drift['mean_kl']:.3g}, loss {drift['loss_trained']:.4f} -> "
+        f"{drift['loss_exported']:.4f} ({drift['loss_difference']:+.4f})"
+    )
