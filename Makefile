@@ -56,6 +56,17 @@ bench: build
 gpu: build
 	$(PY) -m pytest -m gpu -rs -q tests
 
+# A copy of the tree with its CPU library under AddressSanitizer and UBSan, so that the one in use stays as it is.
+SANITIZED := build/sanitize
+sanitize: build
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r csrc qrosa tests setup.py pyproject.toml $(SANITIZED)
+	find $(SANITIZED) -name '*.so' -delete
+	cd $(SANITIZED) && QROSA_SANITIZE=1 QROSA_WITHOUT_CUDA=1 $(abspath $(PY)) setup.py --quiet build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(abspath $(PY)) -m pytest -q -p no:cacheprovider tests/ops
+
 wheel: build
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 

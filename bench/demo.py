@@ -28,7 +28,7 @@ SEED = 20
 TRAIN_ROWS = 1200
 TEST_ROWS = 600
 LABELS = (" negative", " positive")
-FINETUNE = "--budget 0.3% --batch-size 16 --epochs 1 --lr 3e-3 --sparse-lr 1e-3 --eval-split 2%"
+SETTINGS = f"--batch-size 16 --epochs 1 --lr 3e-3 --sparse-lr 1e-3 --seed {SEED}"
 
 
 @dataclass
@@ -102,18 +102,18 @@ def demo(folder: Path, train_rows: int, test_rows: int) -> None:
     timings.seconds["fetch model and data"] = time.perf_counter() - start
 
     tuned, merged = folder / "run", folder / "merged"
-    settings = f"--model {model} --data {train} {FINETUNE} --seed {SEED}"
-    run("plan", f"qrosa plan {settings}", timings)
+    base = f"--model {model} --data {train} --budget 0.3%"
+    run("plan", f"qrosa plan {base}", timings)
     before = score("eval before", f"qrosa eval {model} --data {test} --json", timings)
-    run("finetune", f"qrosa finetune {settings} --output {tuned}", timings)
+    run("finetune", f"qrosa finetune {base} {SETTINGS} --output {tuned}", timings)
     after = score("eval after", f"qrosa eval {tuned} --data {test} --json", timings)
     run("export", f"qrosa export {tuned} --output {merged} --verify", timings)
-    script = Path(__file__).with_name("reload.py")
+    script = Path(__file__).with_name("reload.py").relative_to(Path.cwd())
     plain = score("plain transformers", f"python {script} {merged} {test}", timings)
-    for number, line in enumerate(test.read_text(encoding="utf-8").splitlines()[:2], start=1):
-        row = json.loads(line)
-        run(f"answer {number}", f"qrosa generate {tuned} --prompt {shlex.quote(row['prompt'])}", timings)
-        print(f"(its label:{row['completion']})")
+    rows = [json.loads(line) for line in test.read_text(encoding="utf-8").splitlines()]
+    for label in LABELS:
+        prompt = next(row["prompt"] for row in rows if row["completion"] == label)
+        run(f"answer{label}", f"qrosa generate {tuned} --raw --prompt {shlex.quote(prompt)}", timings)
     report = json.loads((tuned / "report.json").read_text(encoding="utf-8"))
     print_summary(before, after, plain, report, timings)
 
