@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shlex
 import shutil
@@ -108,7 +109,7 @@ def demo(folder: Path, train_rows: int, test_rows: int) -> None:
     run("finetune", f"qrosa finetune {base} {SETTINGS} --output {tuned}", timings)
     after = score("eval after", f"qrosa eval {tuned} --data {test} --json", timings)
     run("export", f"qrosa export {tuned} --output {merged} --verify", timings)
-    script = Path(__file__).with_name("reload.py").relative_to(Path.cwd())
+    script = os.path.relpath(Path(__file__).with_name("reload.py"))
     plain = score("plain transformers", f"python {script} {merged} {test}", timings)
     rows = [json.loads(line) for line in test.read_text(encoding="utf-8").splitlines()]
     for label in LABELS:
