@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrosa.cli.loading import base_option, choose_device, load, open_source, progress_bar
 from qrosa.cli.options import (
     device_option,
     emit_json,
@@ -42,16 +43,24 @@ _PERCENT = ("accuracy", "exact_match")
     help="Which rows of a folder or data set that names splits.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score the first N rows only.")
+@base_option
 @device_option
 @json_option
-def command(source: str, split: str, limit: int | None, device: str | None, as_json: bool, **settings: Any) -> None:
+def command(
+    source: str,
+    split: str,
+    limit: int | None,
+    base_model: str | None,
+    device: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     """Score a model or a run on rows: loss, perplexity, accuracy.
 
     Loss is the mean over completion tokens. Where the rows' completions are few and short (at most 64 different ones of
     32 tokens), they are taken as labels: accuracy is how often the row's own is the likeliest of them, exact match how
     often the model writes it by itself.
     """
-    from qrosa.cli.loading import load, progress_bar
     from qrosa.data.dataset import load_rows
     from qrosa.eval.tasks import evaluate_tasks
     from qrosa.train.prepare import resolve_seq_len
@@ -60,10 +69,14 @@ def command(source: str, split: str, limit: int | None, device: str | None, as_j
     if data.data is None:
         raise InputError("--data is missing", "give the rows to score on")
     console = progress_console()
-    model, tokenizer, _ = load(source, device, console)
-    seq_len = resolve_seq_len(data.seq_len, model.config)
-    found = load_rows(data.data, tokenizer, seq_len=seq_len, train_on=data.train_on, limit=limit, split=split)
+    place = choose_device(device)
+    opened = open_source(source, base_model)
+    seq_len = resolve_seq_len(data.seq_len, opened.checkpoint.config)
+    found = load_rows(
+        data.data, opened.checkpoint.tokenizer(), seq_len=seq_len, train_on=data.train_on, limit=limit, split=split
+    )
     _say_losses(console, found.report, seq_len)
+    model, tokenizer = load(opened, place, console)
     with progress_bar(console, f"scoring {len(found)} rows") as advance:
         result = evaluate_tasks(model, tokenizer, found.rows, progress=advance)
     if as_json:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrosa.cli.loading import base_option, choose_device, progress_bar
 from qrosa.cli.options import (
     device_option,
     emit_json,
@@ -52,7 +53,7 @@ Examples:
 )
 @click.option("--verify", is_flag=True, help="Compare the export with the trained model on rows.")
 @click.option("--data", metavar="FILE", help="Rows for --verify.  [default: the run's own, first 32]")
-@click.option("--model", metavar="ID|FOLDER|FILE", help="Where the base is now, if it has moved since the training.")
+@base_option
 @device_option
 @force_option
 @json_option
@@ -64,7 +65,7 @@ def command(
     base: str | None,
     verify: bool,
     data: str | None,
-    model: str | None,
+    base_model: str | None,
     device: str | None,
     force: bool,
     as_json: bool,
@@ -79,25 +80,24 @@ def command(
     if format_ == "peft":
         from qrosa.export.peft import export_peft
 
-        _report(export_peft(source, output, model=model, force=force), None, as_json=as_json)
+        _report(export_peft(source, output, model=base_model, force=force), None, as_json=as_json)
         return
-    from qrosa.cli.loading import choose_device, progress_bar
     from qrosa.export.merge import merge
 
     place = choose_device(device)
-    rows = _verify_rows(source, data, model) if verify else []
+    rows = _verify_rows(source, data, base_model) if verify else []
     with progress_bar(console, f"writing {output}") as advance:
         report = merge(
             source,
             output,
             dtype=dtype or "fp16",
             base=base or "nf4",
-            model=model,
+            model=base_model,
             force=force,
             device=place,
             progress=advance,
         )
-    drift = _verify(source, report, rows, model, place, console) if verify else None
+    drift = _verify(source, report, rows, base_model, place, console) if verify else None
     _report(report, drift, as_json=as_json)
 
 

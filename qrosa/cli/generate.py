@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrosa.cli.loading import base_option, load, open_source
 from qrosa.cli.options import device_option, emit_json, json_option, progress_console
 from qrosa.errors import InputError
 
@@ -40,6 +41,7 @@ _CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C st
 )
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample among the likeliest tokens only.")
 @click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable.")
+@base_option
 @device_option
 @json_option
 def command(
@@ -52,6 +54,7 @@ def command(
     temperature: float,
     top_p: float,
     seed: int | None,
+    base_model: str | None,
     device: str | None,
     as_json: bool,
 ) -> None:
@@ -60,13 +63,12 @@ def command(
     The prompt goes through the model's chat template where it has one.
     """
     _check(prompt, chat=chat, raw=raw, as_json=as_json)
-    from qrosa.cli.loading import load
     from qrosa.eval import generate
     from qrosa.eval.generate import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     console = progress_console()
-    model, tokenizer, _ = load(source, device, console)
+    model, tokenizer = load(open_source(source, base_model), device, console)
     if chat:
         _talk(generate.Chat(model, tokenizer, sampling, system), console)
         return

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
 
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qrosa.base.checkpoint import Checkpoint
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 Advance = Callable[[int, int], None]
 
 
@@ -46,8 +52,7 @@ def choose_device(asked: str | None) -> str:
 def progress_bar(console: Console, what: str) -> Iterator[Advance]:
     """A bar on a terminal, one line in a log; the callback takes what is done and what there is in all."""
     if not console.is_terminal:
-        console.print(f"{what} ...", markup=False)
-        yield lambda done, total: None
+        yield _announce(console, what)
         return
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -57,14 +62,76 @@ def progress_bar(console: Console, what: str) -> Iterator[Advance]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def load(source: str, device: str | None, console: Console) -> tuple[Any, Any, Path | None]:
-    """Load a run, an adapter or a bare model, with a bar: model, tokenizer, and the adapter's folder if any.
+def _announce(console: Console, what: str) -> Advance:
+    """Says what is being done once something of it is, so that a fault at the start stands alone."""
+    said = False
+
+    def advance(done: int, total: int) -> None:
+        nonlocal said
+        if not said:
+            said = True
+            console.print(f"{what} ...", markup=False)
+
+    return advance
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run, an adapter or a bare model, found but not loaded: what is wrong with it shows before the long wait.
+
+    Attributes:
+        source: What the user named.
+        checkpoint: The base.
+        adapter: The adapter's folder; None for a bare model.
+    """
+
+    source: str
+    checkpoint: Checkpoint
+    adapter: Path | None
+
+
+def base_option(function: _Function) -> _Function:
+    """``--model`` -> ``base_model``: where an adapter's base is now."""
+    return click.option(
+        "--model",
+        "base_model",
+        metavar="ID|FOLDER|FILE",
+        help="Where a run's base is now, if it has moved since the training.",
+    )(function)
+
+
+def open_source(source: str, base_model: str | None = None) -> Opened:
+    """Find a run, an adapter folder or a model, and its base.
 
     Raises:
         InputError: Nothing that can be loaded.
         StorageError: Damaged files.
     """
-    from qrosa.base.adapter_io import load_run_or_model
+    from qrosa.base.adapter_io import adapter_folder, base_source, is_run_or_adapter
+    from qrosa.base.checkpoint import open_checkpoint
+    from qrosa.export.merge import open_base
 
-    with progress_bar(console, f"loading {source}") as advance:
-        return load_run_or_model(source, choose_device(device), advance)
+    if is_run_or_adapter(source):
+        folder = adapter_folder(source)
+        return Opened(source, open_base(folder, base_source(folder), base_model), folder)
+    if base_model is not None:
+        raise InputError(f"{source} is no run, so it has no base that --model could name", "leave out --model")
+    return Opened(source, open_checkpoint(source), None)
+
+
+def load(opened: Opened, device: str | None, console: Console) -> tuple[Any, Any]:
+    """Load what was found, with a bar: the model in eval mode, and the tokenizer.
+
+    Raises:
+        InputError: The adapter is not of this base.
+        StorageError: Damaged files.
+    """
+    from qrosa.base.adapter_io import load_adapter
+    from qrosa.base.load import load_base
+
+    place = choose_device(device)
+    with progress_bar(console, f"loading {opened.source}") as advance:
+        model, tokenizer = load_base(opened.checkpoint, place, progress=advance)
+    if opened.adapter is not None:
+        load_adapter(model, opened.adapter)
+    return model.eval(), tokenizer

@@ -160,7 +160,7 @@ def open_adapter(source: str | Path, model: str | None = None) -> OpenedAdapter:
     """
     folder = adapter_folder(source)
     tensors, config = read_adapter(folder)
-    checkpoint = _open_base(folder, str(config["base"].get("source", "")), model)
+    checkpoint = open_base(folder, str(config["base"].get("source", "")), model)
     expected, found = str(config["base"].get("fingerprint")), checkpoint.fingerprint()
     if expected != found:
         raise InputError(
@@ -229,7 +229,18 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
         checkpoint.tokenizer().save_pretrained(folder)
 
 
-def _open_base(folder: Path, source: str, model: str | None) -> Checkpoint:
+def open_base(folder: Path, source: str, model: str | None = None) -> Checkpoint:
+    """The base of an adapter.
+
+    Args:
+        folder: The adapter's folder, for messages.
+        source: Where the base was when the adapter was trained.
+        model: Where it is now; None is where it was.
+
+    Raises:
+        InputError: It is not there.
+        StorageError: Damaged files.
+    """
     if model is not None:
         return open_checkpoint(model)
     try:
