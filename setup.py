@@ -41,12 +41,13 @@ DEFINES = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit, found by nvcc."""
+    """The CUDA toolkit: CUDA_HOME, else where nvcc lies (which may be a wrapper elsewhere), else the usual place."""
     if os.environ.get("QROSA_WITHOUT_CUDA") == "1":
         return None
-    home = os.environ.get("CUDA_HOME")
-    nvcc = Path(home) / "bin" / "nvcc" if home else shutil.which("nvcc")
-    return Path(nvcc).resolve().parent.parent if nvcc and Path(nvcc).exists() else None
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), Path(nvcc).resolve().parent.parent if nvcc else None, "/usr/local/cuda"]
+    homes = (Path(candidate) for candidate in candidates if candidate)
+    return next((h for h in homes if (h / "bin/nvcc").exists() and (h / "include/cuda_runtime.h").exists()), None)
 
 
 def cuda_flags() -> list[str]:
@@ -105,11 +106,14 @@ class BuildLibraries(build_ext):
         # libtorch.so is in every wheel and depends on libtorch_cuda.so where there is one, so a library built against a
         # CPU-only PyTorch finds its symbols in a CUDA one. It is loaded already: no rpath is needed.
         libraries = [f"-L{TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
+        linker = [os.environ.get("CXX", "c++"), "-shared"]
         if is_cuda:
-            libraries += [f"-L{cuda_home()}/lib64", f"-L{cuda_home()}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        sanitize = ["-fsanitize=address,undefined"] if SANITIZE else []
+            linker = [str(cuda_home() / "bin" / "nvcc"), "-shared", "-cudart", "static"]
+            libraries = [f"-L{TORCH / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        elif SANITIZE:
+            linker.append("-fsanitize=address,undefined")
         partial = target.with_suffix(".partial")
-        self._run([os.environ.get("CXX", "c++"), "-shared", *sanitize, *objects, *libraries, "-o", str(partial)])
+        self._run([*linker, *objects, *libraries, "-o", str(partial)])
         os.replace(partial, target)  # a process that has the old library loaded keeps it
 
     def _run(self, command: list[str]) -> None:

@@ -14,7 +14,7 @@ namespace qrosa {
 
 enum class Float { kBf16, kFp16, kFp32 };
 
-enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 struct Kernels {
   // out[row, :] = round(deq + S) for rows [begin, end); out is the whole [N, K].

@@ -225,9 +225,9 @@ Tensor dropout(const Tensor& x, double p, int64_t seed) {
   return out;
 }
 
-// Forces an instruction set when `request` names one (0 portable ... 3 AVX-512 with bf16); returns the one in use.
+// Forces an instruction set when `request` names one (0 portable ... 4 AMX); returns the one in use.
 int64_t cpu_isa(int64_t request) {
-  STD_TORCH_CHECK(request >= -1 && request <= 3, "no such instruction set: ", request);
+  STD_TORCH_CHECK(request >= -1 && request <= 4, "no such instruction set: ", request);
   return static_cast<int64_t>(request < 0 ? current_isa() : force_isa(static_cast<Isa>(request)));
 }
 

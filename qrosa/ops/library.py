@@ -18,9 +18,9 @@ import torch
 from qrosa.ops import dropout, linear, reference, schema
 from qrosa.ops.operands import CsrOperands, NF4Operands
 
-CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 """The CPU's code paths, in the order of the codes that ``qrosa::cpu_isa`` speaks. ``QROSA_CPU_ISA`` names the best one allowed;
-``avx512`` in reports stands for both of the last two."""
+``avx512`` in reports stands for the last three."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _FIX = {
@@ -125,8 +125,8 @@ def load() -> None:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use now: portable, avx2, avx512 (with or without its bf16 products)."""
-    return CPU_ISAS[torch.ops.qrosa.cpu_isa(-1)].removesuffix("bf16") if libraries["cpu"] else "portable"
+    """The instruction set that the CPU kernels use now: portable, avx2 or avx512 (its bf16 products and AMX tiles included)."""
+    return CPU_ISAS[min(torch.ops.qrosa.cpu_isa(-1), CPU_ISAS.index("avx512"))] if libraries["cpu"] else "portable"
 
 
 def force_cpu_isa(isa: str) -> str:
