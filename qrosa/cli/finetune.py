@@ -83,9 +83,7 @@ def command(
         _say_done(console, config, report)
 
 
-def resolve(
-    config_file: str | None, settings: Mapping[str, str | None], *, resume: bool, dry_run: bool
-) -> RunConfig:
+def resolve(config_file: str | None, settings: Mapping[str, str | None], *, resume: bool, dry_run: bool) -> RunConfig:
     """Put flags over the config file over the run to resume.
 
     Raises:
@@ -161,4 +159,6 @@ def _say_done(console: Console, config: RunConfig, report: Mapping[str, Any]) ->
         text = f"held-out loss {evaluation['loss']:.4f}, perplexity {evaluation['perplexity']:.3f}"
         console.print(f"{text} on {evaluation['rows']} rows", markup=False)
     console.print(f"run: {config.output}  (curves: {config.output}/report.html)", markup=False)
-    console.print(f"next: qrosa eval {config.output} --data F, or qrosa export {config.output} --output DIR", markup=False)
+    console.print(
+        f"next: qrosa eval {config.output} --data F, or qrosa export {config.output} --output DIR", markup=False
+    )

@@ -92,9 +92,10 @@ class LiveProgress(PlainProgress):
             self._bar.remove_task(self._task)
             self._task = None
         if self._task is None:
-            self._task = self._bar.add_task(what, figures=figures)
+            self._task = self._bar.add_task(what, completed=done, total=total, figures=figures)
             self._shown = what
-        self._bar.update(self._task, completed=done, total=total, figures=figures)
+        else:
+            self._bar.update(self._task, completed=done, total=total, figures=figures)
 
 
 def describe(line: StepLine) -> str:

@@ -95,7 +95,9 @@ def bar_pairs(rows: Sequence[tuple[str, float | None, float | None]], names: tup
     parts = []
     for index, (label, *values) in enumerate(rows):
         top = index * step + 6
-        parts.append(f'<text class="label" x="{left - 10}" y="{top + 21}" text-anchor="end">{html.escape(label)}</text>')
+        parts.append(
+            f'<text class="label" x="{left - 10}" y="{top + 21}" text-anchor="end">{html.escape(label)}</text>'
+        )
         for number, (name, value) in enumerate(zip(names, values, strict=True)):
             if value is None:
                 continue
@@ -147,7 +149,9 @@ def heat_map(values: Mapping[tuple[str, int], float], *, form: Format) -> str:
         '<p class="scale"><span>0</span><span class="ramp"></span>'
         f"<span>{html.escape(form(most))}</span><span>across: decoder layer</span></p>"
     )
-    return scale + _svg(max(WIDTH, math.ceil(left + cell * len(layers))), math.ceil(len(kinds) * height) + 18, "".join(parts))
+    return scale + _svg(
+        max(WIDTH, math.ceil(left + cell * len(layers))), math.ceil(len(kinds) * height) + 18, "".join(parts)
+    )
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:

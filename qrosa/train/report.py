@@ -129,7 +129,9 @@ def page(
         ("Ranks of the low-rank part", _heat(facts, lambda m: float(m.rank), lambda v: f"{v:g}")),
     ]  # fmt: skip
     body = "".join(f"<section><h2>{html.escape(title)}</h2>{chart}</section>" for title, chart in charts)
-    tiles = "".join(f"<div><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>" for k, v in _tiles(facts, report))
+    tiles = "".join(
+        f"<div><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>" for k, v in _tiles(facts, report)
+    )
     rows = "".join(
         f"<tr><th>{html.escape(str(key))}</th><td>{html.escape(_setting(value))}</td></tr>"
         for key, value in facts.settings.items()
@@ -224,7 +226,9 @@ def _tiles(facts: Facts, report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokens a second", _count(report["tokens_per_s"])),
     ]
     if report["eval"]:
-        tiles.insert(1, ("held-out loss (perplexity)", f"{report['eval']['loss']:.4f} ({report['eval']['perplexity']:.2f})"))
+        tiles.insert(
+            1, ("held-out loss (perplexity)", f"{report['eval']['loss']:.4f} ({report['eval']['perplexity']:.2f})")
+        )
     if report["micro_batch_changes"]:
         tiles.append(("micro-batch halved", f"{len(report['micro_batch_changes'])} times"))
     return tiles
