@@ -35,7 +35,7 @@ def test_drift_equals_a_direct_computation(
     _, run = make_adapter(tiny_model_dir(family))
     merge(run, tmp_path / "out", dtype="bf16")
     drift = verify(run, tmp_path / "out", _rows())
-    trained, _, _ = load_run_or_model(str(run))
+    trained = load_run_or_model(str(run))[0].float()
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     kl, same, losses, tokens = 0.0, 0, [0.0, 0.0], 0
     for row in _rows():
@@ -49,7 +49,9 @@ def test_drift_equals_a_direct_computation(
             losses[index] -= float(log_probs[-3:].gather(1, ids[0, -3:, None]).sum())
     assert (drift["rows"], drift["tokens"], drift["supervised_tokens"]) == (4, tokens, 12)
     assert drift["top1_agreement"] == pytest.approx(same / tokens)
-    assert drift["mean_kl"] == pytest.approx(kl / tokens, rel=0.02, abs=1e-7)
+    assert drift["mean_kl"] == pytest.approx(
+        kl / tokens, rel=0.2
+    )  # Gemma caps its logits in bf16, the head here in fp32
     assert drift["loss_trained"] == pytest.approx(losses[0] / 12, rel=1e-3)
     assert drift["loss_exported"] == pytest.approx(losses[1] / 12, rel=1e-3)
     assert drift["loss_difference"] == pytest.approx(drift["loss_exported"] - drift["loss_trained"])
@@ -63,12 +65,26 @@ def test_a_faithful_export_hardly_drifts_and_a_wrong_one_does(
     for base in ("nf4", "original"):
         merge(run, tmp_path / base, base=base)
         drifts[base] = verify(run, tmp_path / base, _rows())
-    assert drifts["nf4"]["mean_kl"] < 1e-3 and drifts["nf4"]["top1_agreement"] > 0.9
-    assert drifts["original"]["mean_kl"] > 5 * drifts["nf4"]["mean_kl"]
+    assert drifts["nf4"]["mean_kl"] < 2e-5 and drifts["nf4"]["top1_agreement"] > 0.95
+    assert drifts["original"]["mean_kl"] > 100 * drifts["nf4"]["mean_kl"]
     weights = load_file(tmp_path / "nf4" / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"].zero_()
     save_file(weights, tmp_path / "nf4" / "model.safetensors", metadata={"format": "pt"})
     assert verify(run, tmp_path / "nf4", _rows())["mean_kl"] > 10 * drifts["nf4"]["mean_kl"]
+
+
+def test_overflow_of_activations_is_not_passed_over(
+    tiny_model_dir: Callable[..., Path], make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    _, run = make_adapter(tiny_model_dir())
+    merge(run, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        weights[f"model.layers.0.mlp.{name}.weight"].fill_(6e4)  # each fits fp16, their products do not
+    save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="activations overflow") as caught:
+        verify(run, tmp_path / "out", _rows())
+    assert "--dtype bf16" in caught.value.hint
 
 
 def test_rows_without_supervised_tokens(tmp_path: Path) -> None:
