@@ -7,6 +7,7 @@ over a mark shows its value (the SVG ``title`` element).
 from __future__ import annotations
 
 import html
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ def thin_out(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
     if len(points) <= most:
         return list(points)
     edges = [round(index * len(points) / most) for index in range(most + 1)]
-    runs = [points[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    runs = [points[a:b] for a, b in itertools.pairwise(edges)]
     return [(run[-1][0], sum(y for _, y in run) / len(run)) for run in runs]
 
 

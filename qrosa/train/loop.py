@@ -12,15 +12,11 @@ parameter and all-reduce per micro-batch what travels here once a step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from qrosa.config import RunConfig
 from qrosa.data.batching import step_rows
 from qrosa.errors import InterruptedRunError
 from qrosa.train import guard
@@ -28,56 +24,13 @@ from qrosa.train.checkpoint import checkpoint_steps, prune, save_checkpoint, ste
 from qrosa.train.evaluate import evaluate
 from qrosa.train.folder import EVAL_FILE, METRICS_FILE, append_line, size_of
 from qrosa.train.interrupt import Interrupts
-from qrosa.train.optim import AdapterOptimizer
-from qrosa.train.peak import MemoryMeter
 from qrosa.train.progress import Progress, StepLine
-from qrosa.train.schedule import Phases, learning_rate_factor, sparse_learning_rate_factor
-from qrosa.train.state import RunState
+from qrosa.train.schedule import learning_rate_factor, sparse_learning_rate_factor
 from qrosa.train.step import Limits, StepRunner, supervised_tokens
+from qrosa.train.work import Work, metrics_line
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from qrosa.data.template import EncodedRow
-
-
-@dataclass
-class Work:
-    """What a loop works on.
-
-    Attributes:
-        config: The run's settings.
-        phases: Length of the phases.
-        folder: The run folder.
-        model: The base with its adapters.
-        optimizer: Owner of masters and gradients.
-        rows: Training rows.
-        heldout: Rows to evaluate on; may be empty.
-        pad_id: Token to pad with.
-        state: What changes.
-        accelerator: Device, and the other processes.
-        meter: Memory peaks.
-        identity: ``settings`` and ``fingerprints``, stored with each checkpoint.
-        select: Picks the masks and returns (tokens, supervised tokens) that it read; called once.
-        write_adapter: Saves the adapter into a folder.
-        planned: Phase -> bytes of the plan.
-    """
-
-    config: RunConfig
-    phases: Phases
-    folder: Path
-    model: nn.Module
-    optimizer: AdapterOptimizer
-    rows: Sequence[EncodedRow]
-    heldout: Sequence[EncodedRow]
-    pad_id: int
-    state: RunState
-    accelerator: Accelerator
-    meter: MemoryMeter
-    identity: Mapping[str, Any]
-    select: Callable[[], tuple[int, int]]
-    write_adapter: Callable[[Path], None]
-    planned: Mapping[str, int]
 
 
 class TrainingLoop:
@@ -293,28 +246,3 @@ class TrainingLoop:
             f"out of memory at step {step} ({where}): the micro-batch goes from {before} to {after}; "
             "the effective batch stays, and no finished step is lost"
         )
-
-
-def metrics_line(
-    step: int,
-    phase: str,
-    loss: float | None,
-    lr: float,
-    norm: float | None,
-    tokens: int,
-    supervised: int,
-    tokens_per_s: float,
-    memory: int,
-) -> dict[str, Any]:
-    """One line of ``metrics.jsonl``."""
-    return {
-        "step": step,
-        "phase": phase,
-        "loss": loss,
-        "lr": lr,
-        "grad_norm": norm,
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "tokens_per_s": tokens_per_s,
-        "memory": memory,
-    }

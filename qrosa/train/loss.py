@@ -130,7 +130,9 @@ def chunked_loss(
     weight = head.weight
     if hidden.dtype != weight.dtype:
         hidden = hidden.to(weight.dtype)
-    total = _ChunkedCrossEntropy.apply(hidden, labels, weight, head.bias, chunk_tokens, softcap, scale)
+    total = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, labels, weight, head.bias, chunk_tokens, softcap, scale
+    )
     return cast(Tensor, total)
 
 

@@ -243,7 +243,7 @@ class AdapterOptimizer:
         for name, group in self.groups.items():
             digest = hashlib.sha256()
             for parameter in group.parameters:
-                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
             digests[name] = digest.hexdigest()
         return digests
 

@@ -1,7 +1,7 @@
 """Everything that can refuse a run, before a single file is written or a weight is loaded.
 
-In the order of cost: the output folder, the packages asked for, the base's headers, the budget, the rows, the plan. What
-comes out is all that the run needs, settings resolved: where the user left a choice open, it is made here.
+In the order of cost: the output folder, the packages asked for, the base's headers, the budget, the rows, the plan.
+What comes out is all that the run needs, settings resolved: where the user left a choice open, it is made here.
 """
 
 from __future__ import annotations

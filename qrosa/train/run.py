@@ -20,18 +20,20 @@ from qrosa.masks.repair import init_low_rank, set_masks
 from qrosa.masks.select import select_masks
 from qrosa.sparse.store import write_json, write_text
 from qrosa.train.checkpoint import Checkpoint, check_same_run, cut_back, latest
+from qrosa.train.facts import Facts, ModuleShare
 from qrosa.train.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, make_folder
-from qrosa.train.loop import TrainingLoop, Work
-from qrosa.train.modes import set_attention, set_checkpointing
+from qrosa.train.loop import TrainingLoop
+from qrosa.train.modes import make_deterministic, set_attention, set_checkpointing
 from qrosa.train.optim import AdapterOptimizer
 from qrosa.train.peak import MemoryMeter
 from qrosa.train.prepare import Prepared, prepare
 from qrosa.train.progress import Progress
-from qrosa.train.report import Facts, ModuleShare, write_report
+from qrosa.train.report import write_report
 from qrosa.train.selection import agree_on, sample_loss, selection_rows
 from qrosa.train.state import RunState
 from qrosa.train.step import Limits, supervised_tokens
 from qrosa.train.trackers import make_accelerator, start_trackers
+from qrosa.train.work import Work
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,9 +122,7 @@ class _Run:
         """The base in 4 bits with its adapter, new or from a checkpoint, ready to train."""
         config, work = self.config, self.prepared.plan.work
         if self.device.type == "cuda":
-            # Deterministic attention backward, so that a resumed run is the same run to the bit.
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            make_deterministic()
             if self.prepared.cap is not None:
                 total = torch.cuda.get_device_properties(self.device).total_memory
                 torch.cuda.set_per_process_memory_fraction(min(1.0, self.prepared.cap / total), self.device)
@@ -234,7 +234,8 @@ def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter
     Raises:
         InputError: The layers do not keep the dtypes that the optimizer relies on.
     """
-    low_rank, sparse = [], []
+    low_rank: list[nn.Parameter] = []
+    sparse: list[nn.Parameter] = []
     for layer in quantized_linears(model).values():
         for name, parameter in layer.adapter_parameters().items():
             (sparse if name == "sparse_values" else low_rank).append(parameter)

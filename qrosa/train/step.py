@@ -140,7 +140,7 @@ class StepRunner:
         for index, batch in enumerate(batches):
             torch.manual_seed(micro_batch_seed(self.seed, step, self.process, index))
             loss, _ = model_loss(self.model, batch.to(self.device), self.chunk_tokens)
-            (loss / normaliser).backward()  # type: ignore[no-untyped-call]
+            (loss / normaliser).backward()
             total += loss.detach()
             self.optimizer.accumulate()
         return float(total)

@@ -174,7 +174,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(conf
 
 def test_out_of_memory_with_a_single_row_does_not_fit(config, monkeypatch):
     inject(monkeypatch, out_of_memory(most_rows=0))
-    with pytest.raises(Exception, match="one row of .* tokens does not fit") as stopped:
+    with pytest.raises(Exception, match=r"one row of .* tokens does not fit") as stopped:
         finetune(config())
     assert stopped.value.exit_code == 3
 
