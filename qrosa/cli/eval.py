@@ -27,7 +27,7 @@ _EXAMPLES = """\b
 Examples:
   qrosa eval run --data test.jsonl
   qrosa eval HuggingFaceTB/SmolLM2-135M-Instruct --data test.jsonl --limit 500 --json
-  qrosa eval run/checkpoints/step-200/adapter --data folder --split validation
+  qrosa eval run/checkpoints/step-200 --data folder --split validation
 """
 _PERCENT = ("accuracy", "exact_match")
 

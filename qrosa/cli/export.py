@@ -140,10 +140,9 @@ def _verify_rows(source: str, data: str | None, model: str | None) -> list[Encod
 
 
 def _run_settings(source: Path) -> dict[str, Any]:
-    """The settings of the run that an adapter came from, if it still lies in its run."""
-    path = next(
-        (folder / "config.yaml" for folder in (source, source.parent) if (folder / "config.yaml").is_file()), None
-    )
+    """The settings of the run that an adapter or a checkpoint came from, if it still lies in its run."""
+    folders = (source, *source.resolve().parents[:2])
+    path = next((folder / "config.yaml" for folder in folders if (folder / "config.yaml").is_file()), None)
     return {} if path is None else read_yaml(path)
 
 

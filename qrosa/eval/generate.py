@@ -190,7 +190,7 @@ def generate_ids(
             interrupted = True
             made.end()
     finished = bool(made.tokens) and made.tokens[-1] in end_tokens(model, tokenizer)
-    text = str(tokenizer.decode(made.tokens, skip_special_tokens=True)).strip()
+    text = _decode(tokenizer, made.tokens).strip()
     return Answer(text, len(made.tokens), len(input_ids), finished and not interrupted, interrupted)
 
 
@@ -233,6 +233,11 @@ def _context(model: nn.Module) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
 
 
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Text without special tokens; spaces stay as they are, so that more tokens never change what is there."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
 class _Collector:
     """A transformers streamer that keeps the new tokens and passes on the text that can no longer change.
 
@@ -262,7 +267,7 @@ class _Collector:
     def _show(self, *, final: bool) -> None:
         if self.on_text is None:
             return
-        text = str(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+        text = _decode(self.tokenizer, self.tokens)
         if text.endswith("\ufffd") and not final:
             return
         if text.startswith(self._shown) and len(text) > len(self._shown):

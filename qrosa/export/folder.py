@@ -34,7 +34,7 @@ def export_folder(target: Path, *, nbytes: int, force: bool = False, keep: tuple
         InputError: The target exists, is a file, or holds what is being read.
         StorageError: Too little disk is free, or the folder cannot be written.
     """
-    target = Path(os.path.abspath(target))
+    target = target.resolve()  # a link stays, what it points to is made
     check_target(target, force=force, keep=keep)
     check_disk(target, nbytes)
     made = [parent for parent in target.parents if not parent.exists()]

@@ -50,6 +50,12 @@ def test_text_output_other_rows_and_peft(run: Path, tmp_path: Path, tiny_rows: C
     assert json.loads(done.stdout)["format"] == "peft" and json.loads(done.stdout)["verify"] is None
 
 
+def test_a_checkpoint_of_the_run(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "adapter", run / "checkpoints" / "step-3")
+    done = _run(run / "checkpoints" / "step-3", "--output", tmp_path / "out", "--verify")
+    assert done.exit_code == 0 and "drift over 32 rows" in done.stdout, done.output
+
+
 def test_a_moved_base(tiny_model_dir: Callable[..., Path], make_adapter: MakeAdapter, tmp_path: Path) -> None:
     shutil.copytree(tiny_model_dir(), tmp_path / "base")
     _, folder = make_adapter(tmp_path / "base")

@@ -183,6 +183,14 @@ def test_output_that_holds_what_is_read_is_refused(tmp_path: Path) -> None:
     check_target(base / "merged", force=False, keep=(base,))
 
 
+def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with export_folder(tmp_path / "link", nbytes=1) as partial:
+        (partial / "config.json").write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
+
+
 def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(InputError, match="is a file"):
