@@ -8,9 +8,11 @@ share won back is (loss of NF4 - loss repaired) / (loss of NF4 - loss of 16-bit)
 
 Scores, with g the gradient of one row's mean loss and F the mean of g^2:
 
-    squared   F             mean    |mean g|       residual   |R|          random   nothing
-    repair    R^2 F, the loss that an error costs to second order (the diagonal of Optimal Brain Damage)
-    slope     |R| |mean g|, the same to first order
+    squared    F              mean   |mean g|        residual   |R|        random   nothing
+    repair     |R| |mean g|, what repairing an error is worth to first order
+    curvature  R^2 F, the same to second order (the diagonal of Optimal Brain Damage)
+    signed     -R mean g where that is above zero: only errors whose repair lowers the loss. Measured once, as a
+               warning: all of them push the same way, what they used to cancel against stays: far worse
 """
 
 from __future__ import annotations
@@ -32,15 +34,15 @@ from torch import Tensor
 from bench.assets import movie_reviews, smollm2
 from qrosa.adapters.inject import inject_low_rank, quantized_linears
 from qrosa.base.load import load_base
+from qrosa.masks.accumulate import observe
 from qrosa.masks.draw import random_positions
 from qrosa.masks.repair import init_low_rank, set_masks, weighted_factors
 from qrosa.masks.residual import checkpoint_of, residual
-from qrosa.masks.samples import Sample
-from qrosa.masks.select import accumulate
+from qrosa.masks.samples import Sample, quiet, sample_loss
 from qrosa.masks.topk import MatrixPicker, ModelPicker
 
 DENSITIES = (0.0006, 0.003, 0.01)
-SCORES = ("squared", "mean", "residual", "repair", "slope", "random")
+SCORES = ("squared", "mean", "repair", "curvature", "residual", "random")
 WINDOW = 512
 
 
@@ -99,17 +101,20 @@ def sparse_results(bench: Bench, rows: list[Sample]) -> list[dict[str, Any]]:
     """Every score at every density, per matrix; the best ones over the whole model too."""
     shapes = {path: layer.weight.shape for path, layer in bench.layers.items()}
     squares, means = ({path: torch.zeros(shape) for path, shape in shapes.items()} for _ in range(2))
-    for statistics, square in ((squares, True), (means, False)):
-        for _ in accumulate(bench.model, bench.layers, statistics, rows, square):
-            pass
+    # Two observers on the same passes; the anchor is that of the one that sits next to the layer.
+    with quiet(bench.model), observe(bench.layers, squares, True) as anchor, observe(bench.layers, means, False):
+        for row in rows:
+            torch.autograd.grad(sample_loss(bench.model, row), anchor, allow_unused=True)
     results = []
     for density in DENSITIES:
         for scope in ("matrix", "global"):
-            for score in SCORES if scope == "matrix" else ("squared", "repair"):
+            for score in SCORES if scope == "matrix" else ("squared", "repair", "curvature"):
                 masks = choose(bench, score, scope, density, squares, means)
                 set_masks(bench.model, masks)
                 nnz = sum(positions.numel() for positions in masks.values())
                 results.append(bench.record(kind="sparse", score=score, scope=scope, density=density, bytes=6 * nnz))
+    set_masks(bench.model, choose(bench, "signed", "matrix", DENSITIES[0], squares, means))
+    results.append(bench.record(kind="sparse", score="signed", scope="matrix", density=DENSITIES[0]))
     set_masks(bench.model, {})
     return results
 
@@ -125,7 +130,9 @@ def choose(
     picker = MatrixPicker(counts) if scope == "matrix" else ModelPicker(list(counts), sum(counts.values()))
     checkpoint = checkpoint_of(bench.model)
     for path, layer in bench.layers.items():
-        error = residual(checkpoint, path, layer.weight) if score in ("residual", "repair", "slope") else None
+        error = (
+            residual(checkpoint, path, layer.weight) if score in ("residual", "repair", "curvature", "signed") else None
+        )
         if score == "squared":
             scores = squares[path]
         elif score == "mean":
@@ -134,8 +141,9 @@ def choose(
             assert error is not None
             scores = {
                 "residual": lambda e=error: e.abs(),
-                "repair": lambda e=error, p=path: e.square() * squares[p],
-                "slope": lambda e=error, p=path: (e * means[p]).abs(),
+                "repair": lambda e=error, p=path: (e * means[p]).abs(),
+                "curvature": lambda e=error, p=path: e.square() * squares[p],
+                "signed": lambda e=error, p=path: (e * means[p]).neg().clamp_min(0),
             }[score]()
         picker.add(path, scores)
     return picker.result()

@@ -76,7 +76,7 @@ def times(model: Any, rows: list[Sample], rounds: int) -> dict[str, Any]:
     def observing(chosen: list[str]) -> Callable[[], None]:
         def run() -> None:
             stats = {path: torch.zeros(layers[path].weight.shape) for path in chosen}
-            list(accumulate(model, {path: layers[path] for path in chosen}, stats, rows, True))
+            accumulate(model, {path: layers[path] for path in chosen}, stats, rows, True)
 
         return run
 

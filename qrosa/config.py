@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from qrosa.errors import InputError, StorageError
 
-MASK_SCORES = ("squared", "mean", "residual", "random")
+MASK_SCORES = ("squared", "mean", "repair", "residual", "random")
 MASK_SCOPES = ("matrix", "global")
 SPARSE_INITS = ("residual", "zero")
 LOW_RANK_INITS = ("lora", "svd")
@@ -103,8 +103,9 @@ class MaskConfig:
 
     mask_score: str = setting(
         "squared",
-        "What ranks the positions: mean squared gradient (squared), size of the mean gradient (mean), "
-        "quantisation error (residual), or nothing (random, the control).",
+        "What ranks the positions: mean squared gradient (squared), size of the mean gradient (mean), that times "
+        "the quantisation error (repair), the quantisation error (residual), or nothing (random, the control). "
+        "Gradients are taken row by row, so masks depend on the rows alone, not on micro-batch or memory.",
         choices=MASK_SCORES,
     )
     mask_scope: str = setting(

@@ -5,6 +5,7 @@ sample's mean loss over its supervised tokens, without dropout:
 
     squared    mean over samples of g^2, the diagonal of the empirical Fisher: the paper's (RoSA, arXiv 2401.04679)
     mean       |mean over samples of g|
+    repair     |R| |mean over samples of g|, what repairing one error is worth to first order
     residual   |R|
     random     nothing; the control that every claim about masks has to beat
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +65,7 @@ def select_masks(
         group_bytes: Most bytes of statistics at a time; default ``config.mask_memory``, else what is free.
         progress: Called with (samples done, samples to do) over all passes.
         loss: Mean loss of one sample; give one that chunks the head where long rows carry loss on every token.
-        checkpoint: The 16-bit weights for the residual score; default the base's own source.
+        checkpoint: The 16-bit weights for the scores that use R; default the base's own source.
 
     Returns:
         Path -> flat positions ``row * K + column``, int64, rising, on the CPU.
@@ -75,12 +77,14 @@ def select_masks(
     """
     layers = _chosen_layers(model, nnz)
     sizes = {path: layer.in_features * layer.out_features for path, layer in layers.items()}
-    if config.mask_score == "random":
-        return random_positions(sizes, {path: nnz[path] for path in layers}, config.mask_scope, seed)
     counts = {path: nnz[path] for path in layers}
+    if config.mask_score == "random":
+        return random_positions(sizes, counts, config.mask_scope, seed)
+    if config.mask_score in ("residual", "repair"):
+        checkpoint = checkpoint or checkpoint_of(model)
     picker = MatrixPicker(counts) if config.mask_scope == "matrix" else ModelPicker(list(layers), sum(counts.values()))
     if config.mask_score == "residual":
-        checkpoint = checkpoint or checkpoint_of(model)
+        assert checkpoint is not None
         for done, (path, layer) in enumerate(layers.items(), 1):
             picker.add(path, residual(checkpoint, path, layer.weight).abs_())
             if progress:
@@ -90,52 +94,54 @@ def select_masks(
     limit = group_bytes or (parse_size(config.mask_memory, "--mask-memory") if config.mask_memory else None)
     groups = group_matrices(wanted, limit or default_group_bytes(layers, wanted))
     rows = read_samples(samples, config.mask_samples)
-    _pick_by_gradient(
-        model,
-        layers,
-        groups,
-        rows,
-        picker,
-        config.mask_score == "squared",
-        loss,
-        progress,
-    )
+    collected = _collect(model, layers, groups, rows, config.mask_score == "squared", loss, progress)
+    _pick(picker, collected, layers, checkpoint if config.mask_score == "repair" else None)
     return picker.result()
 
 
-def _pick_by_gradient(
+def _collect(
     model: nn.Module,
     layers: Mapping[str, QRosaLinear],
     groups: list[list[str]],
     rows: list[Sample],
-    picker: MatrixPicker | ModelPicker,
     square: bool,
     loss: SampleLoss,
     progress: Progress | None,
-) -> None:
-    """One pass over the samples a group; each group's statistics are freed before the next ones exist."""
-    learnt = False
+) -> Iterator[tuple[str, Tensor]]:
+    """(path, statistic) in model order, by one pass over the samples a group; used statistics are freed."""
     for number, group in enumerate(groups):
         statistics = {path: _zeros(layers[path]) for path in group}
-        for index, _ in enumerate(
-            accumulate(model, {p: layers[p] for p in group}, statistics, rows, square, loss),
-            1,
-        ):
-            if progress:
-                progress(number * len(rows) + index, len(groups) * len(rows))
+        observed = {path: layers[path] for path in group}
+        report = progress and partial(_report, progress, number * len(rows), len(groups) * len(rows))
+        accumulate(model, observed, statistics, rows, square, loss, report)
         for path in group:
-            scores = statistics.pop(path)
-            if not square:
-                scores.abs_()
-            highest = float(scores.max())
-            if not math.isfinite(highest):
-                raise TrainingError(
-                    f"the mask score of {path} is not finite",
-                    "check the rows and the base for NaN",
-                )
-            learnt = learnt or highest > 0
-            picker.add(path, scores)
-    if groups and not learnt:
+            yield path, statistics.pop(path)
+
+
+def _report(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def _pick(
+    picker: MatrixPicker | ModelPicker,
+    collected: Iterable[tuple[str, Tensor]],
+    layers: Mapping[str, QRosaLinear],
+    repaired_from: Checkpoint | None,
+) -> None:
+    """Turn each statistic into scores, in place, and pick from them."""
+    highest_of_all = 0.0
+    paths = 0
+    for path, scores in collected:
+        scores.abs_()  # changes nothing where gradients were squared
+        highest = float(scores.max())
+        if not math.isfinite(highest):
+            raise TrainingError(f"the mask score of {path} is not finite", "check the rows and the base for NaN")
+        highest_of_all = max(highest_of_all, highest)
+        paths += 1
+        if repaired_from is not None:
+            scores.mul_(residual(repaired_from, path, layers[path].weight).abs_())
+        picker.add(path, scores)
+    if paths and not highest_of_all:
         raise TrainingError(
             "every gradient is zero, so no position is better than another",
             "check that the selection rows have supervised tokens and that the base is not damaged",
@@ -149,8 +155,9 @@ def accumulate(
     rows: list[Sample],
     square: bool,
     loss: SampleLoss = sample_loss,
-) -> Iterator[int]:
-    """Add every sample's gradient (squared or not) to the statistics of ``layers``; yields after each sample.
+    done: Callable[[int], None] | None = None,
+) -> None:
+    """Add every sample's gradient (squared or not) to the statistics of ``layers``.
 
     Args:
         model: The whole model.
@@ -159,22 +166,23 @@ def accumulate(
         rows: Samples with at least one supervised token.
         square: Square each sample's gradient before it is added.
         loss: Mean loss of one sample.
+        done: Called with the number of samples done after each.
 
     Raises:
         TrainingError: A sample's loss is not finite.
     """
-    with quiet(model), observe(layers, statistics, square) as anchor:
-        for index, sample in enumerate(rows):
-            with torch.enable_grad():
-                value = loss(model, sample)
+    with quiet(model), observe(layers, statistics, square) as anchor, torch.enable_grad():
+        for number, sample in enumerate(rows, 1):
+            value = loss(model, sample)
             if not math.isfinite(float(value.detach())):
                 raise TrainingError(
-                    f"the loss of selection row {index + 1} is {float(value.detach())}",
+                    f"the loss of selection row {number} is {float(value.detach())}",
                     "lower the learning rate if this came after warm-up, else check the base",
                 )
             torch.autograd.grad(value, anchor, allow_unused=True)
             del value
-            yield index
+            if done:
+                done(number)
 
 
 def default_group_bytes(layers: Mapping[str, QRosaLinear], sizes: Mapping[str, int]) -> int:
