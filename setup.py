@@ -1,8 +1,8 @@
 """Builds the compiled libraries: ``_C_cpu`` always, ``_C_cuda`` wherever nvcc is found (a card is not needed).
 
-Both use only PyTorch's stable ABI and no Python API, so that one wheel (abi3) serves every supported PyTorch and Python.
-Environment: ``QROSA_CUDA_ARCHS`` (default 80;86;89;90;120), ``QROSA_SANITIZE=1`` for an AddressSanitizer + UBSan build of the CPU
-library, ``QROSA_WITHOUT_CUDA=1`` to leave the CUDA library out, ``CUDA_HOME`` to name the toolkit.
+Both use only PyTorch's stable ABI and no Python API, so that one wheel (abi3) serves every supported PyTorch and
+Python. Environment: ``QROSA_CUDA_ARCHS`` (default 80;86;89;90;120), ``QROSA_SANITIZE=1`` for an AddressSanitizer + UBSan
+build of the CPU library, ``QROSA_WITHOUT_CUDA=1`` to leave the CUDA library out, ``CUDA_HOME`` to name the toolkit.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def sources(folder: str, *patterns: str) -> list[str]:
 def extensions() -> list[Extension]:
     """What can be built here."""
     cpu = [s for s in sources("cpu", "*.cpp") if X86 or Path(s).name not in ISA_FLAGS]
-    headers = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.h*")) + sorted(ROOT.glob("csrc/cuda/*.cuh"))]
+    patterns = ("*.h", "*.cuh")
+    headers = sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in (ROOT / "csrc").rglob(pattern))
     found = [Extension("qrosa._C_cpu", cpu, depends=headers, py_limited_api=True)]
     cuda = sources("cuda", "*.cpp", "*.cu")
     if cuda_home() is not None and any(s.endswith(".cu") for s in cuda):

@@ -39,9 +39,8 @@ def _backward(ctx: Any, dy: torch.Tensor | None, _dprojected: torch.Tensor | Non
         dy, x, projected, *nf4_tensors, block_size, row_ptr, col, values, a, b, scale, dropout_p, seed, needs
     )
     for place, need, gradient in zip((_X, _VALUES, _A, _B, _BIAS), needs, results, strict=True):
-        gradients[place] = gradient if need else None
-    if gradients[_BIAS] is not None:
-        gradients[_BIAS] = gradients[_BIAS].to(ctx.bias_dtype)
+        if need:
+            gradients[place] = gradient.to(ctx.bias_dtype) if place == _BIAS else gradient
     return tuple(gradients)
 
 

@@ -1,8 +1,8 @@
 """Finding and loading the compiled libraries, and standing in for them where they are missing.
 
-``_C_cpu`` and ``_C_cuda`` lie beside the package and register kernels for the ops of ``schema.py`` when loaded. A device
-without a library gets the plain PyTorch composition, with one warning that names the fix: correct, but slow and
-hungry.
+``_C_cpu`` and ``_C_cuda`` lie beside the package and register kernels for the ops of ``schema.py`` when loaded. A
+device without a library gets the plain PyTorch composition, with one warning that names the fix: correct, but slow
+and hungry.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qrosa.ops import dropout, linear, reference, schema
 from qrosa.ops.operands import CsrOperands, NF4Operands
 
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
-"""The CPU's code paths, in the order of the codes that ``qrosa::cpu_isa`` speaks. ``QROSA_CPU_ISA`` names the best one allowed;
+"""The CPU's code paths, in the order of the codes that ``qrosa::cpu_isa`` speaks. ``QROSA_CPU_ISA`` names the best allowed;
 ``avx512`` in reports stands for the last three."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -41,8 +41,8 @@ def _csr(row_ptr: Any, col: Any, values: Any) -> CsrOperands | None:
 
 def _flat_dequant_add(*args: Any) -> None:
     nf4, csr, out = NF4Operands(*args[:6]), _csr(*args[6:9]), args[9]
-    schema.check_nf4(*nf4, *out.shape)
-    schema.check_csr(*args[6:9], *out.shape)
+    schema.check_nf4(*nf4, out.shape[0], out.shape[1])
+    schema.check_csr(*args[6:9], out.shape[0], out.shape[1])
     reference.dequant_add(nf4, csr, out)
 
 
@@ -125,7 +125,7 @@ def load() -> None:
 
 
 def cpu_isa() -> str:
-    """The instruction set that the CPU kernels use now: portable, avx2 or avx512 (its bf16 products and AMX tiles included)."""
+    """What the CPU kernels use now: portable, avx2 or avx512 (its bf16 products and AMX tiles included)."""
     return CPU_ISAS[min(torch.ops.qrosa.cpu_isa(-1), CPU_ISAS.index("avx512"))] if libraries["cpu"] else "portable"
 
 

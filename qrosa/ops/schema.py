@@ -156,7 +156,8 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def check_linear(  # type: ignore[no-untyped-def]
-    x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, out_features, bias, row_ptr, col, values, a, b
+    x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, out_features,
+    bias, row_ptr, col, values, a, b,
 ) -> None:  # fmt: skip
     """Checks what the whole layer is given."""
     columns = x.shape[-1]
