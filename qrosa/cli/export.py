@@ -118,7 +118,7 @@ def _verify_rows(source: str, data: str | None, model: str | None) -> list[Encod
         InputError: No rows are named, or none can be read.
     """
     from qrosa.data.dataset import load_rows
-    from qrosa.export.merge import open_adapter
+    from qrosa.export.source import open_adapter
     from qrosa.export.verify import VERIFY_ROWS
     from qrosa.train.prepare import resolve_seq_len
 
@@ -150,7 +150,7 @@ def _verify(
     source: str, report: ExportReport, rows: list[EncodedRow], model: str | None, device: str, console: Console
 ) -> Drift:
     from qrosa.export.card import write_card
-    from qrosa.export.merge import card_facts, open_adapter
+    from qrosa.export.source import card_facts, open_adapter
     from qrosa.export.verify import verify
 
     say = lambda text: console.print(f"{text} ...", markup=False)  # noqa: E731

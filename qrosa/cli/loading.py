@@ -109,7 +109,7 @@ def open_source(source: str, base_model: str | None = None) -> Opened:
     """
     from qrosa.base.adapter_io import adapter_folder, base_source, is_run_or_adapter
     from qrosa.base.checkpoint import open_checkpoint
-    from qrosa.export.merge import open_base
+    from qrosa.export.source import open_base
 
     if is_run_or_adapter(source):
         folder = adapter_folder(source)

@@ -17,25 +17,24 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from qrosa.adapters.inject import load_adapter_state
 from qrosa.adapters.linear import QRosaLinear
-from qrosa.base.adapter_io import adapter_folder
-from qrosa.base.checkpoint import Checkpoint, open_checkpoint, read_original_weight
-from qrosa.base.load import empty_model, quantize_weight
+from qrosa.base.checkpoint import read_original_weight
+from qrosa.base.load import quantize_weight
 from qrosa.errors import InputError
-from qrosa.export.card import Facts, write_card
+from qrosa.export.card import write_card
 from qrosa.export.folder import check_target, export_folder
 from qrosa.export.shards import MAX_SHARD_BYTES, TensorSpec, plan_shards, storage_errors, write_shards
+from qrosa.export.source import OpenedAdapter, card_facts, open_adapter, write_tokenizer
 from qrosa.sparse.csr import CsrDelta
-from qrosa.sparse.store import read_adapter, write_json
+from qrosa.sparse.store import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,25 +68,6 @@ class ExportReport:
     bytes: int
     files: list[str]
     seconds: float
-
-
-@dataclass(frozen=True)
-class OpenedAdapter:
-    """An adapter checked against its base.
-
-    Attributes:
-        folder: Where the adapter is.
-        checkpoint: The base that it was trained on.
-        model: The model's structure on the meta device, with the adapter's shapes and scales in place.
-        tensors: The adapter's tensors by name.
-        config: The adapter's config.
-    """
-
-    folder: Path
-    checkpoint: Checkpoint
-    model: PreTrainedModel
-    tensors: Mapping[str, Tensor]
-    config: Mapping[str, Any]
 
 
 def merge(
@@ -147,33 +127,6 @@ def merge(
     return ExportReport(str(output), "safetensors", dtype, base, len(specs), total, files, seconds)
 
 
-def open_adapter(source: str | Path, model: str | None = None) -> OpenedAdapter:
-    """Open an adapter and its base, and check that they belong together, without reading a weight of the base.
-
-    Args:
-        source: A run folder or its adapter folder.
-        model: Where the base is now; None is where it was.
-
-    Raises:
-        InputError: No adapter, no base, another base than the one trained on, or tensors that do not fit it.
-        StorageError: Damaged files.
-    """
-    folder = adapter_folder(source)
-    tensors, config = read_adapter(folder)
-    checkpoint = open_base(folder, str(config["base"].get("source", "")), model)
-    expected, found = str(config["base"].get("fingerprint")), checkpoint.fingerprint()
-    if expected != found:
-        raise InputError(
-            f"the adapter in {folder} was trained on another base (fingerprint {expected[:12]}; that of "
-            f"{checkpoint.source} is {found[:12]})",
-            "give the base that it was trained on with --model",
-        )
-    structure = empty_model(checkpoint.config)
-    alphas = {path: float(module.get("alpha", 0.0)) for path, module in config["modules"].items()}
-    load_adapter_state(structure, tensors, alphas)
-    return OpenedAdapter(folder, checkpoint, structure, tensors, config)
-
-
 def merged_weight(opened: OpenedAdapter, path: str, base: str, device: torch.device) -> Tensor:
     """W_eff of one layer, composed in fp32 [N, K].
 
@@ -199,57 +152,6 @@ def merged_weight(opened: OpenedAdapter, path: str, base: str, device: torch.dev
     if a is not None and b is not None:
         weight.addmm_(b.to(device, torch.float32), a.to(device, torch.float32), alpha=layer.scale)
     return weight
-
-
-def card_facts(opened: OpenedAdapter, *, dtype: str, base: str) -> Facts:
-    """What the model card tells about how the export was made."""
-    config = opened.config
-    ranks = [int(module.get("rank", 0)) for module in config["modules"].values()]
-    return Facts(
-        base=str(config["base"].get("source", "")),
-        fingerprint=opened.checkpoint.fingerprint(),
-        kind=opened.checkpoint.kind,
-        budget=config["adapter"].get("budget"),
-        trainable=int(config.get("trainable", 0)),
-        parameters=int(config["base"].get("parameters", 0)),
-        ranks=(min(ranks, default=0), max(ranks, default=0)),
-        nnz=sum(int(module.get("nnz", 0)) for module in config["modules"].values()),
-        dtype=dtype,
-        merged_into=base,
-    )
-
-
-def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """Save the base's tokenizer, its chat template included.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    with storage_errors(folder):
-        checkpoint.tokenizer().save_pretrained(folder)
-
-
-def open_base(folder: Path, source: str, model: str | None = None) -> Checkpoint:
-    """The base of an adapter.
-
-    Args:
-        folder: The adapter's folder, for messages.
-        source: Where the base was when the adapter was trained.
-        model: Where it is now; None is where it was.
-
-    Raises:
-        InputError: It is not there.
-        StorageError: Damaged files.
-    """
-    if model is not None:
-        return open_checkpoint(model)
-    try:
-        return open_checkpoint(source)
-    except InputError as error:
-        raise InputError(
-            f"the base of the adapter in {folder} cannot be opened: {error.message}",
-            "if it has moved, say where it is with --model",
-        ) from error
 
 
 def _specs(model: PreTrainedModel, dtype: torch.dtype) -> list[TensorSpec]:

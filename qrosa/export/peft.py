@@ -18,7 +18,8 @@ from qrosa.adapters.inject import quantized_linears
 from qrosa.errors import InputError
 from qrosa.export.card import write_card
 from qrosa.export.folder import check_target, export_folder
-from qrosa.export.merge import ExportReport, card_facts, open_adapter, write_tokenizer
+from qrosa.export.merge import ExportReport
+from qrosa.export.source import card_facts, open_adapter, write_tokenizer
 from qrosa.sparse.store import write_json, write_tensors
 
 _ROOT = "base_model.model."  # PEFT's wrapper and tuner around the model
