@@ -32,7 +32,7 @@ from qrosa.train.report import write_report
 from qrosa.train.selection import agree_on, sample_loss, selection_rows
 from qrosa.train.state import RunState
 from qrosa.train.step import Limits, supervised_tokens
-from qrosa.train.trackers import make_accelerator, start_trackers
+from qrosa.train.trackers import check_trackers, make_accelerator, start_trackers
 from qrosa.train.work import Work
 
 if TYPE_CHECKING:
@@ -62,9 +62,12 @@ def finetune(
         InterruptedRunError: A signal came, and a checkpoint was written.
     """
     progress = progress or Progress()
-    prepared = prepare(config, resume=resume, force=force)
+    check_trackers(config.train.log_to)
+    accelerator = make_accelerator(config.train.log_to, Path(config.output))
     try:
-        return _Run(prepared, progress).go(resume=resume, force=force)
+        prepared = prepare(config, resume=resume, force=force)
+        accelerator.wait_for_everyone()  # no process makes the folder before every one has found it free
+        return _Run(prepared, accelerator, progress).go(resume=resume, force=force)
     finally:
         progress.close()
 
@@ -72,13 +75,13 @@ def finetune(
 class _Run:
     """One run in the making: what is loaded, and where it goes."""
 
-    def __init__(self, prepared: Prepared, progress: Progress) -> None:
+    def __init__(self, prepared: Prepared, accelerator: Accelerator, progress: Progress) -> None:
         self.prepared = prepared
         self.config = prepared.config
         self.progress = progress
         self.folder = Path(self.config.output)
-        self.accelerator: Accelerator = make_accelerator(self.config.train.log_to, self.folder)
-        self.device: torch.device = self.accelerator.device
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
         self.meter = MemoryMeter(self.device)
         self.identity = {"settings": to_flat(self.config), "fingerprints": prepared.fingerprints()}
 
@@ -93,7 +96,6 @@ class _Run:
         loop = TrainingLoop(work, self.progress)
         loop.fit()
         loop.evaluate()
-        self.accelerator.end_training()
         return self._finish(work)
 
     def _found_checkpoint(self) -> Checkpoint | None:
@@ -225,6 +227,7 @@ class _Run:
         )
         report = write_report(self.folder, facts) if self.accelerator.is_main_process else {}
         self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()  # closes trackers and the other processes' group: nothing may follow
         return report
 
 

@@ -3,9 +3,9 @@
 What is the same on both sides: the 4-bit base (bitsandbytes quantises for both), A and B before the first step, rows
 and their order, learning rates, clipping, AdamW in fp32. What differs: PEFT keeps its adapters in fp32 and upcasts
 their input, where qrosa computes with bf16 matrices rounded from fp32 masters; and the 4-bit products are other
-kernels. bf16 carries 8 bits, so either side's logits are about 3% away from an fp32 forward pass of the same weights; averaged over
-the 32 supervised tokens of a step that is some 0.3% of the loss. Measured over 30 steps: 0.2% in the mean, 0.53% at
-most. The test allows twice that and a little.
+kernels. bf16 carries 8 bits, so either side's logits are about 3% away from an fp32 forward pass of the same weights;
+averaged over the 32 supervised tokens of a step that is some 0.3% of the loss. Measured over 30 steps: 0.2% in the
+mean, 0.53% at most. The test allows twice that and a little.
 """
 
 import json

@@ -1,0 +1,42 @@
+"""Two processes that share each step's rows do the run that one process does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from qrosa.config import make_run_config
+from qrosa.train.run import finetune
+from tests.train.conftest import losses
+
+_WORKER = """
+import json, sys, torch
+from qrosa.config import make_run_config
+from qrosa.train.run import finetune
+torch.set_num_threads(1)
+print(json.dumps(finetune(make_run_config(json.loads(sys.argv[1])))))
+"""
+
+
+def test_two_processes_equal_one(settings, tmp_path):
+    values = settings(max_steps=6, batch_size=7, dropout=0.0, eval_split="20%", warmup_steps=2)
+    finetune(make_run_config({**values, "output": str(tmp_path / "one")}))
+    worker = tmp_path / "worker.py"
+    worker.write_text(_WORKER)
+    two = {**values, "output": str(tmp_path / "two")}
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]), "ACCELERATE_USE_CPU": "true"
+    }  # fmt: skip
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker), json.dumps(two)]
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+
+    one, both = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == both.keys()
+    # The same rows in other micro-batches: bf16 rounding only.
+    assert all(abs(both[step] - one[step]) < 0.01 * one[step] for step in one)
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["tokens"] == reports[1]["tokens"]
+    assert reports[0]["eval"]["supervised_tokens"] == reports[1]["eval"]["supervised_tokens"]
+    assert len(list((tmp_path / "two" / "checkpoints").iterdir())) == 2
