@@ -1,0 +1,49 @@
+// The launchers: raw pointers in, kernels onto a stream. ops.cpp has checked everything; nothing here waits for the card.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../csr.h"
+#include "../dropout.h"
+#include "../nf4.h"
+
+namespace qrosa {
+
+enum class Float { kBf16, kFp16, kFp32 };
+
+// out [rows, columns]
+cudaError_t launch_dequant_add(const Nf4View& nf4, const CsrView& csr, Float type, void* out, int64_t rows,
+                               int64_t columns, cudaStream_t stream);
+
+// x [tokens, columns] -> y [tokens, rows]
+cudaError_t launch_dequant_spmm(const Nf4View& nf4, const CsrView& csr, Float type, const void* x, void* y,
+                                int64_t tokens, int64_t rows, int64_t columns, cudaStream_t stream);
+
+// dY [tokens, rows], X [tokens, columns], both of one type; the product dY^T X is [rows, columns].
+struct Pair {
+  const void *dy, *x;
+  int64_t tokens, rows, columns;
+  Float type;
+};
+
+// What a sparse gradient needs beside its inputs: 4-byte words of scratch, a pure function of shapes and card.
+struct Card {
+  int64_t shared_bytes, processors;
+};
+int64_t sddmm_scratch_words(const Pair& pair, int64_t nnz, const Card& card);
+
+// out fp32 [nnz]
+cudaError_t launch_sddmm(const Pair& pair, const CsrView& csr, const Card& card, int32_t* scratch, float* out,
+                         cudaStream_t stream);
+
+// stat fp32 [rows, columns]
+cudaError_t launch_score_accumulate(const Pair& pair, float* stat, bool square, cudaStream_t stream);
+
+cudaError_t launch_dropout(Float type, const void* x, void* out, int64_t count, DropoutKeys keys, uint32_t threshold,
+                           float scale, cudaStream_t stream);
+
+inline bool is_aligned(const void* pointer, int64_t bytes = 16) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+}  // namespace qrosa
