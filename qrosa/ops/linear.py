@@ -11,6 +11,8 @@ and drop(X) A^T [T, r], which is r / K of X and saves a second read of X for dB.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -20,17 +22,19 @@ from qrosa.ops.operands import CsrOperands, NF4Operands
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 _workspace = threading.local()
+_kept_on = {"cpu"}
+"""Device types whose scratch outlives a call; on others the allocator is quick, and the memory is wanted back."""
 
 
 def _scratch(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     """An uninitialised [rows, columns] in ``like``'s dtype; on the CPU from this thread's grow-only buffer."""
-    if like.device.type != "cpu":
+    if like.device.type not in _kept_on:
         return like.new_empty((rows, columns))
     size = rows * columns * like.element_size()
     buffer: torch.Tensor | None = getattr(_workspace, "buffer", None)
-    if buffer is None or buffer.numel() < size:
+    if buffer is None or buffer.numel() < size or buffer.device != like.device:
         with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
-            buffer = torch.empty(size, dtype=torch.uint8)
+            buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
         _workspace.buffer = buffer
     return buffer[:size].view(like.dtype).view(rows, columns)
 
@@ -38,6 +42,18 @@ def _scratch(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
 def release_workspace() -> None:
     """Frees this thread's scratch, for a process that is done with the model."""
     _workspace.buffer = None
+
+
+@contextmanager
+def meta_like_cpu() -> Iterator[None]:
+    """While inside, ``meta`` tensors are treated as the CPU's: their scratch lasts, as a simulation of the CPU needs."""
+    release_workspace()
+    _kept_on.add("meta")
+    try:
+        yield
+    finally:
+        _kept_on.discard("meta")
+        release_workspace()
 
 
 def effective_weight(

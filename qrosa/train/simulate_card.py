@@ -13,6 +13,8 @@ sources (``aten/src/ATen/native``: ``ReduceOps.cpp``, ``transformers/cuda/flash_
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,19 +22,39 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+CARD_GRANULE = 512  # torch's CUDA allocator hands out multiples of this
 _aten = torch.ops.aten
 _ROUND = 128  # rows of a tile in both attention kernels
 _MASK_ALIGNMENT = 16  # elements; the efficient kernel reads masks whose rows start at multiples of this
 _FULL = 4  # bytes of fp32
 
 
-class CardAttention(TorchFunctionMode):
-    """While entered, fused attention on ``meta`` tensors is what a card of compute capability 8 or newer takes."""
+@contextmanager
+def card_kernels() -> Iterator[None]:
+    """While inside, transformers' fused attention on ``meta`` tensors is what a card of capability 8 or newer takes.
 
+    transformers' ``sdpa`` function runs as it is, only the one torch function that it calls is replaced. This is done
+    around each call and not around the whole step: autograd leaves function modes when it starts, and checkpointing runs
+    attention again inside of it.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(*args: Any, **kwargs: Any) -> Any:
+        with _Replace():
+            return sdpa_attention_forward(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what stood there before comes back
+
+
+class _Replace(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Replace ``scaled_dot_product_attention`` on ``meta`` tensors, pass everything else on."""
         if func is functional.scaled_dot_product_attention and args[0].is_meta:
             return card_attention(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

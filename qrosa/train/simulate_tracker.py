@@ -29,9 +29,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qrosa.ops import CsrOperands, NF4Operands
-from qrosa.ops import linear as layer_op
+from qrosa.ops.linear import backward, forward
 
-CARD_GRANULE = 512  # torch's CUDA allocator hands out multiples of this
 _aten, _qrosa = torch.ops.aten, torch.ops.qrosa
 _PATH = "qrosa_module"  # key in an autograd node's metadata
 
@@ -186,10 +185,10 @@ class StorageTracker(TorchDispatchMode):
             with self, torch.no_grad():
                 if func is _qrosa.linear.default:
                     nf4, csr = NF4Operands(*args[1:7]), _csr(*args[9:12])
-                    result: Any = layer_op.forward(args[0], nf4, args[7], args[8], csr, *args[12:])
+                    result: Any = forward(args[0], nf4, args[7], args[8], csr, *args[12:])
                 else:
                     nf4, csr = NF4Operands(*args[3:9]), _csr(*args[9:12])
-                    result = layer_op.backward(*args[:3], nf4, csr, *args[12:])
+                    result = backward(*args[:3], nf4, csr, *args[12:])
         finally:
             self._inside_linear = False
         component = self._component()
