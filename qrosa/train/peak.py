@@ -2,12 +2,14 @@
 
 On a card the allocator keeps the count. On the CPU the kernel does: ``VmHWM`` of ``/proc/self/status`` is the
 highest resident size since it was last reset, and writing ``5`` to ``/proc/self/clear_refs`` resets it, so a phase's
-peak is exact, not sampled. Where that file cannot be written the peak since the process started stands in; elsewhere
-than on Linux the current size does, which is a lower bound.
+peak is exact, not sampled. glibc keeps freed memory resident for later, which would count one phase's memory towards
+the next: where one phase follows another it is asked to give it back first. Where the file cannot be written the peak
+since the process started stands in; elsewhere than on Linux the current size does, which is a lower bound.
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +27,13 @@ class MemoryMeter:
     def __init__(self, device: torch.device, peaks: dict[str, int] | None = None) -> None:
         self.device = device
         self.peaks: dict[str, int] = dict(peaks or {})
+        self._last = ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the block towards ``name``; phases may come back, and do not nest."""
-        self._reset()
+        self._reset(changed=name != self._last)
+        self._last = name
         try:
             yield
         finally:
@@ -47,10 +51,12 @@ class MemoryMeter:
             return torch.cuda.memory_allocated(self.device)
         return resident("VmRSS")
 
-    def _reset(self) -> None:
+    def _reset(self, *, changed: bool) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
+        if changed:
+            give_back_free_memory()
         try:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
@@ -70,3 +76,10 @@ def resident(field: str) -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def give_back_free_memory() -> None:
+    """Ask glibc to return freed heap memory to the system; does nothing under another C library."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
