@@ -1,6 +1,6 @@
 """The run folder: what lies in it, when it may be made, and its two growing logs.
 
-    config.yaml plan.json metrics.jsonl eval.jsonl checkpoints/ adapter/ report.json report.html README.md
+    config.yaml plan.json metrics.jsonl eval.jsonl checkpoints/ adapter/ report.json report.html README.md [logs/]
 
 Nothing is created before everything that can be refused has been looked at, so a bad input leaves no folder behind.
 ``--force`` deletes the files of a former run and no others: a mistyped ``--output ~`` must not cost a home folder.
@@ -25,6 +25,7 @@ ADAPTER_FOLDER = "adapter"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 CARD_FILE = "README.md"
+LOGS_FOLDER = "logs"
 OWN_NAMES = (
     CONFIG_FILE,
     PLAN_FILE,
@@ -35,7 +36,7 @@ OWN_NAMES = (
     REPORT_JSON,
     REPORT_HTML,
     CARD_FILE,
-    "logs",
+    LOGS_FOLDER,
 )
 
 

@@ -157,8 +157,9 @@ def model_loss(model: nn.Module, batch: TokenBatch, chunk_tokens: int = CHUNK_TO
     """
     hf = cast(Any, model)
     output = hf.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    hidden = output.last_hidden_state[:, :-1]  # the last position predicts nothing
-    labels = batch.labels[:, 1:]
+    hidden = output.last_hidden_state
+    # Labels move one to the left, and the last position predicts nothing: cutting it off hidden would copy [T, d].
+    labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
     softcap, scale = logit_rule(hf.config)
     total = chunked_loss(
         hidden.reshape(-1, hidden.shape[-1]),

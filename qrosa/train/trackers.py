@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrosa.errors import InputError
+from qrosa.train.folder import LOGS_FOLDER
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,9 +42,11 @@ def make_accelerator(names: Sequence[str], folder: Path) -> Accelerator:
         folder: The run folder; TensorBoard writes below it.
     """
     from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
 
+    places = ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / LOGS_FOLDER))
     # The model is loaded in the dtypes that it computes in: no autocast on top of them.
-    return Accelerator(mixed_precision="no", log_with=list(names) or None, project_dir=folder)
+    return Accelerator(mixed_precision="no", log_with=list(names) or None, project_config=places)
 
 
 def start_trackers(accelerator: Accelerator, settings: Mapping[str, Any]) -> None:
