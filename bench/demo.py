@@ -28,7 +28,7 @@ from bench.assets import movie_reviews, smollm2
 SEED = 20
 TRAIN_ROWS = 1200
 TEST_ROWS = 600
-LABELS = (" negative", " positive")
+LABELS = ("negative", "positive")
 SETTINGS = f"--batch-size 16 --epochs 1 --lr 3e-3 --sparse-lr 1e-3 --seed {SEED}"
 
 
@@ -114,7 +114,7 @@ def demo(folder: Path, train_rows: int, test_rows: int) -> None:
     rows = [json.loads(line) for line in test.read_text(encoding="utf-8").splitlines()]
     for label in LABELS:
         prompt = next(row["prompt"] for row in rows if row["completion"] == label)
-        run(f"answer{label}", f"qrosa generate {tuned} --raw --prompt {shlex.quote(prompt)}", timings)
+        run(f"answer to a {label} review", f"qrosa generate {tuned} --prompt {shlex.quote(prompt)}", timings)
     report = json.loads((tuned / "report.json").read_text(encoding="utf-8"))
     print_summary(before, after, plain, report, timings)
 

@@ -2,7 +2,7 @@
 
     python bench/reload.py FOLDER ROWS.jsonl
 
-Of the completions that occur in the rows, the likeliest after each prompt is the model's answer. Prints one JSON
+Each prompt is a user turn; of the completions that occur in the rows, the likeliest is the answer. Prints one JSON
 document. Importing qrosa is made impossible first.
 """
 
@@ -29,7 +29,12 @@ def accuracy(folder: str, rows_path: str) -> dict[str, float]:
     labels = sorted({row["completion"] for row in rows})
     first = torch.tensor([tokenizer(label, add_special_tokens=False).input_ids[0] for label in labels])
     assert len(set(first.tolist())) == len(labels), "two labels start with the same token"
-    encoded = [tokenizer(row["prompt"]).input_ids for row in rows]
+    encoded = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["prompt"]}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        for row in rows
+    ]
     order = sorted(range(len(rows)), key=lambda index: len(encoded[index]))
     right = 0
     for start in range(0, len(order), _BATCH):
