@@ -17,6 +17,7 @@ from qrosa.memory.shape import ModelShape
 
 _BLOCK, _NESTED_BLOCK, _CODE_TABLE = 64, 256, 1024
 _OPTIMIZER_BLOCK, _OPTIMIZER_MINIMUM = 256, 4096  # bitsandbytes' 8-bit AdamW; smaller tensors stay in fp32
+_ALIGNMENT, STREAM_SLOTS = 256, 2  # of qrosa.offload
 _TOP_K_CHUNK = 1 << 22  # values that top-k looks at together
 
 
@@ -36,6 +37,28 @@ def base_bytes(shape: ModelShape) -> int:
     """All packed matrices and the one shared table of nested absmax values."""
     packed = sum(nf4_bytes(x.out_features, x.in_features, shape.nested) for x in shape.linears)
     return packed + (_CODE_TABLE if shape.nested else 0)
+
+
+def block_bytes(shape: ModelShape) -> int:
+    """Packed bytes of the largest decoder block as it is streamed: each tensor is padded to 256 bytes."""
+    blocks: dict[int, int] = {}
+    for linear in shape.linears:
+        size = sum(-(-part // _ALIGNMENT) * _ALIGNMENT for part in _nf4_tensors(linear, shape.nested))
+        blocks[linear.layer] = blocks.get(linear.layer, 0) + size
+    return max(blocks.values())
+
+
+def _nf4_tensors(linear: LinearShape, nested: bool) -> list[int]:
+    """Bytes of codes, absmax and, nested, its scales and offset."""
+    blocks = -(-linear.size // _BLOCK)
+    absmax = [blocks, FULL * -(-blocks // _NESTED_BLOCK), FULL] if nested else [FULL * blocks]
+    return [-(-linear.size // 2), *absmax]
+
+
+def streamed_base_bytes(shape: ModelShape, resident: int) -> int:
+    """What a streamed base has on the device: two slots, the resident blocks, and the one absmax table."""
+    slots = min(STREAM_SLOTS, shape.dims.layers - resident)
+    return (slots + resident) * block_bytes(shape) + (_CODE_TABLE if shape.nested else 0)
 
 
 def unquantised_bytes(shape: ModelShape) -> int:
@@ -104,13 +127,12 @@ def top_k_bytes(allocation: Allocation) -> int:
 def loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int) -> int:
     """From the decoder's last layer to the loss, all tokens supervised in the worst case.
 
-    [T, d]: the final norm's fp32 input, its output, the output without last positions, its supervised rows and their
-    gradient. A chunk of c positions: fp32 logits, the exponentials under their log-sum-exp and the gradient of the
-    chunk before, [c, V] each, and one more for capped logits.
+    [T, d]: the final norm's fp32 input, its output, its supervised rows and their gradient. A chunk of c positions:
+    logits [c, V] in bf16 and fp32 while they are converted, and so is their gradient; or capped and plain, both fp32.
     """
     chunk = min(chunk_tokens, tokens)
-    copies = 4 if dims.logit_softcap else 3
-    return tokens * dims.hidden * (FULL + 4 * HALF) + copies * FULL * chunk * dims.vocab
+    each = 2 * FULL if dims.logit_softcap else FULL + HALF
+    return tokens * dims.hidden * (FULL + 3 * HALF) + each * chunk * dims.vocab
 
 
 def eval_loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int) -> int:

@@ -55,6 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += loss
             if gradient is not None and d_logits is not None:
                 torch.mm(d_logits.to(weight.dtype), weight, out=gradient[rows])
+            del d_logits  # or it would live on beside the next chunk's logits
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total
@@ -82,12 +83,15 @@ def _chunk(
     if softcap is not None:
         capped = logits.div_(softcap).tanh_()
         logits = capped * softcap
-    log_total = torch.logsumexp(logits, dim=-1)  # [c]
-    picked = logits.gather(1, labels[:, None]).squeeze(1)
-    loss = (log_total - picked).sum()
+    # The softmax by hand and in place: torch.logsumexp would hold a second [c, V] for its exponentials.
+    picked = logits.gather(1, labels[:, None])
+    top = logits.amax(dim=-1, keepdim=True)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    loss = (total.log() + top - picked).sum()
     if not need_gradient:
         return loss, None
-    gradient = logits.sub_(log_total[:, None]).exp_()  # softmax, in place
+    gradient = weights.div_(total)
     # scatter_ of distinct positions: a scatter_add_ would be slow wherever determinism is asked for.
     gradient.scatter_(1, labels[:, None], gradient.gather(1, labels[:, None]) - 1.0)
     if capped is not None:
