@@ -44,7 +44,18 @@ _FILES = (ADAPTER_FILE, CONFIG_FILE, OPTIMIZER_FILE)
 
 # Settings that may change between the two halves of a run without changing what is computed.
 FREE_SETTINGS = frozenset(
-    {"output", "keep", "save_every", "eval_every", "log_to", "vram", "micro_batch", "checkpointing", "mask_memory"}
+    {
+        "output",
+        "keep",
+        "save_every",
+        "eval_every",
+        "log_to",
+        "vram",
+        "micro_batch",
+        "checkpointing",
+        "offload",
+        "mask_memory",
+    }
 )
 
 

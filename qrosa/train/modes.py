@@ -1,4 +1,4 @@
-"""How the model computes: which attention, whether activations are kept or recomputed, and always to the same bits.
+"""How the model computes: attention, recomputation, what stays on the host, and always to the same bits.
 
 Checkpointing is the non-reentrant kind. The reentrant kind gives no gradient at all when a block's input needs none,
 which is the case here: embeddings are frozen, so the first block's input is a constant.
@@ -25,6 +25,14 @@ def set_checkpointing(model: nn.Module, on: bool) -> None:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     else:
         hf.gradient_checkpointing_disable()
+
+
+def offload_activations(model: nn.Module, device: torch.device) -> None:
+    """Keep what recomputation needs, each decoder layer's input, in host memory; checkpointing must be on."""
+    from qrosa.offload.activations import ActivationOffload
+
+    offload = ActivationOffload(device)
+    cast(Any, model)._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=offload.checkpoint)
 
 
 def set_attention(model: nn.Module, kind: str) -> None:

@@ -12,8 +12,8 @@ AdamW is torch's fused kernel on two tensors, bitsandbytes' 8-bit states quantis
 of tensors that come back bit for bit. The trade-off: parameters cannot be added to a group later, except for the
 one addition that this engine has, the sparse part after mask selection.
 
-bitsandbytes' paged optimizer falls back to plain memory on the CPU (it says so itself); its results are the
-8-bit optimizer's.
+Paging means states that the driver moves between card and host. On the CPU there is nothing to page: the plain 8-bit
+optimizer is used, which is what bitsandbytes falls back to there, and whose results are the same.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from qrosa.errors import InputError, StorageError
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 LOW_RANK, SPARSE = "low_rank", "sparse"
+PAGED = "paged-adamw8bit"
 
 _MakeOptimizer = Callable[[nn.Parameter], torch.optim.Optimizer]
 
@@ -191,10 +192,12 @@ class AdapterOptimizer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import bitsandbytes as bnb
-        kinds = {"adamw8bit": bnb.optim.AdamW8bit, "paged-adamw8bit": bnb.optim.PagedAdamW8bit}
+        kinds = {"adamw8bit": bnb.optim.AdamW8bit, PAGED: bnb.optim.PagedAdamW8bit}
         if self.kind not in kinds:
             raise InputError(f"optimizer {self.kind!r} is unknown", f"use one of: adamw, {', '.join(kinds)}")
-        made = kinds[self.kind]([master], betas=BETAS, eps=EPSILON, weight_decay=self.weight_decay)
+        paged_on_host = self.kind == PAGED and master.device.type == "cpu"
+        kind = "adamw8bit" if paged_on_host else self.kind
+        made = kinds[kind]([master], betas=BETAS, eps=EPSILON, weight_decay=self.weight_decay)
         assert isinstance(made, torch.optim.Optimizer)
         return made
 

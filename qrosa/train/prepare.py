@@ -168,6 +168,7 @@ def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: Plan) -> Run
             epochs=epochs,
             micro_batch=str(plan.work.rows),
             checkpointing="on" if plan.work.checkpointing else "off",
+            offload=plan.offload,
             save_every=train.save_every or max(1, phases.total // 10),
         ),
     )

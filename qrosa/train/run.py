@@ -14,17 +14,20 @@ import torch
 from qrosa.adapters.inject import quantized_linears
 from qrosa.base.adapter_io import attach_adapter, load_adapter, save_adapter
 from qrosa.base.load import load_base
-from qrosa.config import RunConfig, to_flat
+from qrosa.config import RunConfig, parse_offload, to_flat
 from qrosa.errors import InputError
 from qrosa.masks.repair import init_low_rank, set_masks
 from qrosa.masks.select import select_masks
+from qrosa.offload.packing import FlatWeight, to_disk, to_host
+from qrosa.offload.streaming import BaseStream
+from qrosa.quant.nf4 import NF4Weight
 from qrosa.sparse.store import write_json, write_text
 from qrosa.train.checkpoint import Checkpoint, check_same_run, cut_back, latest
 from qrosa.train.facts import Facts, ModuleShare
 from qrosa.train.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, make_folder
 from qrosa.train.loop import TrainingLoop
-from qrosa.train.modes import make_deterministic, set_attention, set_checkpointing
-from qrosa.train.optim import AdapterOptimizer
+from qrosa.train.modes import make_deterministic, offload_activations, set_attention, set_checkpointing
+from qrosa.train.optim import PAGED, AdapterOptimizer
 from qrosa.train.peak import MemoryMeter
 from qrosa.train.prepare import Prepared, prepare
 from qrosa.train.progress import Progress
@@ -128,11 +131,11 @@ class _Run:
             if self.prepared.cap is not None:
                 total = torch.cuda.get_device_properties(self.device).total_memory
                 torch.cuda.set_per_process_memory_fraction(min(1.0, self.prepared.cap / total), self.device)
-        model, _ = load_base(
-            self.prepared.checkpoint, self.device, progress=lambda n, of: self.progress.stage("load", n, of)
-        )
+        model = self._load_base()
         set_attention(model, work.attention)
         set_checkpointing(model, work.checkpointing)
+        if work.offload_activations:
+            offload_activations(model, self.device)
         attach_adapter(model, config.adapter, config.train.seed)
         if checkpoint is not None:
             load_adapter(model, checkpoint.folder)
@@ -149,8 +152,36 @@ class _Run:
                 self.progress.notice(notice)
         return model
 
+    def _load_base(self) -> nn.Module:
+        """The base in 4 bits: on the device, or on the host and streamed from there."""
+        plan = self.prepared.plan
+        checkpoint = self.prepared.checkpoint
+        flats: dict[str, FlatWeight] = {}
+
+        def keep_on_host(path: str, weight: NF4Weight) -> NF4Weight:
+            flats[path] = self._to_host(path, weight)
+            return flats[path].weight()
+
+        model, _ = load_base(
+            checkpoint,
+            self.device,
+            progress=lambda n, of: self.progress.stage("load", n, of),
+            place=keep_on_host if plan.work.streamed else None,
+        )
+        if plan.work.resident_blocks is not None:
+            BaseStream(model, flats, self.device, plan.work.resident_blocks)  # lives on in the model's hooks
+        return model
+
+    def _to_host(self, path: str, weight: NF4Weight) -> FlatWeight:
+        disk = parse_offload(self.config.train.offload).disk
+        if disk is None:
+            return to_host(weight, pinned=self.device.type == "cuda")
+        return to_disk(weight, Path(disk).expanduser() / self.prepared.checkpoint.fingerprint()[:16], path)
+
     def _work(self, model: nn.Module, checkpoint: Checkpoint | None) -> Work:
         prepared, train = self.prepared, self.config.train
+        if train.optimizer == PAGED and self.device.type == "cpu":
+            self.progress.notice("there is nothing to page on the CPU: the plain 8-bit optimizer runs")
         low_rank, sparse = _parameters(model)
         optimizer = AdapterOptimizer(low_rank, sparse, kind=train.optimizer, weight_decay=train.weight_decay)
         plan = prepared.plan.work

@@ -38,7 +38,7 @@ from qrosa.train.modes import set_attention, set_checkpointing
 from qrosa.train.optim import SPARSE, AdapterOptimizer
 from qrosa.train.selection import sample_loss
 from qrosa.train.simulate_card import CARD_GRANULE, card_kernels, hidden_bytes
-from qrosa.train.simulate_tracker import Allocation, Peak, StorageTracker
+from qrosa.train.simulate_tracker import EVALUATION, FORWARD, UPDATE, Allocation, Peak, StorageTracker
 from qrosa.train.step import Limits, StepRunner, supervised_tokens
 
 if TYPE_CHECKING:
@@ -109,10 +109,10 @@ def simulate(source: str, work: Workload) -> Simulation:
 def simulate_model(config: PretrainedConfig, work: Workload) -> Simulation:
     """The same for a transformers config."""
     phases: dict[str, Peak] = {}
-    for number, (rows, padded) in enumerate(_worst_micro_batches(work)):
+    for number, rows in enumerate(_worst_micro_batches(work)):
         with _devices(work), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = _Trace.without_data(config, work, padded).run(rows, select=number == 0)
+            found = _Trace.without_data(config, work).run(rows, select=number == 0)
         for name, peak in found.items():
             if name not in phases or peak.total > phases[name].total:
                 phases[name] = peak
@@ -167,8 +167,8 @@ def largest_tensors(allocations: Sequence[Allocation], count: int) -> list[LiveT
     return sorted(made, key=lambda tensors: -tensors.size)[:count]
 
 
-def _worst_micro_batches(work: Workload) -> list[tuple[list[list[int]], bool]]:
-    """Micro-batches that may be the largest, each with whether its rows differ in length.
+def _worst_micro_batches(work: Workload) -> list[list[list[int]]]:
+    """Micro-batches that may be the largest, as rows of tokens.
 
     Rows that fill the longest length, the last one a token short, so that a mask is needed; where only one such row
     fits, also two of half its length.
@@ -177,9 +177,9 @@ def _worst_micro_batches(work: Workload) -> list[tuple[list[list[int]], bool]]:
     full = [[1] * work.length for _ in range(count)]
     if count > 1:
         full[-1] = full[-1][:-1]
-        return [(full, True)]
+        return [full]
     half = work.tokens // 2
-    return [(full, False)] + ([([[1] * half, [1] * (half - 1)], True)] if work.rows > 1 and half > 2 else [])
+    return [full, [[1] * half, [1] * (half - 1)]] if work.rows > 1 and half > 2 else [full]
 
 
 @contextmanager
@@ -204,7 +204,7 @@ class _Trace:
         self.layers = quantized_linears(model)
 
     @classmethod
-    def without_data(cls, config: PretrainedConfig, work: Workload, padded: bool) -> _Trace:
+    def without_data(cls, config: PretrainedConfig, work: Workload) -> _Trace:
         """A trace of a model on ``meta``."""
         model = empty_model(config)
         table: Tensor | None = None
@@ -213,7 +213,7 @@ class _Trace:
             layer.weight.absmax_code = table
         model.to("meta")
         granule, hidden = (1, None) if work.on_cpu else (CARD_GRANULE, hidden_bytes)
-        return cls(model, work, StorageTracker("meta", granule=granule, padded=padded, hidden=hidden))
+        return cls(model, work, StorageTracker("meta", granule=granule, hidden=hidden))
 
     def run(self, rows: list[list[int]], *, select: bool) -> dict[str, Peak]:
         """All phases in a run's order: adapter, selection, sparse part, a training step, evaluation."""
@@ -309,19 +309,22 @@ class _Trace:
             chunk_tokens=work.loss_chunk_tokens,
         )
         self.model.train()
+        self.tracker.padded = len({len(row) for row in rows}) > 1
         with self.tracker.phase() as found:
             runner.gradients(encoded, 0, sum(supervised_tokens(row) for row in encoded))
-            self.tracker.updating = True
+            self.tracker.stage = UPDATE
             optimizer.clip(1.0)
             optimizer.step(lr=0.0, sparse_lr=0.0)
-            self.tracker.updating = False
+            self.tracker.stage = FORWARD
         return found[0]
 
     def _evaluate(self) -> Peak:
         """A micro-batch of the evaluation's size, training's state in place."""
         work = self.work
         tokens = max(work.eval_tokens, work.length)
-        rows, _ = _worst_micro_batches(replace(work, rows=tokens, tokens=tokens))[-1]
+        rows = _worst_micro_batches(replace(work, rows=tokens, tokens=tokens))[-1]
+        self.tracker.padded = len({len(row) for row in rows}) > 1
+        self.tracker.stage = EVALUATION
         with self.tracker.phase() as found:
             evaluate_loss(self.model, _encoded(rows), max_tokens=tokens)
         return found[0]

@@ -6,8 +6,8 @@ is gone. What is counted is kept as a list with times of birth and death; the hi
 at it are read off afterwards, which is cheaper than a copy of the list at each new maximum.
 
 On the ``meta`` device tensors have sizes and no data, so the mode also answers the few questions that a step asks of
-its data: every position is supervised, every number is 1, and the only yes or no (does padding hide anything?) is
-the caller's to say. ``FakeTensorMode`` was not taken: its CUDA tensors need a torch built with CUDA as soon as
+its data: every position but one is supervised (so that supervised ones are copied out, as a run does that has prompts),
+every number is 1, and the only yes or no (does padding hide anything?) is the caller's to say. ``FakeTensorMode`` was not taken: its CUDA tensors need a torch built with CUDA as soon as
 autograd looks at them, and transformers takes it for a tracer, for which it builds attention masks that a real step does
 without.
 
@@ -33,6 +33,7 @@ from qrosa.ops.linear import backward, forward
 
 _aten, _qrosa = torch.ops.aten, torch.ops.qrosa
 _PATH = "qrosa_module"  # key in an autograd node's metadata
+FORWARD, EVALUATION, UPDATE = "forward", "evaluation", "update"
 
 
 @dataclass(slots=True, eq=False)
@@ -91,8 +92,12 @@ class StorageTracker(TorchDispatchMode):
     Args:
         device: ``meta`` or ``cpu``; other devices' tensors are passed over.
         granule: Sizes are rounded up to multiples of this.
-        padded: Whether the rows of a micro-batch differ in length (``meta`` only).
         hidden: Operator -> bytes that its kernel takes beside its results, for the kernels of the device that is meant.
+
+    Attributes:
+        stage: What goes on outside of backward, which is noticed by itself: ``FORWARD``, ``EVALUATION`` or ``UPDATE``.
+        padded: The rows of the micro-batch differ in length (asked on ``meta`` only, where a mask cannot be read).
+        live: Bytes now.
     """
 
     def __init__(
@@ -100,15 +105,14 @@ class StorageTracker(TorchDispatchMode):
         device: str,
         *,
         granule: int = 1,
-        padded: bool = False,
         hidden: Callable[[Any, tuple[Any, ...]], int] | None = None,
     ) -> None:
         super().__init__()
         self.device = device
         self.granule = granule
-        self.padded = padded
+        self.padded = False
         self.hidden = hidden or (lambda func, args: 0)
-        self.updating = False
+        self.stage = FORWARD
         self.live = 0
         self._count = 0
         self._peak, self._peak_count, self._moment = 0, 0, ""
@@ -202,7 +206,7 @@ class StorageTracker(TorchDispatchMode):
         if func is _aten._local_scalar_dense.default and args[0].is_meta:
             return not self.padded if args[0].dtype == torch.bool else 1
         if func is _aten.nonzero.default and args[0].is_meta:
-            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+            return args[0].new_empty((args[0].numel() - 1, args[0].dim()), dtype=torch.int64)
         if func is _aten.index.Tensor and args[0].is_meta and len(args[1]) == 1 and args[1][0].dtype == torch.bool:
             mask = args[1][0]
             return args[0].new_empty((mask.numel(), *args[0].shape[mask.dim() :]))
@@ -257,18 +261,20 @@ class StorageTracker(TorchDispatchMode):
 
     def _component(self, tensor: Tensor | None = None) -> str:
         """What a new tensor is for, by when it is made."""
-        if self.updating:
+        if self.stage == UPDATE:
             return "optimizer"
         if self._inside_linear:
             # Only the scratch that lasts is made as bytes.
             return "scratch" if tensor is not None and tensor.dtype == torch.uint8 else "workspace"
         node = torch._C._current_autograd_node()
-        if self._stack:
-            if node is None and self._stack[-1].count(".") == 0:
-                return "masks"  # the decoder itself, outside its layers
-            return "activations" if torch.is_grad_enabled() else "workspace"
         if node is None:
-            return "loss"
+            if not self._stack:
+                return "loss"
+            if "." not in self._stack[-1]:
+                return "masks"  # the decoder itself, outside its layers
+            return "activations" if self.stage == FORWARD else "workspace"
+        if self._stack or torch.is_grad_enabled():
+            return "activations"  # recomputed
         return "micro_batch_gradients" if node.name() == "torch::autograd::AccumulateGrad" else "workspace"
 
     def _path(self) -> str:
@@ -278,12 +284,12 @@ class StorageTracker(TorchDispatchMode):
         if node is not None:
             self._backward_path = node.metadata.get(_PATH, self._backward_path)
             return self._backward_path
-        return "optimizer" if self.updating else "loss"
+        return "optimizer" if self.stage == UPDATE else "loss"
 
     def _words(self, record: Allocation) -> str:
         if torch._C._current_autograd_node() is not None:
             return f"backward through {record.module}"
-        if self.updating:
+        if self.stage == UPDATE:
             return "the optimizer step"
         return f"forward through {record.module}" if self._stack else "computing the loss"
 

@@ -8,7 +8,7 @@ from qrosa.errors import InputError, StorageError
 from qrosa.train.optim import AdapterOptimizer
 
 KINDS = ("adamw", "adamw8bit", "paged-adamw8bit")
-pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+pytestmark = pytest.mark.filterwarnings("error:Paged optimizers are not supported on CPU")
 
 
 def parameters(dtype, shapes=((5, 7), (9, 5), (80, 70)), seed=0):

@@ -213,6 +213,11 @@ def test_bad_input_leaves_no_folder(settings, values):
     assert not Path(settings()["output"]).exists()
 
 
+def test_a_paged_optimizer_on_the_cpu_says_so(config, recorder):
+    finetune(config(optimizer="paged-adamw8bit", max_steps=2), progress=recorder)
+    assert any("nothing to page" in text for text in recorder.notices) or torch.cuda.is_available()
+
+
 def test_a_missing_tracker_is_named(config, monkeypatch):
     monkeypatch.setattr("qrosa.train.trackers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--log-to wandb needs the package wandb"):

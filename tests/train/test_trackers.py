@@ -8,7 +8,9 @@ from qrosa.train import trackers
 from qrosa.train.run import finetune
 
 
-@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("trackio", "trackio")])
+@pytest.mark.parametrize(
+    ("name", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("trackio", "trackio")]
+)
 def test_a_missing_package_is_named(name, package, monkeypatch):
     monkeypatch.setattr("qrosa.train.trackers.importlib.util.find_spec", lambda _: None)
     with pytest.raises(InputError, match=f"--log-to {name} needs the package {package}") as refused:
