@@ -181,6 +181,12 @@ class TrainConfig:
     keep: int = setting(2, "Newest checkpoints to keep.")
     log_to: tuple[str, ...] = setting((), "Also log to these, comma-separated.", choices=LOGGERS)
     seed: int = setting(42, "Seed of data order, initial values, dropout and random masks.")
+    offload: str = setting(
+        "auto",
+        "What to keep in host memory: auto, none, or activations, base, or both with a comma. base=disk:FOLDER "
+        "maps the base from files instead.",
+        metavar="auto|none|PARTS",
+    )
     vram: str | None = setting(None, "Hard cap on device memory, such as 24GB.  [default: the card's]", metavar="SIZE")
 
     def __post_init__(self) -> None:
@@ -199,6 +205,32 @@ class TrainConfig:
             raise InputError(f"--seed {self.seed} is out of range", "use a seed from 0 to 2147483647")
         if self.vram is not None:
             parse_size(self.vram, "--vram")
+        chosen = parse_offload(self.offload)
+        if chosen.base and self.checkpointing == "off":
+            raise InputError(
+                "--offload base needs recomputed activations, and --checkpointing is off",
+                "leave --checkpointing at auto",
+            )
+        if chosen.activations and self.checkpointing == "off":
+            raise InputError(
+                "--offload activations keeps what checkpointing keeps, and --checkpointing is off",
+                "leave --checkpointing at auto",
+            )
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What is kept on the host: asked for (True), ruled out (False), or left to the plan (None).
+
+    Attributes:
+        activations: Boundary activations of checkpointing.
+        base: Packed layers of the base.
+        disk: Folder that the base is mapped from, None for host memory.
+    """
+
+    activations: bool | None
+    base: bool | None
+    disk: str | None = None
 
 
 @dataclass(frozen=True)
@@ -330,6 +362,24 @@ def parse_share(text: str | float, flag: str) -> float:
     if not 0 <= value <= 1:
         raise InputError(f"{flag} {text} is not between 0 and 100%", "write a share such as 5% or 0.05")
     return value
+
+
+def parse_offload(text: str) -> Offload:
+    """Read ``auto``, ``none``, or parts such as ``activations,base`` or ``base=disk:/scratch``.
+
+    Raises:
+        InputError: An unknown part.
+    """
+    if text in ("auto", "none"):
+        return Offload(None, None) if text == "auto" else Offload(False, False)
+    parts = [part.strip() for part in text.split(",")]
+    disk = None
+    for part in parts:
+        if part.startswith("base=disk:") and len(part) > len("base=disk:"):
+            disk = part.removeprefix("base=disk:")
+        elif part not in ("activations", "base"):
+            raise InputError(f"--offload {part!r} is unknown", "use auto, none, activations, base or base=disk:FOLDER")
+    return Offload("activations" in parts, disk is not None or "base" in parts, disk)
 
 
 def parse_size(text: str | int, flag: str) -> int:

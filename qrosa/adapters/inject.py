@@ -135,9 +135,8 @@ def load_adapter_state(
         tensors = by_layer.get(path, {})
         layer.low_rank_A = layer.low_rank_B = None
         if "low_rank_A" in tensors:
-            device = layer.weight.device
-            layer.low_rank_A = nn.Parameter(tensors["low_rank_A"].to(device, torch.bfloat16))
-            layer.low_rank_B = nn.Parameter(tensors["low_rank_B"].to(device, torch.bfloat16))
+            layer.low_rank_A = nn.Parameter(tensors["low_rank_A"].to(layer.device, torch.bfloat16))
+            layer.low_rank_B = nn.Parameter(tensors["low_rank_B"].to(layer.device, torch.bfloat16))
             layer.alpha = float(alphas if isinstance(alphas, (int, float)) else alphas[path])
             layer.dropout = dropout
         layer.set_sparse(deltas.get(path))

@@ -34,6 +34,7 @@ class QRosaLinear(nn.Module):
         alpha: Scale numerator; the low-rank product is multiplied by ``alpha / rank``.
         dropout: Share of inputs of the low-rank part zeroed while training.
         adapter_enabled: False gives the bare base.
+        device: Where the layer computes. The packed base may lie elsewhere, when it is streamed.
     """
 
     low_rank_A: nn.Parameter | None
@@ -45,6 +46,7 @@ class QRosaLinear(nn.Module):
     def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = weight
+        self.device = weight.device
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("low_rank_A", None)
         self.register_parameter("low_rank_B", None)
@@ -124,9 +126,8 @@ class QRosaLinear(nn.Module):
             )
         bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform(a=sqrt(5)), what LoRA implementations use for A
         a = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
-        device = self.weight.device
-        self.low_rank_A = nn.Parameter(a.to(device=device, dtype=torch.bfloat16))
-        self.low_rank_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.bfloat16, device=device))
+        self.low_rank_A = nn.Parameter(a.to(device=self.device, dtype=torch.bfloat16))
+        self.low_rank_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.bfloat16, device=self.device))
         self.alpha, self.dropout = float(alpha), float(dropout)
 
     def set_sparse(self, delta: CsrDelta | None) -> None:
@@ -139,10 +140,9 @@ class QRosaLinear(nn.Module):
                 f"a {delta.shape[0]} x {delta.shape[1]} mask for a {self.out_features} x {self.in_features} matrix",
                 "make the mask for this layer",
             )
-        device = self.weight.device
-        self.sparse_row_ptr = delta.row_ptr.to(device)
-        self.sparse_col = delta.col.to(device)
-        self.sparse_values = nn.Parameter(delta.values.detach().to(device=device, dtype=torch.float32))
+        self.sparse_row_ptr = delta.row_ptr.to(self.device)
+        self.sparse_col = delta.col.to(self.device)
+        self.sparse_values = nn.Parameter(delta.values.detach().to(device=self.device, dtype=torch.float32))
 
     def sparse_delta(self) -> CsrDelta | None:
         """The sparse part, sharing this layer's tensors."""
@@ -189,9 +189,9 @@ class QRosaLinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
-        device = fn(torch.empty(0, dtype=torch.uint8, device=self.weight.device)).device
-        if device != self.weight.device:
-            self.weight = self.weight.to(device)
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.device)).device
+        if device != self.device:
+            self.weight, self.device = self.weight.to(device), device
         return self
 
     def extra_repr(self) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
+Place = Callable[[str, NF4Weight], NF4Weight]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def load_base(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress | None = None,
+    place: Place | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base in 4 bits.
 
@@ -55,6 +57,7 @@ def load_base(
         device: Where the model goes.
         dtype: Dtype of what is not quantised (embeddings, norms, head) and of the computation.
         progress: Called with (tensors done, tensors in all).
+        place: Takes (module path, packed weight on ``device``) and says where the weight is kept, for a streamed base.
 
     Returns:
         A transformers causal language model in eval mode, everything frozen, its decoder's linear layers replaced
@@ -67,7 +70,7 @@ def load_base(
     checkpoint = open_checkpoint(source) if isinstance(source, str) else source
     tokenizer = checkpoint.tokenizer()
     model = empty_model(checkpoint.config, dtype)
-    _fill(model, checkpoint, torch.device(device), dtype, progress)
+    _fill(model, checkpoint, torch.device(device), dtype, progress, place)
     info = BaseInfo(checkpoint.source, checkpoint.kind, checkpoint.fingerprint(), count_parameters(model))
     model.qrosa_base = info  # type: ignore[assignment]
     generation = checkpoint.generation_config()
@@ -132,7 +135,12 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def _fill(
-    model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, progress: Progress | None
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None,
+    place: Place | None,
 ) -> None:
     layers = quantized_linears(model)
     dense = [name for name, _ in model.named_parameters()]  # a tied head is listed once, as the embedding
@@ -146,7 +154,8 @@ def _fill(
             same = shared_code is not None and torch.equal(shared_code, weight.absmax_code)
             shared_code = shared_code if same else weight.absmax_code
             weight.absmax_code = shared_code
-        layer.weight = weight
+        layer.weight = place(path, weight) if place else weight
+        layer.device = device
         if progress:
             progress(done + 1, len(layers) + len(dense))
     parameters = dict(model.named_parameters())

@@ -26,7 +26,7 @@ _SETTINGS = (
     *("budget", "rank", "density", "sparse_per_layer", "sparse_share", "dropout"),
     *("mask_score", "mask_scope", "mask_memory"),
     *("data", "seq_len", "train_on"),
-    *("batch_size", "micro_batch", "optimizer", "checkpointing", "keep", "vram"),
+    *("batch_size", "micro_batch", "optimizer", "checkpointing", "offload", "keep", "vram"),
 )
 _EXAMPLES = """\b
 Examples:

@@ -115,7 +115,7 @@ def init_low_rank(
     layers = {path: layer for path, layer in quantized_linears(model).items() if layer.rank}
     weights = input_rms(model, layers, read_samples(samples, limit))
     for done, (path, layer) in enumerate(layers.items(), 1):
-        error = residual(checkpoint, path, layer.weight)
+        error = residual(checkpoint, path, layer.weight.to(layer.device))
         delta = layer.sparse_delta()
         if delta is not None:
             error.view(-1)[delta.positions()] -= delta.values.detach()
@@ -199,8 +199,8 @@ def _start_values(
     low_rank_repairs: bool,
 ) -> Tensor:
     """R at the positions, fp32 [nnz], less what the low-rank part does there if it started at R too."""
-    positions = positions.to(layer.weight.device)
-    values = residual(checkpoint, path, layer.weight).view(-1)[positions]
+    positions = positions.to(layer.device)
+    values = residual(checkpoint, path, layer.weight.to(layer.device)).view(-1)[positions]
     a, b = layer.low_rank_A, layer.low_rank_B
     if low_rank_repairs and a is not None and b is not None:
         for start in range(0, positions.numel(), _CHUNK):

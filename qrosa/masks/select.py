@@ -86,7 +86,7 @@ def select_masks(
     if config.mask_score == "residual":
         assert checkpoint is not None
         for done, (path, layer) in enumerate(layers.items(), 1):
-            picker.add(path, residual(checkpoint, path, layer.weight).abs_())
+            picker.add(path, residual(checkpoint, path, layer.weight.to(layer.device)).abs_())
             if progress:
                 progress(done, len(layers))
         return picker.result()
@@ -190,7 +190,7 @@ def default_group_bytes(layers: Mapping[str, QRosaLinear], sizes: Mapping[str, i
 
     The masks do not depend on it, only the number of passes does.
     """
-    device = next((layer.weight.device for layer in layers.values()), torch.device("cpu"))
+    device = next((layer.device for layer in layers.values()), torch.device("cpu"))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
@@ -201,7 +201,7 @@ def default_group_bytes(layers: Mapping[str, QRosaLinear], sizes: Mapping[str, i
 
 
 def _zeros(layer: QRosaLinear) -> Tensor:
-    return torch.zeros(layer.weight.shape, dtype=torch.float32, device=layer.weight.device)
+    return torch.zeros(layer.weight.shape, dtype=torch.float32, device=layer.device)
 
 
 def _chosen_layers(model: nn.Module, nnz: Mapping[str, int]) -> dict[str, QRosaLinear]:

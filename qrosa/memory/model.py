@@ -17,8 +17,11 @@ from qrosa.memory.activations import (
     HALF,
     MicroBatch,
     backward_workspace,
+    first_norm_bytes,
     forward_workspace,
     mask_bytes,
+    norm_workspace,
+    rotary_bytes,
     saved_by_layer,
 )
 from qrosa.memory.shape import ModelShape
@@ -31,6 +34,7 @@ ALLOCATOR_SLACK = 0.03  # of what comes and goes: blocks that are cached, rounde
 CPU_RUNTIME = 480 * MIB  # resident Python, torch, transformers, bitsandbytes and datasets, measured on Linux x86-64
 CUDA_RUNTIME = 2048 * MIB  # the same with a CUDA build and its context's host side
 EXPORT_BUFFER = 64 * MIB  # the writer's
+LIVE_BOUNDARIES = 2  # with activation offload: the one in use, and the one on its way out or back
 EVAL_CHUNK = 256  # positions whose logits exist at once in evaluation
 
 GRADIENT_SCORES = ("squared", "mean")
@@ -58,6 +62,9 @@ class Workload:
         loss_chunk_tokens: Positions whose logits exist at once.
         mask_group_bytes: Bound on the statistics that are collected together.
         checkpoints: Checkpoints on disk at once.
+        offload_activations: Boundary activations are kept on the host.
+        resident_blocks: Decoder blocks of the base that stay on the device; None where it is not streamed.
+        base_on_disk: A streamed base is mapped from files.
     """
 
     shape: ModelShape
@@ -76,6 +83,14 @@ class Workload:
     loss_chunk_tokens: int
     mask_group_bytes: int
     checkpoints: int
+    offload_activations: bool = False
+    resident_blocks: int | None = None
+    base_on_disk: bool = False
+
+    @property
+    def streamed(self) -> bool:
+        """The base visits the device block by block."""
+        return self.resident_blocks is not None
 
     @property
     def on_cpu(self) -> bool:
@@ -136,6 +151,8 @@ def _peak(work: Workload, moments: list[_Moment], host: Components | None = None
     made = [(moment.components(work), moment.name) for moment in moments]
     device, name = max(made, key=lambda item: sum(item[0].values()))
     runtime = {"runtime": CPU_RUNTIME if work.on_cpu else CUDA_RUNTIME}
+    if work.streamed and not work.base_on_disk:
+        runtime["pinned_base"] = work.shape.dims.layers * parts.block_bytes(work.shape)
     kept = {component: size for component, size in (host or {}).items() if size}
     return PhaseMemory(device, runtime | kept, disk, name)
 
@@ -148,7 +165,7 @@ def _resident(work: Workload, *, low_rank: bool = True, sparse: bool = True) -> 
         parts.sparse_bytes(work.allocation) if sparse else 0
     )
     return {
-        "base": parts.base_bytes(work.shape),
+        "base": _device_base(work),
         "unquantised": parts.unquantised_bytes(work.shape),
         "adapter": adapter,
         "gradients": parts.flat_gradient_bytes(low, high),
@@ -156,18 +173,46 @@ def _resident(work: Workload, *, low_rank: bool = True, sparse: bool = True) -> 
     }
 
 
+def _device_base(work: Workload) -> int:
+    """Packed bytes on the device: all of the base, or the part that streaming keeps there."""
+    if work.resident_blocks is None:
+        return parts.base_bytes(work.shape)
+    return parts.streamed_base_bytes(work.shape, work.resident_blocks)
+
+
+def traffic(work: Workload) -> dict[str, int]:
+    """Bytes that cross to and from the device in a training step of one micro-batch, by what crosses.
+
+    A streamed block comes once for the forward pass and once for recomputation and backward, but for the slots that the
+    turn-around finds filled. A boundary goes out and comes back.
+    """
+    crossing = {}
+    if work.resident_blocks is not None:
+        streamed = work.shape.dims.layers - work.resident_blocks
+        turns = max(0, 2 * streamed - parts.STREAM_SLOTS)
+        crossing["base"] = turns * parts.block_bytes(work.shape)
+    if work.offload_activations:
+        crossing["activations"] = 2 * _boundaries(work, work.tokens)
+    return crossing
+
+
+def _boundaries(work: Workload, tokens: int) -> int:
+    """The hidden state before each decoder layer, bf16 [T, d]."""
+    return HALF * tokens * work.shape.dims.hidden * work.shape.dims.layers
+
+
 def _paged(work: Workload) -> bool:
     return work.optimizer.startswith("paged") and not work.on_cpu
 
 
 def _scratch(work: Workload) -> int:
-    """The dense weight, bf16 [N, K] of the largest matrix; on the CPU it stays between calls."""
-    return HALF * parts.largest(work.shape.linears)
+    """The dense weight, bf16 [N, K] of the largest matrix, where it stays between calls: on the CPU."""
+    return HALF * parts.largest(work.shape.linears) if work.on_cpu else 0
 
 
 def _load(work: Workload) -> PhaseMemory:
     """Matrices are quantised one by one, then the rest is read: the last matrix, or the last embedding, is the peak."""
-    base, rest = parts.base_bytes(work.shape), parts.unquantised_bytes(work.shape)
+    base, rest = _device_base(work), parts.unquantised_bytes(work.shape)
     matrix, stored = parts.largest(work.shape.linears), work.shape.stored_bytes
     reading = 0 if work.shape.kind == "nf4" else parts.quantise_bytes(matrix, stored, work.on_cpu)
     widest = max(work.shape.unquantised.values(), default=0)
@@ -192,17 +237,26 @@ def _backward_moments(
     mean_rank = sum(ranks.values()) / layers
     one = sum(saved_by_layer(dims, batch, work.attention, max(ranks.values())).values())
     boundary = HALF * batch.tokens * dims.hidden
-    saved = layers * (boundary if work.checkpointing else 0) or layers * sum(
+    kept = min(layers, LIVE_BOUNDARIES) if work.offload_activations else layers
+    saved = kept * (boundary if work.checkpointing else 0) or layers * sum(
         saved_by_layer(dims, batch, work.attention, mean_rank).values()
     )
+    if not work.checkpointing:
+        # The first norm reads the embeddings, which need no gradient.
+        saved -= first_norm_bytes(dims, batch)
+    saved += rotary_bytes(dims, batch)
     recomputed = one if work.checkpointing else 0
-    masks = mask_bytes(dims, batch)
-    scratch = _scratch(work) if work.on_cpu else 0
-    workspace = backward_workspace(dims, batch, work.attention, dropout, parts.largest(work.shape.linears), work.on_cpu)
-    lasting = lasting | {"scratch": scratch}
+    masks = mask_bytes(dims, batch, work.attention)
+    lasting = lasting | {"scratch": _scratch(work)}
+    workspace = backward_workspace(dims, batch, work.attention, dropout, work.on_cpu)
     loss = parts.loss_bytes(dims, batch.tokens, work.loss_chunk_tokens)
     moments = [
         _Moment("computing the loss", lasting, {"activations": saved, "masks": masks, "loss": loss}),
+        _Moment(
+            "backward through the final norm",
+            lasting,
+            {"activations": saved, "masks": masks, "workspace": norm_workspace(dims, batch)},
+        ),
         _Moment(
             "backward through the last layer",
             lasting,
@@ -210,7 +264,11 @@ def _backward_moments(
         ),
     ]
     if work.checkpointing:
-        late = {"activations": boundary + recomputed, "masks": masks, "workspace": workspace}
+        late = {
+            "activations": boundary + recomputed + rotary_bytes(dims, batch),
+            "masks": masks,
+            "workspace": workspace,
+        }
         late["micro_batch_gradients"] = micro_batch_gradients
         moments.append(_Moment("backward through the first layer", lasting, late))
     return moments
@@ -220,6 +278,8 @@ def _select(work: Workload) -> PhaseMemory:
     """Samples pass one by one, without dropout, while the statistics of a group of matrices stand."""
     lasting = _resident(work, sparse=False)
     disk, host = 0, {"positions": 8 * work.allocation.nnz_total}
+    if work.offload_activations:
+        host["pinned_activations"] = _boundaries(work, work.length)
     if work.mask_score == "random":
         return _peak(work, [_Moment("drawing positions", lasting)], host, disk)
     if work.mask_score == "residual":
@@ -244,6 +304,8 @@ def _train(work: Workload) -> PhaseMemory:
     moments = _backward_moments(work, batch, _resident(work), work.dropout, gradients)
     moments.append(_Moment("the optimizer step", _resident(work), {"micro_batch_gradients": gradients}))
     host = {"paged_optimizer": _paged_bytes(work)}
+    if work.offload_activations:
+        host["pinned_activations"] = _boundaries(work, work.tokens)
     return _peak(work, moments, host)
 
 
@@ -258,10 +320,11 @@ def _paged_bytes(work: Workload) -> int:
 def _eval(work: Workload) -> PhaseMemory:
     """Forward passes while training's state stays where it is."""
     batch = MicroBatch(max(work.eval_tokens, work.length), work.length, 0)
-    dims, masks = work.shape.dims, mask_bytes(work.shape.dims, batch)
+    dims, masks = work.shape.dims, mask_bytes(work.shape.dims, batch, work.attention)
     lasting = _resident(work) | {"scratch": _scratch(work)}
+    workspace = forward_workspace(dims, batch, work.attention, work.on_cpu) + rotary_bytes(dims, batch)
     moments = [
-        _Moment("a layer", lasting, {"workspace": forward_workspace(dims, batch, work.attention), "masks": masks}),
+        _Moment("a layer", lasting, {"workspace": workspace, "masks": masks}),
         _Moment("computing the loss", lasting, {"loss": parts.eval_loss_bytes(dims, batch.tokens, EVAL_CHUNK)}),
     ]
     return _peak(work, moments, {"paged_optimizer": _paged_bytes(work)})
@@ -280,7 +343,7 @@ def _save(work: Workload) -> PhaseMemory:
     adapter, optimizer = _state_bytes(work)
     host = {"state": adapter + optimizer, "file": max(adapter, optimizer), "paged_optimizer": _paged_bytes(work)}
     disk = (work.checkpoints + 1) * (adapter + optimizer) + adapter
-    lasting = _resident(work) | {"scratch": _scratch(work) if work.on_cpu else 0}
+    lasting = _resident(work) | {"scratch": _scratch(work)}
     return _peak(work, [_Moment("copying the state", lasting)], host, disk)
 
 

@@ -18,7 +18,7 @@ _GB_TENTH = 2**30 / 10
 def nearest(plan: Plan) -> list[Suggestion]:
     """Single changes that make ``plan`` fit, the least painful first.
 
-    Undoing a forced micro-batch or forced checkpointing comes first, then 8-bit optimizer states, shorter rows, a
+    Undoing a forced micro-batch, checkpointing or offload comes first, then 8-bit optimizer states, shorter rows, a
     smaller budget, and a larger card, which always helps.
     """
     return [suggestion for suggestion in _tries(plan) if suggestion is not None]
@@ -27,7 +27,12 @@ def nearest(plan: Plan) -> list[Suggestion]:
 def _tries(plan: Plan) -> Iterator[Suggestion | None]:
     request = plan.request
     train = request.train
-    for name, free in (("micro_batch", "auto"), ("checkpointing", "auto"), ("optimizer", "adamw8bit")):
+    for name, free in (
+        ("micro_batch", "auto"),
+        ("checkpointing", "auto"),
+        ("offload", "auto"),
+        ("optimizer", "adamw8bit"),
+    ):
         if getattr(train, name) != free and not (name == "optimizer" and train.optimizer != "adamw"):
             change: dict[str, Any] = {name: free}
             changed = dataclasses.replace(request, train=dataclasses.replace(train, **change))

@@ -136,10 +136,15 @@ def loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int) -> int:
 
 
 def eval_loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int) -> int:
-    """The same without gradients: hidden states and their supervised rows, logits in bf16 and twice in fp32."""
+    """The same without gradients: hidden states, their supervised rows, and a chunk's logits.
+
+    fp32 beside their bf16 form, or capped in three steps, and the chunk before, which lives until it is replaced; a
+    single chunk: fp32 and the exponentials under its log-sum-exp.
+    """
     chunk = min(chunk_tokens, tokens)
-    copies = 2 if dims.logit_softcap else 1
-    return 2 * HALF * tokens * dims.hidden + (HALF + (1 + copies) * FULL) * chunk * dims.vocab
+    each = 3 * FULL if dims.logit_softcap else FULL + HALF
+    each = each + FULL if tokens > chunk else max(each, 2 * FULL)
+    return 2 * HALF * tokens * dims.hidden + each * chunk * dims.vocab
 
 
 def quantise_bytes(linear_size: int, stored_bytes: int, on_cpu: bool) -> int:

@@ -9,7 +9,7 @@ from qrosa.adapters.budget import Allocation
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
 from qrosa.errors import DoesNotFitError
 from qrosa.masks.groups import group_matrices
-from qrosa.memory.model import GRADIENT_SCORES, PhaseMemory, Workload
+from qrosa.memory.model import GRADIENT_SCORES, PhaseMemory, Workload, traffic
 from qrosa.memory.parts import observed
 from qrosa.memory.shape import ModelShape
 
@@ -116,12 +116,22 @@ class Plan:
             "micro_batch_tokens": work.tokens,
             "eval_tokens": work.eval_tokens,
             "checkpointing": work.checkpointing,
+            "offload": self.offload,
+            "resident_blocks": work.resident_blocks,
             "attention": work.attention,
             "loss_chunk_tokens": work.loss_chunk_tokens,
             "mask_group_bytes": work.mask_group_bytes,
             "mask_passes": self.mask_passes,
             "optimizer": work.optimizer,
         }
+
+    @property
+    def offload(self) -> str:
+        """What is kept on the host, as ``--offload`` would ask for it."""
+        work = self.work
+        base = self.request.train.offload if work.base_on_disk else "base"
+        base = next(part for part in base.split(",") if part.startswith("base"))
+        return ",".join(["activations"] * work.offload_activations + [base] * work.streamed) or "none"
 
     @property
     def mask_passes(self) -> int:
@@ -180,6 +190,7 @@ class Plan:
                 }
                 for name, memory in self.phases.items()
             },
+            "traffic": traffic(self.work),
             "peak": self.peak,
             "vram": self.request.cap,
             "fits": self.fits,

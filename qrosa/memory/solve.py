@@ -1,9 +1,11 @@
 """From a memory cap to settings: the fastest candidate that fits.
 
 Candidates are tried in the order in which the levers pay. Smaller loss chunks are nearly free. Then activations are
-recomputed, which costs a third more arithmetic, but is better than micro-batches too small to keep the device busy; and
-last, with recomputation, the micro-batch goes down to a single row. The effective batch never changes. Mask statistics
-take most of what memory is left in their own phase: fewer bytes mean more passes, not other masks.
+recomputed, which costs a third more arithmetic, but is better than micro-batches too small to keep the device busy. On
+a card, what recomputation keeps then moves to the host, and after it the base, of which as many blocks stay as fit: at
+a busy micro-batch their copies hide behind the arithmetic. Last, the micro-batch goes down to a single row. The
+effective batch never changes. Mask statistics take most of what memory is left in their own phase: fewer bytes mean
+more passes, not other masks.
 
 Checking a candidate is arithmetic, so all of them together cost milliseconds.
 """
@@ -14,7 +16,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from qrosa.adapters.budget import Allocation, allocate
-from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, parse_size
+from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, parse_offload, parse_size
 from qrosa.errors import InputError
 from qrosa.memory import parts
 from qrosa.memory.hardware import card_memory, host_memory
@@ -105,22 +107,67 @@ def solve_smallest(request: Request) -> Plan:
 
 
 def _made(request: Request, candidate: Workload) -> Plan:
-    """The plan of a candidate: group bound and evaluation size are filled in from what memory is left."""
-    work = _with_eval_tokens(_with_group_bytes(candidate, request), request)
+    """The plan of a candidate: what depends on the memory that is left is filled in."""
+    work = _with_resident_blocks(candidate, request)
+    work = _with_eval_tokens(_with_group_bytes(work, request), request)
     return Plan(request, work, work.allocation, phases(work), _reasons(request, work))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Lever:
+    """One way to hold activations and base."""
+
+    checkpointing: bool
+    activations: bool
+    base: bool
+
+
+def _levers(request: Request) -> list[_Lever]:
+    """The ways that the settings leave open, the fastest first.
+
+    Offload is tried by itself on a card only: on the CPU device and host are one memory.
+    """
+    chosen = parse_offload(request.train.offload)
+    open_ = request.device == "cuda"
+    ways = []
+    for checkpointing, activations, base in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1), (1, 0, 1)):
+        lever = _Lever(bool(checkpointing), bool(activations), bool(base))
+        asked = {"auto": lever.checkpointing, "on": True, "off": False}[request.train.checkpointing]
+        allowed = all(
+            wanted == has if wanted is not None else open_ or not has
+            for wanted, has in ((chosen.activations, lever.activations), (chosen.base, lever.base))
+        )
+        if allowed and asked == lever.checkpointing:
+            ways.append(lever)
+    if chosen.activations is None and len(ways) > 1:
+        ways = [way for way in ways if way != _Lever(True, False, True)]  # activations move before the base does
+    return ways
+
+
 def _candidates(request: Request, allocation: Allocation) -> Iterator[Workload]:
-    """Workloads from the fastest to the smallest."""
+    """Workloads from the fastest to the smallest: every way with a busy device, then the smallest with less."""
     first = _first(request, allocation)
-    wanted = request.train.checkpointing
-    for checkpointing in {"auto": (False, True), "on": (True,), "off": (False,)}[wanted]:
-        smallest_is_last = checkpointing or wanted == "off"
-        for tokens in _token_ladder(request, first.length, down_to_one_row=smallest_is_last):
-            for chunk in LOSS_CHUNKS:
-                yield dataclasses.replace(
-                    first, checkpointing=checkpointing, tokens=tokens, loss_chunk_tokens=min(chunk, tokens)
-                )
+    ways = _levers(request)
+    for way in ways:
+        yield from _sized(request, first, way, down_to_one_row=False)
+    resident = [way for way in ways if way.checkpointing and not way.base]
+    for way in dict.fromkeys([*resident[-1:], ways[-1]]):
+        if way.checkpointing or request.train.checkpointing == "off":
+            yield from _sized(request, first, way, down_to_one_row=True)
+
+
+def _sized(request: Request, first: Workload, way: _Lever, *, down_to_one_row: bool) -> Iterator[Workload]:
+    for tokens in _token_ladder(request, first.length, down_to_one_row=down_to_one_row):
+        for chunk in LOSS_CHUNKS:
+            yield dataclasses.replace(
+                first,
+                checkpointing=way.checkpointing,
+                offload_activations=way.activations,
+                resident_blocks=0 if way.base else None,
+                base_on_disk=way.base and parse_offload(request.train.offload).disk is not None,
+                tokens=tokens,
+                loss_chunk_tokens=min(chunk, tokens),
+            )
 
 
 def _first(request: Request, allocation: Allocation) -> Workload:
@@ -162,6 +209,16 @@ def _token_ladder(request: Request, length: int, *, down_to_one_row: bool) -> li
     return ladder
 
 
+def _with_resident_blocks(work: Workload, request: Request) -> Workload:
+    """Keep as many decoder blocks of a streamed base on the device as there is room for."""
+    if not work.streamed:
+        return work
+    memory = phases(dataclasses.replace(work, mask_group_bytes=0))
+    room = request.cap - max(phase.device_total for phase in memory.values())
+    blocks = max(0, min(room // parts.block_bytes(work.shape), work.shape.dims.layers))
+    return dataclasses.replace(work, resident_blocks=int(blocks))
+
+
 def _with_group_bytes(work: Workload, request: Request) -> Workload:
     """Give mask statistics the memory that their phase leaves, within ``--mask-memory``, at least one matrix."""
     if not work.allocation.nnz_total or work.mask_score not in GRADIENT_SCORES:
@@ -197,6 +254,7 @@ def _reasons(request: Request, work: Workload) -> dict[str, str]:
         "micro_batch": "as asked" if train.micro_batch != "auto" else "bounded by tokens, not by rows",
         "micro_batch_tokens": _token_reason(request, work),
         "checkpointing": _checkpointing_reason(request, work),
+        "offload": _offload_reason(request, work),
         "attention": _attention_reason(work),
         "loss_chunk_tokens": f"logits of {work.loss_chunk_tokens} positions exist at once",
     }
@@ -221,6 +279,16 @@ def _checkpointing_reason(request: Request, work: Workload) -> str:
     if work.checkpointing:
         return "activations do not fit; recomputing them costs about a third more time"
     return "all activations fit, so nothing is recomputed"
+
+
+def _offload_reason(request: Request, work: Workload) -> str:
+    if request.train.offload != "auto":
+        return "as asked"
+    if not work.offload_activations:
+        return "everything fits without" if not work.on_cpu else "device and host are one memory"
+    if not work.streamed:
+        return "boundary activations move to the host; the copies overlap with the arithmetic"
+    return f"the base does not fit beside the rest: {work.resident_blocks} of its blocks stay, the others are streamed"
 
 
 def _attention_reason(work: Workload) -> str:

@@ -41,6 +41,7 @@ from qrosa.train.work import Work
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 def finetune(
@@ -152,7 +153,7 @@ class _Run:
                 self.progress.notice(notice)
         return model
 
-    def _load_base(self) -> nn.Module:
+    def _load_base(self) -> PreTrainedModel:
         """The base in 4 bits: on the device, or on the host and streamed from there."""
         plan = self.prepared.plan
         checkpoint = self.prepared.checkpoint

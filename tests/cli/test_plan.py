@@ -42,7 +42,7 @@ def test_a_table_for_people(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_exits_with_3_and_still_prints_the_plan(tmp_path: Path) -> None:
     folder = write_config(tmp_path, "Qwen2.5-14B")
-    asked = ("--model", str(folder), "--budget", "0.3%", "--vram", "8GB")
+    asked = ("--model", str(folder), "--budget", "0.3%", "--vram", "8GB", "--offload", "none")
     result = run(*asked, "--json")
     assert result.exit_code == 3
     document = json.loads(result.stdout)

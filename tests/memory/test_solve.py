@@ -89,12 +89,13 @@ def test_short_rows_need_less_than_the_seq_len() -> None:
 
 
 def test_what_does_not_fit_names_what_would() -> None:
-    found = made(SHAPES["Llama-3.1-8B"], 7 * GB)
+    found = made(SHAPES["Llama-3.1-8B"], 7 * GB, offload="none")
     assert not found.fits
     ways = {way.setting: way for way in found.nearest()}
-    assert {"seq_len", "vram"} <= set(ways)
-    assert made(SHAPES["Llama-3.1-8B"], 7 * GB, seq_len=int(ways["seq_len"].value)).fits
-    assert made(SHAPES["Llama-3.1-8B"], int(float(ways["vram"].value[:-2]) * GB)).fits
+    assert {"offload", "seq_len", "vram"} <= set(ways)
+    assert made(SHAPES["Llama-3.1-8B"], 7 * GB, offload=ways["offload"].value).fits
+    assert made(SHAPES["Llama-3.1-8B"], 7 * GB, offload="none", seq_len=int(ways["seq_len"].value)).fits
+    assert made(SHAPES["Llama-3.1-8B"], int(float(ways["vram"].value[:-2]) * GB), offload="none").fits
     with pytest.raises(DoesNotFitError, match=r"7\.00 GB") as caught:
         found.require_fit()
     assert "--seq-len" in caught.value.hint
@@ -106,6 +107,39 @@ def test_forced_settings_that_do_not_fit_are_the_first_to_give_way() -> None:
     assert made(SHAPES["Llama-3.1-8B"], 12 * GB, micro_batch="16").nearest()[0].setting == "micro_batch"
     big = made(SHAPES["Llama-3.1-8B"], 9 * GB, budget="5%")
     assert "budget" in {way.setting for way in big.nearest()}
+
+
+def test_levers_are_pulled_in_the_order_that_they_cost() -> None:
+    pulled = []
+    for gigabytes in (80, 24, 9, 7, 5):
+        work = made(SHAPES["Llama-3.1-8B"], gigabytes * GB, seq_len=2048).work
+        pulled.append((work.checkpointing, work.offload_activations, work.streamed))
+    assert pulled == sorted(pulled)
+    assert pulled[0] == (False, False, False) and pulled[-1] == (True, True, True)
+
+
+def test_a_larger_card_keeps_more_of_a_streamed_base() -> None:
+    llama = SHAPES["Llama-3.1-8B"]
+    made_for = [made(llama, cap * GB, offload="activations,base", micro_batch="1") for cap in (4, 5, 6, 24)]
+    resident = [found.work.resident_blocks for found in made_for]
+    assert resident == sorted(resident) and resident[0] < resident[1] < resident[2] and resident[3] == 32
+    assert all(found.fits for found in made_for)
+
+
+def test_a_streamed_base_is_on_the_host_and_crosses_the_bus() -> None:
+    streamed = made(SHAPES["Llama-3.1-8B"], 5 * GB, offload="base")
+    whole = made(SHAPES["Llama-3.1-8B"], offload="none")
+    train = streamed.phases["train"]
+    assert streamed.offload == "base" and not streamed.work.offload_activations
+    assert train.host["pinned_base"] >= whole.phases["train"].device["base"] > 3 * train.device["base"]
+    assert streamed.to_json()["traffic"]["base"] > train.host["pinned_base"]
+    mapped = made(SHAPES["Llama-3.1-8B"], 5 * GB, offload="base=disk:/scratch")
+    assert mapped.offload == "base=disk:/scratch" and "pinned_base" not in mapped.phases["train"].host
+
+
+def test_the_cpu_offloads_only_when_asked() -> None:
+    assert made(SMOL, 1 * GB, device="cpu", seq_len=512).offload == "none"
+    assert made(SMOL, 8 * GB, device="cpu", seq_len=512, offload="activations,base").offload == "activations,base"
 
 
 def test_mask_groups_take_what_is_left_and_no_more_than_asked() -> None:
