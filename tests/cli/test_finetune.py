@@ -13,7 +13,7 @@ import yaml
 from click.testing import CliRunner
 
 from qrosa.cli.finetune import command, overlay, resolve
-from qrosa.errors import InputError
+from qrosa.errors import DoesNotFitError, InputError
 
 
 @pytest.fixture
@@ -89,11 +89,10 @@ def test_a_dry_run_needs_no_output_and_speaks_json(arguments):
 
 
 def test_a_plan_that_does_not_fit_leaves_with_3(arguments, tmp_path):
-    process = qrosa(*arguments, "--vram", "1MB")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 3
-    assert err.startswith("error: ")
-    assert "hint: " in err
+    refused = CliRunner().invoke(command, [*arguments, "--vram", "1MB"]).exception
+    assert isinstance(refused, DoesNotFitError)
+    assert refused.exit_code == 3
+    assert "use a smaller model" in refused.hint or "would fit" in refused.hint
     assert not (tmp_path / "run").exists()
 
 
