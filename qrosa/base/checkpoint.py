@@ -5,7 +5,7 @@ bitsandbytes) and ``gguf`` (one file, its blocks decoded tensor by tensor). Name
 model, so that loading, mask repair and export walk the same list and none of them holds more than one 16-bit tensor.
 
 A base is recognised again by its *fingerprint*: a hash over each tensor's name, dtype, shape and three samples of its
-bytes. It tells fine-tuned variants apart, does not depend on how the tensors are sharded, and costs a second on a 70B
+bytes, and over the config's values that change what the tensors compute. It tells fine-tuned variants apart, does not depend on how the tensors are sharded, and costs a second on a 70B
 folder where a hash of all bytes would cost minutes.
 """
 
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _SAMPLE = 1024  # bytes hashed at the start, middle and end of each tensor
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+# Config values that change what a model computes without changing a tensor.
+_COMPUTING_KEYS = (
+    "model_type", "hidden_act", "hidden_activation", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "rms_norm_eps", "rope_parameters", "sliding_window", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping", "tie_word_embeddings",
+)  # fmt: skip
 # Multimodal checkpoints keep their text model under a prefix; the text model alone is what is fine-tuned.
 _TEXT_PREFIXES = (("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.", ""))
 
@@ -87,6 +93,8 @@ class Checkpoint(ABC):
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
+        for key in _COMPUTING_KEYS:
+            digest.update(f"{key}={getattr(self.config, key, None)!r}\0".encode())
         for name in sorted(self.names()):
             digest.update(name.encode() + b"\0" + self.sample(name))
         return digest.hexdigest()

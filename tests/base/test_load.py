@@ -83,6 +83,14 @@ def test_another_weight_is_another_fingerprint(tiny_model_dir: Callable[..., Pat
     assert open_checkpoint(str(tmp_path)).fingerprint() != open_checkpoint(str(tiny_model_dir())).fingerprint()
 
 
+def test_another_rotation_is_another_fingerprint(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_model_dir(), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_checkpoint(str(tmp_path)).fingerprint() != open_checkpoint(str(tiny_model_dir())).fingerprint()
+
+
 def test_the_text_model_of_a_multimodal_checkpoint_loads(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
