@@ -5,8 +5,8 @@ bitsandbytes) and ``gguf`` (one file, its blocks decoded tensor by tensor). Name
 model, so that loading, mask repair and export walk the same list and none of them holds more than one 16-bit tensor.
 
 A base is recognised again by its *fingerprint*: a hash over each tensor's name, dtype, shape and three samples of its
-bytes, and over the config's values that change what the tensors compute. It tells fine-tuned variants apart, does not depend on how the tensors are sharded, and costs a second on a 70B
-folder where a hash of all bytes would cost minutes.
+bytes, and over the config's values that change what the tensors compute. It tells fine-tuned variants apart, does not
+depend on how the tensors are sharded, and costs a second on a 70B folder where a hash of all bytes would cost minutes.
 """
 
 from __future__ import annotations
