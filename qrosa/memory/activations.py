@@ -92,51 +92,97 @@ def _saved_attention(dims: Dimensions, batch: MicroBatch, attention: str) -> int
     return saved + query + 2 * key + fused + HALF * batch.mask_elements
 
 
-def mask_bytes(dims: Dimensions, batch: MicroBatch) -> int:
-    """Attention masks that every layer reads, as bool and in bf16; sliding-window families keep two kinds."""
-    return dims.masks * (1 + HALF) * batch.mask_elements
+def mask_bytes(dims: Dimensions, batch: MicroBatch, attention: str) -> int:
+    """Attention masks that all layers read; families that mix full and sliding attention keep two kinds.
+
+    Fused attention gets one byte an element, and none at all where rows need no padding; eager attention always adds a
+    mask to its scores, in bf16.
+    """
+    if attention == "eager":
+        return dims.masks * HALF * batch.tokens * batch.length
+    return dims.masks * batch.mask_elements
 
 
-def backward_workspace(
-    dims: Dimensions, batch: MicroBatch, attention: str, dropout: float, largest_matrix: int, keeps_scratch: bool
-) -> int:
-    """What the backward pass of one layer holds at its peak beside everything that the layer saved.
+def first_norm_bytes(dims: Dimensions, batch: MicroBatch) -> int:
+    """What the first layer's first norm does not save: its input are the frozen embeddings."""
+    return batch.tokens * (HALF * dims.hidden if dims.family == "phi" else FULL * (dims.hidden + 1))
 
-    The peak is where backward enters the layer, in the down projection: the gradients of the residual stream and of the
-    layer's output [T, d], of its input [T, f], then either the dense weight (bf16 [N, K]) or, with dropout, the
-    low-rank part's term [T, f] before and after its mask. Eager attention has a peak of its own: the gradients of the
-    scores in bf16 and fp32, twice, by which time what the feed-forward block saved is free again.
+
+def rotary_bytes(dims: Dimensions, batch: MicroBatch) -> int:
+    """Cosines and sines [1, L, head_dim] of the rotation, which all layers share."""
+    return 2 * HALF * batch.length * dims.head_dim
+
+
+def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, dropout: float, keeps_scratch: bool) -> int:
+    """What the backward pass of one layer holds at its peak, over what the layer saved.
+
+    Backward may peak at any of these, the first for most models. *Entry*, in the down projection: the gradient of the
+    layer's output [T, d], of the projection's input [T, f], then the largest of the dense weight, the two gradients
+    that the product of gate and up gives [T, f] (by when its own value is free), and, with dropout, the low-rank
+    part's term [T, f] before and after its mask. *Gate and up*, where they are one matrix twice as large: its output's
+    gradient [T, 2f], by when all that the feed-forward block saved is free. *Scores* of eager attention: their gradient in
+    fp32 before and after the softmax, by when what came after is free. Families with norms after their blocks have
+    backed through the last one at entry, which took five fp32 [T, d] of its own.
 
     Args:
         dims: The decoder's sizes.
         batch: The micro-batch.
         attention: ``sdpa`` or ``eager``.
         dropout: Of the low-rank part.
-        largest_matrix: N * K of the layer's largest matrix.
         keeps_scratch: The dense weight's scratch outlives the call (on the CPU) and is counted by itself.
     """
-    tokens = batch.tokens
-    term = 2 * HALF * tokens * dims.intermediate if dropout > 0 else 0
-    weight = 0 if keeps_scratch else HALF * largest_matrix
-    stream = 2 * HALF * tokens * dims.hidden
-    entry = stream + HALF * tokens * dims.intermediate + max(term, weight)
-    if attention == "sdpa":
-        return entry
-    scores = 2 * (HALF + FULL) * tokens * batch.length * dims.heads
-    return max(entry, stream + scores - 4 * HALF * tokens * dims.intermediate)
+    stream, inner = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.intermediate
+    down = 0 if keeps_scratch else HALF * dims.hidden * dims.intermediate
+    entry = stream + inner + max(down, (2 if dropout > 0 else 1) * inner)
+    moments = [entry]
+    if dims.wide_norms == 4:
+        moments = [entry + stream - _norm_bytes(dims, batch), stream + 5 * FULL * batch.tokens * dims.hidden]
+    if dims.fused_gate:
+        moments.append(2 * stream - 2 * inner + 2 * down)
+    if attention == "eager":
+        moments.append(_score_workspace(dims, batch))
+    return max(moments)
 
 
-def forward_workspace(dims: Dimensions, batch: MicroBatch, attention: str) -> int:
+def _score_workspace(dims: Dimensions, batch: MicroBatch) -> int:
+    """Softmax's backward in eager attention: two fp32 gradients of the scores, the stream's and the values'.
+
+    Free by then: the feed-forward block with its norms and input, the output projection's input, the bf16 probabilities
+    and the repeated values.
+    """
+    stream, query = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.query_width
+    inner = HALF * batch.tokens * dims.intermediate
+    scores = batch.tokens * batch.length * dims.heads
+    freed = 4 * inner + (dims.wide_norms - 1) * _norm_bytes(dims, batch) + stream + 2 * query + HALF * scores
+    return 2 * FULL * scores + stream + query - freed
+
+
+def _norm_bytes(dims: Dimensions, batch: MicroBatch) -> int:
+    """An RMSNorm's fp32 input [T, d] and scale [T]."""
+    return FULL * batch.tokens * (dims.hidden + 1)
+
+
+def norm_workspace(dims: Dimensions, batch: MicroBatch) -> int:
+    """The backward pass of an RMSNorm over the residual stream: its saved input and five tensors like it, fp32 [T, d]."""
+    return 6 * FULL * batch.tokens * dims.hidden
+
+
+def forward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps_scratch: bool) -> int:
     """What one layer holds at its peak when nothing is saved: a norm, the feed-forward block, or attention.
 
-    Norm: the residual in bf16 and fp32, its square in fp32, the output. Feed-forward: the residual and its normed input
-    [T, d], the activation, up and their product [T, f]. Attention: the residual, queries, keys, values and output, and
-    for the eager kind the scores, bf16 twice and fp32 twice.
+    Beside the embeddings [T, d], which the model holds on to, and the layer's input. Norm: the residual in bf16, in fp32
+    and squared. Feed-forward: the residual and its normed form [T, d], the activation and up [T, f], with the dense weight
+    or with their product; gate and up in one are twice as wide and stay until their product is there. Attention: the
+    normed input, queries, keys and values, repeated ones, the output; for the eager kind scores in bf16, fp32, and fp32
+    after the softmax.
     """
-    tokens = batch.tokens
-    norm = (2 * FULL + 2 * HALF) * tokens * dims.hidden
-    feed_forward = HALF * tokens * (2 * dims.hidden + 3 * dims.intermediate)
-    attended = HALF * tokens * (dims.hidden + 4 * dims.query_width)
+    stream, inner = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.intermediate
+    query, key = HALF * batch.tokens * dims.query_width, HALF * batch.tokens * dims.key_width
+    matrix = 0 if keeps_scratch else HALF * dims.hidden * dims.intermediate
+    feed_forward = 2 * stream + 2 * inner + (2 if dims.fused_gate else 1) * max(matrix, inner)
+    attended = stream + 3 * query + 2 * key
     if attention == "eager":
-        attended += 2 * (HALF + FULL) * tokens * batch.length * dims.heads
-    return max(norm, feed_forward, attended)
+        attended += (HALF + 2 * FULL) * batch.tokens * batch.length * dims.heads
+    else:
+        attended += query + HALF * batch.mask_elements
+    return 2 * stream + max(5 * stream, feed_forward, attended)

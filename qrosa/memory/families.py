@@ -100,6 +100,11 @@ class Dimensions:
         return {"gemma2": 4, "gemma3_text": 4, "phi": 1}.get(self.family, 2)
 
     @property
+    def fused_gate(self) -> bool:
+        """Gate and up projection are one matrix."""
+        return self.family == "phi3"
+
+    @property
     def masks(self) -> int:
         """Attention masks that exist at once: sliding-window families keep two."""
         return 2 if self.family in ("gemma2", "gemma3_text") else 1

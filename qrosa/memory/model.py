@@ -246,7 +246,8 @@ def _backward_moments(
         saved -= first_norm_bytes(dims, batch)
     saved += rotary_bytes(dims, batch)
     recomputed = one if work.checkpointing else 0
-    masks = mask_bytes(dims, batch, work.attention)
+    # Kept for recomputation only: neither adding a mask nor making one of another dtype saves it.
+    masks = mask_bytes(dims, batch, work.attention) if work.checkpointing else 0
     lasting = lasting | {"scratch": _scratch(work)}
     workspace = backward_workspace(dims, batch, work.attention, dropout, work.on_cpu)
     loss = parts.loss_bytes(dims, batch.tokens, work.loss_chunk_tokens)

@@ -127,7 +127,7 @@ def measure(model: nn.Module, work: Workload, rows: Sequence[Sequence[int]]) -> 
         work: The settings.
         rows: Tokens of the rows of the step; the longest is selected on.
     """
-    return Simulation(_Trace(model, work, StorageTracker("cpu")).run([list(row) for row in rows], select=True))
+    return Simulation(_Trace(model, work, StorageTracker("cpu", hidden=hidden_bytes)).run([list(row) for row in rows], select=True))
 
 
 def read_config(source: str) -> PretrainedConfig:
@@ -179,7 +179,9 @@ def _worst_micro_batches(work: Workload) -> list[list[list[int]]]:
         full[-1] = full[-1][:-1]
         return [full]
     half = work.tokens // 2
-    return [full, [[1] * half, [1] * (half - 1)]] if work.rows > 1 and half > 2 else [full]
+    if work.rows == 1 or half < 3 or work.attention == "eager":  # half as long rows have half the scores
+        return [full]
+    return [full, [[1] * half, [1] * (half - 1)]]
 
 
 @contextmanager
@@ -212,8 +214,8 @@ class _Trace:
             table = table if table is not None else layer.weight.absmax_code
             layer.weight.absmax_code = table
         model.to("meta")
-        granule, hidden = (1, None) if work.on_cpu else (CARD_GRANULE, hidden_bytes)
-        return cls(model, work, StorageTracker("meta", granule=granule, hidden=hidden))
+        granule = 1 if work.on_cpu else CARD_GRANULE
+        return cls(model, work, StorageTracker("meta", granule=granule, hidden=hidden_bytes))
 
     def run(self, rows: list[list[int]], *, select: bool) -> dict[str, Peak]:
         """All phases in a run's order: adapter, selection, sparse part, a training step, evaluation."""
