@@ -1,7 +1,7 @@
 // A model of a CUDA block on the CPU, good enough to run the kernels of csrc/cuda as they stand.
 //
-// Every thread of a block is a fiber that runs alone until it waits for its warp or its block, so a missing barrier shows as
-// wrong results, and running the fibers forwards and backwards shows it for both orders. Matrix loads and tensor-core
+// Every thread of a block is a fiber that runs alone until it waits for its warp, and a warp runs alone until it waits for
+// its block, forwards or backwards through lanes and warps: a missing barrier shows as wrong results. Matrix loads and tensor-core
 // products follow the fragment layouts of the PTX ISA (9.7.15, ldmatrix and mma.m16n8k16), written here element by
 // element and apart from the kernels' own index maps. Built with AddressSanitizer it also finds any access outside the
 // buffers. Not modelled: time, banks, and the order of fp32 sums inside a tensor core.
@@ -96,32 +96,39 @@ inline void fiber_main() {
   swapcontext(&block.fibers[block.current].context, &block.scheduler);
 }
 
-// Lets go whoever has met everybody that they wait for. Returns whether anybody was.
-inline bool release() {
-  const int count = static_cast<int>(block.fibers.size());
-  bool any = false;
-  for (int start = 0; start < count; start += 32) {
-    int waiting = 0;
-    for (int i = start; i < start + 32; ++i) waiting += block.fibers[i].wait == Wait::kWarp;
-    if (waiting != 32) continue;
-    for (int i = start; i < start + 32; ++i) {
-      if (block.fibers[i].operation != block.fibers[start].operation) fail("lanes of a warp met in different operations");
-      block.fibers[i].wait = Wait::kNone;
+// Lets a warp go when all its lanes have met. Returns whether they had.
+inline bool release_warp(int start) {
+  for (int i = start; i < start + 32; ++i) {
+    if (block.fibers[i].wait != Wait::kWarp) return false;
+    if (block.fibers[i].operation != block.fibers[start].operation) fail("lanes of a warp met in different operations");
+  }
+  for (int i = start; i < start + 32; ++i) block.fibers[i].wait = Wait::kNone;
+  return true;
+}
+
+// Runs one warp as far ahead of the others as the kernel lets it: until it waits for the block or is done.
+inline void run_warp(int start) {
+  do {
+    for (int i = 0; i < 32; ++i) {
+      const int turn = start + (block.backwards ? 31 - i : i);
+      if (block.fibers[turn].wait != Wait::kNone) continue;
+      block.current = turn;
+      swapcontext(&block.scheduler, &block.fibers[turn].context);
     }
-    any = true;
-  }
-  int waiting = 0, done = 0;
-  for (const Fiber& fiber : block.fibers) {
-    waiting += fiber.wait == Wait::kBlock;
-    done += fiber.wait == Wait::kDone;
-  }
-  if (waiting > 0 && waiting + done == count) {
-    for (Fiber& fiber : block.fibers) {
-      if (fiber.wait == Wait::kBlock) fiber.wait = Wait::kNone;
+  } while (release_warp(start));
+}
+
+// Lets the block go when everybody who is not done waits for it; returns how many there were.
+inline int release_block() {
+  int waiting = 0;
+  for (Fiber& fiber : block.fibers) {
+    if (fiber.wait == Wait::kWarp) fail("lanes wait for others of their warp that never come");
+    if (fiber.wait == Wait::kBlock) {
+      fiber.wait = Wait::kNone;
+      ++waiting;
     }
-    any = true;
   }
-  return any;
+  return waiting;
 }
 
 inline void run_block(int threads) {
@@ -134,19 +141,9 @@ inline void run_block(int threads) {
     fiber.wait = Wait::kNone;
     makecontext(&fiber.context, fiber_main, 0);
   }
-  while (true) {
-    int done = 0;
-    for (int i = 0; i < threads; ++i) {
-      const int turn = block.backwards ? threads - 1 - i : i;
-      if (block.fibers[turn].wait == Wait::kNone) {
-        block.current = turn;
-        swapcontext(&block.scheduler, &block.fibers[turn].context);
-      }
-      done += block.fibers[turn].wait == Wait::kDone;
-    }
-    if (done == threads) return;
-    if (!release()) fail("threads wait for others that never come");
-  }
+  do {
+    for (int start = 0; start < threads; start += 32) run_warp(block.backwards ? threads - 32 - start : start);
+  } while (release_block() > 0);
 }
 
 // Runs body() for every thread of every block.
