@@ -22,12 +22,14 @@ class MicroBatch:
     Attributes:
         tokens: T, padding included.
         length: L, tokens of the longest row.
-        rows: Most rows; one row alone needs no attention mask.
+        rows: Most rows; one row alone needs no attention mask,
+        windowed: unless it is longer than the window of sliding attention.
     """
 
     tokens: int
     length: int
     rows: int
+    windowed: bool = False
 
     @property
     def mask_elements(self) -> int:
@@ -35,6 +37,8 @@ class MicroBatch:
 
         When one longest row fills the micro-batch, the worst are two rows of half its length.
         """
+        if self.windowed:
+            return self.tokens * self.length
         return 0 if self.rows == 1 else self.tokens * min(self.length, max(1, self.tokens // 2))
 
 
@@ -78,18 +82,19 @@ def _saved_attention(dims: Dimensions, batch: MicroBatch, attention: str) -> int
 
     Eager: keys and values repeated for every query head, probabilities [heads, T, L] in fp32 and bf16, the tanh of
     capped scores. Fused: log-sum-exp fp32 [T, heads]; under a mask, keys and values repeated and the mask in bf16.
-    Phi's and Phi-3's partial rotation joins tensors, which gives the output a layout that has to be copied for the
-    projection; Phi-3's values are a view that keeps the whole fused projection alive.
+    Phi's and Phi-3's partial rotation joins tensors, which gives flash attention's output a layout that has to be copied
+    for the projection; Phi-3's values are a view that keeps the whole fused projection alive.
     """
     query, key = HALF * batch.tokens * dims.query_width, HALF * batch.tokens * dims.key_width
     if attention == "eager":
         score_bytes = FULL + HALF + (HALF if dims.attention_softcap else 0)
         return 3 * query + score_bytes * batch.tokens * batch.length * dims.heads
-    saved = FULL * batch.tokens * dims.heads + (query if dims.family in ("phi", "phi3") else 0)
-    if batch.mask_elements and dims.kv_heads < dims.heads:
-        return saved + 3 * query + HALF * batch.mask_elements
+    saved, masked = FULL * batch.tokens * dims.heads, HALF * batch.mask_elements
+    if masked and dims.kv_heads < dims.heads:
+        return saved + 3 * query + masked
     fused = query + key if dims.family == "phi3" else 0
-    return saved + query + 2 * key + fused + HALF * batch.mask_elements
+    copied = query if dims.family in ("phi", "phi3") and not masked else 0
+    return saved + query + 2 * key + fused + copied + masked
 
 
 def mask_bytes(dims: Dimensions, batch: MicroBatch, attention: str) -> int:
@@ -119,8 +124,8 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, drop
     Backward may peak at any of these, the first for most models. *Entry*, in the down projection: the gradient of the
     layer's output [T, d], of the projection's input [T, f], then the largest of the dense weight, the two gradients
     that the product of gate and up gives [T, f] (by when its own value is free), and, with dropout, the low-rank
-    part's term [T, f] before and after its mask. *Gate and up*, where they are one matrix twice as large: its output's
-    gradient [T, 2f], by when all that the feed-forward block saved is free. *Scores* of eager attention: their gradient in
+    part's term [T, f] before and after its mask. *Gate and up*, where they are one matrix twice as large: when it is
+    decoded in the forward pass, embeddings, layer input and residual [T, d] are there, and neither activation nor product. *Scores* of eager attention: their gradient in
     fp32 before and after the softmax, by when what came after is free. Families with norms after their blocks have
     backed through the last one at entry, which took five fp32 [T, d] of its own.
 
@@ -138,7 +143,7 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, drop
     if dims.wide_norms == 4:
         moments = [entry + stream - _norm_bytes(dims, batch), stream + 5 * FULL * batch.tokens * dims.hidden]
     if dims.fused_gate:
-        moments.append(2 * stream - 2 * inner + 2 * down)
+        moments.append(3 * stream - 2 * inner + 2 * down)
     if attention == "eager":
         moments.append(_score_workspace(dims, batch))
     return max(moments)

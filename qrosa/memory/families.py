@@ -39,6 +39,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 32, "max_position_embeddings": 2048},
 }  # fmt: skip
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_WINDOW = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096, "gemma2": 4096, "gemma3_text": 4096}
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -64,6 +65,7 @@ class Dimensions:
         head_norms: Norms on the queries and keys of each head.
         attention_softcap: Scores pass through a tanh, which only eager attention can do.
         logit_softcap: So do the logits.
+        sliding_window: Tokens that a token sees in layers with sliding attention; 0 where there are none.
     """
 
     family: str
@@ -83,6 +85,7 @@ class Dimensions:
     head_norms: bool = False
     attention_softcap: bool = False
     logit_softcap: bool = False
+    sliding_window: int = 0
 
     @property
     def query_width(self) -> int:
@@ -159,7 +162,16 @@ def read_dimensions(config: Mapping[str, Any], source: str) -> Dimensions:
         head_norms=family in ("qwen3", "gemma3_text") or bool(values.get("qk_layernorm")),
         attention_softcap=values.get("attn_logit_softcapping") is not None and family != "gemma3_text",
         logit_softcap=values.get("final_logit_softcapping") is not None,
+        sliding_window=_sliding_window(config, family),
     )
+
+
+def _sliding_window(config: Mapping[str, Any], family: str) -> int:
+    """0 where it is not used; unlike other values, a null is not the same as none given."""
+    if family.startswith("qwen") and not config.get("use_sliding_window"):
+        return 0
+    window = config.get("sliding_window", _WINDOW.get(family, 0))
+    return window if type(window) is int and window > 0 else 0
 
 
 def _count(values: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:

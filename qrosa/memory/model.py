@@ -226,18 +226,29 @@ def _load(work: Workload) -> PhaseMemory:
     return _peak(work, moments, {"staging": staging})
 
 
+def _batch(work: Workload, tokens: int, rows: int) -> MicroBatch:
+    window = work.shape.dims.sliding_window
+    return MicroBatch(tokens, work.length, rows, windowed=0 < window <= work.length)
+
+
 def _backward_moments(
-    work: Workload, batch: MicroBatch, lasting: Components, dropout: float, micro_batch_gradients: int
+    work: Workload,
+    batch: MicroBatch,
+    lasting: Components,
+    dropout: float,
+    micro_batch_gradients: int,
+    layers: int,
 ) -> list[_Moment]:
-    """The two places where a forward and backward pass can peak, and for recomputation a third."""
-    dims, layers = work.shape.dims, work.shape.dims.layers
+    """The places where a forward and backward pass can peak that ends ``layers`` below the head."""
+    dims = work.shape.dims
     ranks: dict[int, int] = {}
     for linear in work.allocation.linears:
         ranks[linear.layer] = ranks.get(linear.layer, 0) + work.allocation.ranks[linear.path]
-    mean_rank = sum(ranks.values()) / layers
+    mean_rank = sum(ranks.values()) / dims.layers
     one = sum(saved_by_layer(dims, batch, work.attention, max(ranks.values())).values())
     boundary = HALF * batch.tokens * dims.hidden
-    kept = min(layers, LIVE_BOUNDARIES) if work.offload_activations else layers
+    # Layers that backward does not reach keep their boundary too, until Python's collector comes by.
+    kept = min(dims.layers, LIVE_BOUNDARIES) if work.offload_activations else dims.layers
     saved = kept * (boundary if work.checkpointing else 0) or layers * sum(
         saved_by_layer(dims, batch, work.attention, mean_rank).values()
     )
@@ -288,9 +299,11 @@ def _select(work: Workload) -> PhaseMemory:
         top_k = parts.top_k_bytes(work.allocation)
         return _peak(work, [_Moment("reading an error", lasting, {"scores": max(dense, top_k)})], host, disk)
     sizes = parts.observed(work.allocation, work.mask_scope)
-    lasting["mask_statistics"] = parts.statistic_bytes(sizes, work.mask_group_bytes)
-    sample = MicroBatch(work.length, work.length, 1)
-    moments = _backward_moments(work, sample, lasting, 0.0, 0)
+    sample, moments = _batch(work, work.length, 1), []
+    for group in parts.statistic_groups(work.allocation, work.mask_scope, work.mask_group_bytes):
+        lasting = lasting | {"mask_statistics": parts.statistic_bytes(sizes, group)}
+        layers = work.shape.dims.layers - min(x.layer for x in work.allocation.linears if x.path in group)
+        moments += _backward_moments(work, sample, lasting, 0.0, 0, layers)
     moments.append(_Moment("picking positions", lasting, {"top_k": parts.top_k_bytes(work.allocation)}))
     if work.mask_scope == "global":
         host["candidates"] = 3 * 12 * work.allocation.nnz_total
@@ -301,8 +314,8 @@ def _train(work: Workload) -> PhaseMemory:
     """Joint training: micro-batches of the longest rows."""
     allocation = work.allocation
     gradients = parts.micro_batch_gradient_bytes(allocation.low_rank_parameters, allocation.sparse_parameters)
-    batch = MicroBatch(work.tokens, work.length, work.rows)
-    moments = _backward_moments(work, batch, _resident(work), work.dropout, gradients)
+    batch = _batch(work, work.tokens, work.rows)
+    moments = _backward_moments(work, batch, _resident(work), work.dropout, gradients, work.shape.dims.layers)
     moments.append(_Moment("the optimizer step", _resident(work), {"micro_batch_gradients": gradients}))
     host = {"paged_optimizer": _paged_bytes(work)}
     if work.offload_activations:
@@ -320,7 +333,7 @@ def _paged_bytes(work: Workload) -> int:
 
 def _eval(work: Workload) -> PhaseMemory:
     """Forward passes while training's state stays where it is."""
-    batch = MicroBatch(max(work.eval_tokens, work.length), work.length, 0)
+    batch = _batch(work, max(work.eval_tokens, work.length), 0)
     dims, masks = work.shape.dims, mask_bytes(work.shape.dims, batch, work.attention)
     lasting = _resident(work) | {"scratch": _scratch(work)}
     workspace = forward_workspace(dims, batch, work.attention, work.on_cpu) + rotary_bytes(dims, batch)

@@ -111,10 +111,25 @@ def observed(allocation: Allocation, scope: str) -> dict[str, int]:
     return {x.path: x.size for x in wanted}
 
 
-def statistic_bytes(sizes: dict[str, int], group_bytes: int) -> int:
-    """fp32 [N, K] for each matrix of the largest group, and for top-k of one of them a chunk of candidates."""
-    groups = group_matrices(sizes, max(group_bytes, STATISTIC_BYTES * max(sizes.values(), default=0)))
-    return max((STATISTIC_BYTES * sum(sizes[path] for path in group) for group in groups), default=0)
+def statistic_groups(allocation: Allocation, scope: str, group_bytes: int) -> list[list[str]]:
+    """The groups of matrices whose pass may be the largest.
+
+    A pass goes back to its group's first matrix, so earlier groups keep more activations: a later one can only be larger
+    if its statistics are.
+    """
+    sizes = observed(allocation, scope)
+    candidates: list[list[str]] = []
+    most = 0
+    for group in group_matrices(sizes, max(group_bytes, STATISTIC_BYTES * max(sizes.values()))):
+        if statistic_bytes(sizes, group) > most:
+            most = statistic_bytes(sizes, group)
+            candidates.append(group)
+    return candidates
+
+
+def statistic_bytes(sizes: dict[str, int], group: list[str]) -> int:
+    """fp32 [N, K] for each matrix of a group."""
+    return STATISTIC_BYTES * sum(sizes[path] for path in group)
 
 
 def top_k_bytes(allocation: Allocation) -> int:

@@ -34,9 +34,9 @@ def _sizes(
 
 MODELS: dict[str, RealModel] = {
     "Llama-3.1-8B": RealModel(8.03, _sizes("llama", 128256, 4096, 14336, 32, 32, 8, max_position_embeddings=131072)),
-    "Mistral-7B": RealModel(7.25, _sizes("mistral", 32768, 4096, 14336, 32, 32, 8, max_position_embeddings=32768)),
+    "Mistral-7B": RealModel(7.25, _sizes("mistral", 32768, 4096, 14336, 32, 32, 8, max_position_embeddings=32768, sliding_window=None)),
     "Mistral-Nemo-12B": RealModel(
-        12.2, _sizes("mistral", 131072, 5120, 14336, 40, 32, 8, head_dim=128, max_position_embeddings=131072)
+        12.2, _sizes("mistral", 131072, 5120, 14336, 40, 32, 8, head_dim=128, max_position_embeddings=131072, sliding_window=None)
     ),
     "Qwen2.5-7B": RealModel(7.62, _sizes("qwen2", 152064, 3584, 18944, 28, 28, 4, max_position_embeddings=32768)),
     "Qwen2.5-14B": RealModel(14.8, _sizes("qwen2", 152064, 5120, 13824, 48, 40, 8, max_position_embeddings=32768)),
@@ -46,7 +46,7 @@ MODELS: dict[str, RealModel] = {
     "Gemma-2-9B": RealModel(
         9.24, _sizes("gemma2", 256000, 3584, 14336, 42, 16, 8, head_dim=256, max_position_embeddings=8192)
     ),
-    "Phi-3-medium": RealModel(14.0, _sizes("phi3", 32064, 5120, 17920, 40, 40, 10, max_position_embeddings=4096)),
+    "Phi-3-medium": RealModel(14.0, _sizes("phi3", 32064, 5120, 17920, 40, 40, 10, max_position_embeddings=4096, sliding_window=2047)),
 }
 
 
