@@ -1,14 +1,15 @@
 """Builds the compiled libraries: ``_C_cpu`` always, ``_C_cuda`` wherever nvcc is found (a card is not needed).
 
 Both use only PyTorch's stable ABI and no Python API, so that one wheel (abi3) serves every supported PyTorch and
-Python. Environment: ``QROSA_CUDA_ARCHS`` (default 80;86;89;90;120), ``QROSA_SANITIZE=1`` for an AddressSanitizer + UBSan
-build of the CPU library, ``QROSA_WITHOUT_CUDA=1`` to leave the CUDA library out, ``CUDA_HOME`` to name the toolkit.
+Python. Environment: ``QROSA_CUDA_ARCHS`` (default 80;86;89;90;120), ``QROSA_SANITIZE=1`` for an AddressSanitizer and
+UBSan build of the CPU library, ``QROSA_WITHOUT_CUDA=1`` to leave the CUDA library out, ``CUDA_HOME`` to name the toolkit.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ ISA_FLAGS = {
     "kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avx512.cpp": _AVX512,
     "kernels_avx512bf16.cpp": [*_AVX512, "-mavx512bf16"],
-    "layer_amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "kernels_amx.cpp": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 """One file an instruction set; run-time dispatch (csrc/cpu/isa.cpp) keeps a machine off what it lacks."""
 
@@ -38,6 +39,10 @@ CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", 
 CXX_FLAGS += ["-Wno-maybe-uninitialized"]  # GCC takes the undefined operands inside AVX-512 intrinsics for ours
 CXX_FLAGS += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3"]
 DEFINES = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
+
+PTXAS_REPORTS = ROOT / "build" / "ptxas"
+"""What the CUDA assembler says about each kernel: registers, shared memory, spills. A test reads it."""
+STATISTIC = re.compile(r"ptxas info\s*:|\s*\d+ bytes stack frame")
 
 
 def cuda_home() -> Path | None:
@@ -100,7 +105,10 @@ class BuildLibraries(build_ext):
             command = [str(cuda_home() / "bin" / "nvcc"), *cuda_flags()]
         else:
             command = [os.environ.get("CXX", "c++"), *CXX_FLAGS, *ISA_FLAGS.get(name, [])]
-        self._run([*command, *DEFINES, *include, "-c", str(ROOT / source), "-o", output])
+        report = self._run([*command, *DEFINES, *include, "-c", str(ROOT / source), "-o", output])
+        if name.endswith(".cu"):
+            PTXAS_REPORTS.mkdir(parents=True, exist_ok=True)
+            (PTXAS_REPORTS / f"{name}.log").write_text(report, encoding="utf-8")
         return output
 
     def _link(self, objects: list[str], target: Path, is_cuda: bool) -> None:
@@ -117,13 +125,14 @@ class BuildLibraries(build_ext):
         self._run([*linker, *objects, *libraries, "-o", str(partial)])
         os.replace(partial, target)  # a process that has the old library loaded keeps it
 
-    def _run(self, command: list[str]) -> None:
+    def _run(self, command: list[str]) -> str:
+        """Runs a tool, prints what it says but the assembler's statistics, and returns all of it."""
         self.announce(" ".join(command), level=2)
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.stdout or result.stderr:
-            print(result.stdout + result.stderr, end="", flush=True)
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        print("".join(line for line in result.stdout.splitlines(True) if not STATISTIC.match(line)), end="", flush=True)
         if result.returncode != 0:
             raise SystemExit(f"error: {Path(command[0]).name} failed on {command[-3]}")
+        return result.stdout
 
 
 setup(

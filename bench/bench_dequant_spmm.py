@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python bench/bench_dequant_spmm.py
 
-Target at one row: 70% of the bandwidth of a copy, counting the 4-bit bytes that are read against the bytes that a copy of
-the same size reads. The row count where ``two_step`` wins is the rule in ``qrosa.ops`` (``_DECODE_ROWS``).
+Target at one row: 70% of the bandwidth of a copy, counting the 4-bit bytes that are read against the bytes that a
+copy of the same size reads. The row count where ``two_step`` wins is the rule in ``qrosa.ops`` (``_DECODE_ROWS``).
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=2 python bench/bench_linear.py
 
-``dense`` is the forward product and dX of a plain bf16 matrix, which any training pays. Targets: at most 1.35 of it at 2048
-x 2048 and 1.2 at 4096 x 4096 (512 tokens, rank 16, density 0.6%), and the sparse part at most 1.03 of the layer without.
+``dense`` is the forward product and dX of a plain bf16 matrix, which any training pays. Targets: at most 1.35 of it at
+2048 x 2048 and 1.2 at 4096 x 4096 (512 tokens, rank 16, density 0.6%), and the sparse part at most 1.03 of the layer
+without.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Timing for the op benchmarks: interleaved runs, medians, ratios of one run, and a JSON record of where they were taken.
+"""Timing for the op benchmarks: interleaved runs, medians, ratios of one run, and a JSON record of the machine.
 
-Machines are shared and clocks move, so absolute times mean little. Candidates run in turns and every ratio compares medians
-of the same run.
+Machines are shared and clocks move, so absolute times mean little. Candidates run in turns and every ratio compares
+medians of the same run.
 """
 
 from __future__ import annotations

@@ -16,6 +16,17 @@ enum class Float { kBf16, kFp16, kFp32 };
 
 enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
+// A product with W_eff [features, columns] of NF4 and CSR, bf16 throughout (see dequant_matmul.h).
+struct MatmulWork {
+  bool forward;         // X W_eff^T + left right^T + bias, or dY W_eff + left right
+  Nf4View nf4;
+  CsrView csr;
+  int64_t tokens, features, columns, rank;
+  const void* right;    // [features, rank] forward, [rank, columns] backward; null at rank 0
+  const float* bias;    // [features] or null
+  void* out;            // [tokens, features] forward, [tokens, columns] backward
+};
+
 struct Kernels {
   // out[row, :] = round(deq + S) for rows [begin, end); out is the whole [N, K].
   bool (*dequant_rows)(const Nf4View& nf4, const CsrView& csr, Float type, void* out, int64_t columns, int64_t begin,
@@ -46,6 +57,15 @@ struct Kernels {
   // out[i] = keep(i) ? x[i] * scale : 0 for i in [begin, end).
   void (*dropout)(Float type, const void* x, void* out, int64_t begin, int64_t end, DropoutKeys keys,
                   uint32_t threshold, float scale);
+
+  // Products that never write the dense weight; null where the processor has no matrix tiles.
+  int64_t (*matmul_panels)(const MatmulWork& work);
+  int64_t (*matmul_workspace)(const MatmulWork& work);
+  // Tiles of src [tokens, depth], for the blocks [begin, end) of 16 tokens; blocks past the last token are zero.
+  void (*pack_tokens)(bool forward, const void* src, int64_t tokens, int64_t depth, int64_t begin, int64_t end,
+                      void* packed);
+  bool (*matmul)(const MatmulWork& work, const void* packed, const void* packed_left, int64_t begin, int64_t end,
+                 void* space);
 };
 
 extern const Kernels kPortableKernels;
@@ -53,6 +73,7 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAmxKernels;
 #endif
 
 // The kernels for this machine, or what QROSA_CPU_ISA / qrosa::cpu_isa asked for.

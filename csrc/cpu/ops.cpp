@@ -225,6 +225,65 @@ Tensor dropout(const Tensor& x, double p, int64_t seed) {
   return out;
 }
 
+// Tokens that are multiplied with one decoding of the weight: their sums for a panel (64 fp32 numbers each) stay near.
+constexpr int64_t kTokens = 1024;
+
+void matmul_block(const Kernels& use, const MatmulWork& work, const void* x, const void* left) {
+  const int64_t depth = work.forward ? work.columns : work.features;
+  const int64_t blocks = (work.tokens + 31) / 32 * 2;
+  const int64_t bytes = blocks * 1024 * ((depth + 31) / 32), left_bytes = blocks * 1024 * ((work.rank + 31) / 32);
+  char* packed = shared_space.get<char>(bytes + left_bytes);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    use.pack_tokens(work.forward, x, work.tokens, depth, begin, end, packed);
+    if (work.rank > 0) use.pack_tokens(work.forward, left, work.tokens, work.rank, begin, end, packed + bytes);
+  });
+  over_rows(use.matmul_panels(work), 1, [&](int64_t begin, int64_t end) {
+    return use.matmul(work, packed, packed + bytes, begin, end, tile_space.get<char>(use.matmul_workspace(work)));
+  });
+}
+
+void check_bf16(const OptionalTensor& tensor, int64_t rows, int64_t columns, const char* name) {
+  if (!tensor.has_value()) return;
+  check_matrix(*tensor, name);
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::BFloat16, name, " must be bf16");
+  STD_TORCH_CHECK(tensor->size(0) == rows && tensor->size(1) == columns, name, " must be [", rows, ", ", columns, "]");
+}
+
+Tensor dequant_matmul(const Tensor& x, const Tensor& codes, const Tensor& absmax, const OptionalTensor& absmax_code,
+                      const OptionalTensor& absmax_scale, const OptionalTensor& absmax_offset, int64_t block_size,
+                      const OptionalTensor& row_ptr, const OptionalTensor& col, const OptionalTensor& values,
+                      int64_t features, int64_t columns, bool forward, const OptionalTensor& left,
+                      const OptionalTensor& right, const OptionalTensor& bias) {
+  const Kernels& use = kernels();
+  STD_TORCH_CHECK(use.matmul != nullptr, "dequant_matmul needs a processor with AMX");
+  STD_TORCH_CHECK(block_size == 64 && columns % 64 == 0, "dequant_matmul needs blocks of 64 that do not cross rows");
+  const int64_t tokens = x.size(0), depth = forward ? columns : features, width = forward ? features : columns;
+  check_bf16(x, tokens, depth, "x");
+  STD_TORCH_CHECK(left.has_value() == right.has_value(), "left and right come together or not at all");
+  MatmulWork work{};
+  work.forward = forward;
+  work.nf4 = nf4_view(codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, features, columns, x);
+  work.csr = optional_csr_view(row_ptr, col, values, features, columns, x);
+  work.features = features;
+  work.columns = columns;
+  if (left.has_value()) {
+    work.rank = left->size(1);
+    check_bf16(left, tokens, work.rank, "left");
+    check_bf16(right, forward ? features : work.rank, forward ? work.rank : columns, "right");
+    work.right = right->data_ptr();
+  }
+  if (bias.has_value()) work.bias = checked_data<float>(*bias, ScalarType::Float, features, x, "bias");
+  Tensor out = torch::stable::new_empty(x, {tokens, width});
+  auto* target = static_cast<char*>(out.mutable_data_ptr());
+  for (int64_t start = 0; start < tokens; start += kTokens) {
+    work.tokens = start + kTokens < tokens ? kTokens : tokens - start;
+    work.out = target + start * width * 2;
+    matmul_block(use, work, offset(x.data_ptr(), start * depth, Float::kBf16),
+                 left.has_value() ? offset(left->data_ptr(), start * work.rank, Float::kBf16) : nullptr);
+  }
+  return out;
+}
+
 // Forces an instruction set when `request` names one (0 portable ... 4 AMX); returns the one in use.
 int64_t cpu_isa(int64_t request) {
   STD_TORCH_CHECK(request >= -1 && request <= 4, "no such instruction set: ", request);
@@ -237,6 +296,7 @@ STABLE_TORCH_LIBRARY_IMPL(qrosa, CPU, library) {
   library.impl("dequant_add", TORCH_BOX(&dequant_add));
   library.impl("sddmm", TORCH_BOX(&sddmm));
   library.impl("dequant_spmm", TORCH_BOX(&dequant_spmm));
+  library.impl("dequant_matmul", TORCH_BOX(&dequant_matmul));
   library.impl("score_accumulate", TORCH_BOX(&score_accumulate));
   library.impl("dropout", TORCH_BOX(&dropout));
 }

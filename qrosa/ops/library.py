@@ -19,8 +19,8 @@ from qrosa.ops import dropout, linear, reference, schema
 from qrosa.ops.operands import CsrOperands, NF4Operands
 
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
-"""The CPU's code paths, in the order of the codes that ``qrosa::cpu_isa`` speaks. ``QROSA_CPU_ISA`` names the best allowed;
-``avx512`` in reports stands for the last three."""
+"""The CPU's code paths, in the order of the codes that ``qrosa::cpu_isa`` speaks. ``QROSA_CPU_ISA`` names the best one
+allowed; ``avx512`` in reports stands for the last three."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _FIX = {
@@ -40,17 +40,17 @@ def _csr(row_ptr: Any, col: Any, values: Any) -> CsrOperands | None:
 
 
 def _flat_dequant_add(*args: Any) -> None:
-    nf4, csr, out = NF4Operands(*args[:6]), _csr(*args[6:9]), args[9]
+    nf4, (row_ptr, col, values), out = NF4Operands(*args[:6]), args[6:9], args[9]
     schema.check_nf4(*nf4, out.shape[0], out.shape[1])
-    schema.check_csr(*args[6:9], out.shape[0], out.shape[1])
-    reference.dequant_add(nf4, csr, out)
+    schema.check_csr(row_ptr, col, values, out.shape[0], out.shape[1])
+    reference.dequant_add(nf4, _csr(row_ptr, col, values), out)
 
 
 def _flat_dequant_spmm(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    nf4, csr, out_features = NF4Operands(*args[:6]), _csr(*args[6:9]), args[9]
+    nf4, (row_ptr, col, values), out_features = NF4Operands(*args[:6]), args[6:9], args[9]
     schema.check_nf4(*nf4, out_features, x.shape[1])
-    schema.check_csr(*args[6:9], out_features, x.shape[1])
-    return reference.dequant_spmm(x, nf4, csr, out_features)
+    schema.check_csr(row_ptr, col, values, out_features, x.shape[1])
+    return reference.dequant_spmm(x, nf4, _csr(row_ptr, col, values), out_features)
 
 
 _COMPOSITIONS: dict[str, Callable[..., Any]] = {

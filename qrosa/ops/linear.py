@@ -46,7 +46,7 @@ def release_workspace() -> None:
 
 @contextmanager
 def meta_like_cpu() -> Iterator[None]:
-    """While inside, ``meta`` tensors are treated as the CPU's: their scratch lasts, as a simulation of the CPU needs."""
+    """While inside, ``meta`` tensors count as the CPU's: their scratch lasts, as a simulation of the CPU needs."""
     release_workspace()
     _kept_on.add("meta")
     try:
@@ -76,6 +76,61 @@ def dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     return torch.ops.qrosa.dropout(x.contiguous(), p, seed)  # type: ignore[no-any-return]
 
 
+_AMX = 4
+"""The code of AMX in ``qrosa::cpu_isa``."""
+_FUSED_TOKENS = 16
+"""From so many tokens on, a product that decodes as it goes fills its tiles."""
+
+
+def _fuses(x: torch.Tensor, nf4: NF4Operands) -> bool:
+    """Whether the product with W_eff can run without writing W_eff down: bf16 on a CPU with matrix tiles."""
+    if x.device.type not in _kept_on or x.dtype != torch.bfloat16 or x.shape[0] < _FUSED_TOKENS:
+        return False
+    return nf4.block_size == 64 and has_cpu_isa() and torch.ops.qrosa.cpu_isa(-1) == _AMX
+
+
+def has_cpu_isa() -> bool:
+    """Whether the compiled CPU library is there to be asked."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("qrosa::cpu_isa", "CompositeExplicitAutograd"))
+
+
+def product(
+    x: torch.Tensor,
+    nf4: NF4Operands,
+    csr: CsrOperands | None,
+    shape: tuple[int, int],
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """x W_eff^T + left right^T + bias, [T, N]; x [T, K], left [T, r], right [N, r]."""
+    if shape[1] % 64 == 0 and _fuses(x, nf4):
+        wide_bias = None if bias is None else bias.float()
+        return torch.ops.qrosa.dequant_matmul(  # type: ignore[no-any-return]
+            x, *nf4, *(csr or (None, None, None)), *shape, True, left, right, wide_bias
+        )
+    weight = effective_weight(nf4, csr, shape, x)
+    y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return y if left is None or right is None else y.addmm_(left, right.t())
+
+
+def product_backward(
+    dy: torch.Tensor,
+    nf4: NF4Operands,
+    csr: CsrOperands | None,
+    shape: tuple[int, int],
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+) -> torch.Tensor:
+    """dy W_eff + left right, [T, K]; dy [T, N], left [T, r], right [r, K]."""
+    if shape[1] % 64 == 0 and _fuses(dy, nf4):
+        return torch.ops.qrosa.dequant_matmul(  # type: ignore[no-any-return]
+            dy, *nf4, *(csr or (None, None, None)), *shape, False, left, right, None
+        )
+    dx = dy @ effective_weight(nf4, csr, shape, dy)
+    return dx if left is None or right is None else dx.addmm_(left, right)
+
+
 def forward(
     x: torch.Tensor,
     nf4: NF4Operands,
@@ -89,13 +144,12 @@ def forward(
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Y [..., N] and the projected input drop(X) A^T [T, r] (empty without a low-rank part)."""
-    rows = x.reshape(-1, x.shape[-1])
-    weight = effective_weight(nf4, csr, (out_features, rows.shape[1]), x)
-    y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
-    projected = x.new_empty((0,))
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    projected, left, right = x.new_empty((0,)), None, None
     if a is not None and b is not None:
         projected = dropped(rows, dropout_p, seed) @ a.to(x.dtype).t()
-        y.addmm_(projected, b.to(x.dtype).t(), alpha=scale)
+        left, right = projected * scale, b.to(x.dtype)
+    y = product(rows, nf4, csr, (out_features, x.shape[-1]), left, right, bias)
     return y.view(*x.shape[:-1], out_features), projected
 
 
@@ -116,28 +170,25 @@ def backward(
     needs_x, needs_values, needs_a, needs_b, needs_bias = needs
     x_rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).contiguous()
     dx = dvalues = da = db = dbias = x.new_empty((0,))
-    if needs_x:
-        dx = dy_rows @ effective_weight(nf4, csr, (dy.shape[-1], x.shape[-1]), x)
+    inner = right = None
     if a is not None and b is not None:
-        inner = (dy_rows @ b.to(x.dtype)).mul_(scale) if needs_x or needs_a else dx  # [T, r]
-        if needs_x:
-            _add_low_rank_gradient(dx, inner, a.to(x.dtype), dropout_p, seed)
-        if needs_a:
-            da = (inner.t() @ dropped(x_rows, dropout_p, seed)).to(a.dtype)
-        if needs_b:
-            db = (dy_rows.t() @ projected).mul_(scale).to(b.dtype)
+        right = a.to(x.dtype)
+        inner = (dy_rows @ b.to(x.dtype)).mul_(scale) if needs_x or needs_a else None  # [T, r]
+    if needs_x:
+        fold = dropout_p == 0.0  # a mask stands between the low-rank part and dX
+        shape = (dy.shape[-1], x.shape[-1])
+        dx = product_backward(dy_rows, nf4, csr, shape, inner if fold else None, right if fold else None)
+        if inner is not None and right is not None and not fold:
+            dx.add_(dropped(inner @ right, dropout_p, seed))
+    if needs_a and a is not None and inner is not None:
+        da = (inner.t() @ dropped(x_rows, dropout_p, seed)).to(a.dtype)
+    if needs_b and b is not None:
+        db = (dy_rows.t() @ projected).mul_(scale).to(b.dtype)
     if needs_values and csr is not None:
         dvalues = _sparse_gradient(dy_rows, x_rows.contiguous(), csr)
     if needs_bias:
         dbias = dy_rows.sum(0)
     return dx.view(x.shape) if needs_x else dx, dvalues, da, db, dbias
-
-
-def _add_low_rank_gradient(dx: torch.Tensor, inner: torch.Tensor, a: torch.Tensor, dropout_p: float, seed: int) -> None:
-    if dropout_p > 0.0:
-        dx.add_(dropped(inner @ a, dropout_p, seed))
-    else:
-        dx.addmm_(inner, a)
 
 
 def _sparse_gradient(dy: torch.Tensor, x: torch.Tensor, csr: CsrOperands) -> torch.Tensor:

@@ -67,8 +67,8 @@ def close(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, terms: int
     """Asserts |got - exact| <= one rounding to ``dtype`` + the error of an fp32 sum of ``terms`` products.
 
     A product of two standard normal numbers is of size 1. Summing n of them in one chain adds n roundings of partial
-    sums of size sqrt(n), which together come to some n * 2^-24; SUM_ERROR leaves a factor of four for the tails, and several
-    chains only do better. ``size`` scales the terms.
+    sums of size sqrt(n), which together come to some n * 2^-24; SUM_ERROR leaves a factor of four for the tails, and
+    several chains only do better. ``size`` scales the terms.
     """
     if not exact.numel():
         assert got.shape == exact.shape

@@ -93,7 +93,9 @@ def test_the_library_needs_only_the_stable_abi() -> None:
     """So one library serves every PyTorch: no C++ symbol of it, and no CUDA runtime beside the one linked in."""
     if shutil.which("nm") is None or shutil.which("readelf") is None:
         pytest.skip("needs binutils")
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
     system = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_")
     foreign = [line.split()[-1] for line in symbols.splitlines() if " w " not in line and not system.search(line)]
     assert not [name for name in foreign if not name.startswith(("aoti_torch_", "torch_"))]

@@ -104,7 +104,7 @@ def test_dequant_spmm_does_not_round_the_weight() -> None:
 def test_score_accumulate(tokens: int, shape: tuple[int, int], square: bool, dtype: torch.dtype) -> None:
     dy, x = matrix(tokens, shape[0], dtype, 1), matrix(tokens, shape[1], dtype, 2)
     stat = torch.rand(shape, generator=torch.Generator().manual_seed(3))
-    got = stat.to(DEVICE)
+    got = stat.to(DEVICE, copy=True)
     ops.score_accumulate(dy.to(DEVICE), x.to(DEVICE), got, square)
     product = dy.double().t() @ x.double()
     exact = stat.double() + (product * product if square else product)

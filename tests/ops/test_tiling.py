@@ -33,7 +33,13 @@ def compiled(source: str, folder: Path, *flags: str) -> Path:
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # CUDA's unroll pragmas mean nothing to g++; the -Wclobbered it gives for getcontext is a false alarm.
-    quiet = ("-Wno-unknown-pragmas", "-Wno-clobbered", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    quiet = (
+        "-Wno-unknown-pragmas",
+        "-Wno-clobbered",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+    )
     return compiled("kernels.cpp", tmp_path_factory.mktemp("emulator"), *quiet)
 
 

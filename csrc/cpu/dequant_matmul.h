@@ -1,0 +1,343 @@
+// Products with W_eff = deq + S that never write W_eff to memory, on AMX matrix tiles (bf16 in, fp32 sums).
+//
+//   forward    Y [T, N] = X W_eff^T + left right^T + bias     left [T, r], right = B [N, r]
+//   backward  dX [T, K] = dY W_eff + left right               left [T, r], right = A [r, K]
+//
+// A thread owns panels of 64 rows (forward) or 64 columns (backward) of W_eff. It decodes 256 deep pieces of a panel straight
+// into tile order (32 KB, the nearest cache) and multiplies each with all tokens, whose tiles were packed once for all
+// threads. The low-rank part is one more piece: r more steps of depth. Sums stay in fp32 until they are written, rounded once.
+//
+// A tile is 16 rows of 64 bytes. A product C [16, 16] += A [16, 32] B takes B with pairs of depth side by side. Forward, W_eff is
+// the left operand, as decoded, and X is transposed by word; backward, W_eff is the right one, two decoded rows interleaved.
+#pragma once
+
+#include "sddmm.h"
+#include "dequant_add.h"
+
+namespace qrosa::QROSA_ISA {
+
+constexpr int kTile = 512;              // bf16 numbers in a tile
+constexpr int kSum = 256;               // fp32 numbers in a tile of sums
+constexpr int kPanel = 64;              // rows or columns of W_eff that a thread works on
+constexpr int kDepth = 256;             // of a decoded piece
+constexpr int kDepthTiles = kDepth / 32;
+
+struct alignas(64) TileShape {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Sums of two weight tiles by two token tiles over `steps` tiles of depth. sums: w0t0, w0t1, w1t0, w1t1.
+template <bool kWeightsLeft>
+static inline void multiply_tiles(const Bf16* w0, const Bf16* w1, const Bf16* t0, const Bf16* t1, int64_t steps, float* sums,
+                                  bool first) {
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + kSum, 64);
+    _tile_loadd(2, sums + 2 * kSum, 64);
+    _tile_loadd(3, sums + 3 * kSum, 64);
+  }
+  for (int64_t step = 0; step < steps; ++step) {
+    _tile_loadd(4, w0 + step * kTile, 64);
+    _tile_loadd(5, w1 + step * kTile, 64);
+    _tile_loadd(6, t0 + step * kTile, 64);
+    _tile_loadd(7, t1 + step * kTile, 64);
+    if constexpr (kWeightsLeft) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    } else {
+      _tile_dpbf16ps(0, 6, 4);
+      _tile_dpbf16ps(1, 7, 4);
+      _tile_dpbf16ps(2, 6, 5);
+      _tile_dpbf16ps(3, 7, 5);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + kSum, 64);
+  _tile_stored(2, sums + 2 * kSum, 64);
+  _tile_stored(3, sums + 3 * kSum, 64);
+}
+
+// `count` of 32 bf16 numbers.
+static inline __m512i load_some(const Bf16* p, int64_t count) {
+  if (count >= 32) return _mm512_loadu_si512(p);
+  return _mm512_maskz_loadu_epi16(count > 0 ? (1u << count) - 1 : 0u, p);
+}
+
+// One tile of tokens: 16 rows of src (of which `rows` exist), 32 columns (of which `columns` exist).
+static inline void pack_token_tile(bool forward, const Bf16* src, int64_t stride, int64_t rows, int64_t columns, Bf16* tile) {
+  __m512i row[16];
+  for (int i = 0; i < 16; ++i) row[i] = i < rows ? load_some(src + i * stride, columns) : _mm512_setzero_si512();
+  if (forward) transpose(row);
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 32 * i, row[i]);
+}
+
+// Token tiles of the blocks [begin, end) of 16 tokens: [block, tile of depth].
+static void pack_tokens(bool forward, const void* src, int64_t tokens, int64_t depth, int64_t begin, int64_t end, void* packed) {
+  const int64_t depth_tiles = (depth + 31) / 32;
+  for (int64_t block = begin; block < end; ++block) {
+    for (int64_t d = 0; d < depth_tiles; ++d) {
+      pack_token_tile(forward, static_cast<const Bf16*>(src) + block * 16 * depth + 32 * d, depth, tokens - block * 16,
+                      depth - 32 * d, static_cast<Bf16*>(packed) + (block * depth_tiles + d) * kTile);
+    }
+  }
+}
+
+// A position of a decoded piece in tile order: forward (row, depth), backward (depth, column).
+static inline int64_t left_place(int64_t row, int64_t depth) {
+  return ((row / 16) * kDepthTiles + depth / 32) * kTile + (row % 16) * 32 + depth % 32;
+}
+static inline int64_t right_place(int64_t depth, int64_t column) {
+  // Interleaving leaves words 8l..8l+3 of 32 columns in one tile and 8l+4..8l+7 in the next.
+  const int64_t c = column % 32, tile = (column / 32) * 2 + (c % 8) / 4, word = (c / 8) * 4 + c % 4;
+  return (tile * kDepthTiles + depth / 32) * kTile + (depth % 32) / 2 * 32 + 2 * word + depth % 2;
+}
+
+static inline void store_pair(Bf16* piece, int64_t depth, int64_t half, __m512i upper, __m512i lower) {
+  Bf16* target = piece + (half * 2 * kDepthTiles + depth / 32) * kTile + (depth % 32) / 2 * 32;
+  _mm512_store_si512(target, _mm512_unpacklo_epi16(upper, lower));
+  _mm512_store_si512(target + kDepthTiles * kTile, _mm512_unpackhi_epi16(upper, lower));
+}
+
+static inline __m128i load_codes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+
+// What one thread works on.
+struct PanelWork {
+  const MatmulWork& all;
+  int64_t start;        // first row (forward) or column (backward) of the panel
+  Bf16* piece;          // [kPanel * kDepth]
+  int32_t* cursor;      // per row of W_eff: the next stored value, as panels and pieces are visited in order
+};
+
+// Rows of the panel, `depth` columns of them from `from` on, into left tiles.
+static bool decode_left(const PanelWork& work, int64_t from, int64_t depth) {
+  const MatmulWork& all = work.all;
+  for (int64_t n = 0; n < kPanel; ++n) {
+    const int64_t row = work.start + n;
+    for (int64_t k = 0; k < depth; k += 64) {
+      Bf16* target = work.piece + left_place(n, k);
+      if (row >= all.features) {
+        _mm512_store_si512(target, _mm512_setzero_si512());
+        _mm512_store_si512(target + kTile, _mm512_setzero_si512());
+        continue;
+      }
+      const int64_t element = row * all.columns + from + k;
+      const Lut<Bf16> lut(block_absmax(all.nf4, element >> 6));
+      const uint8_t* codes = all.nf4.codes + element / 2;
+      _mm512_store_si512(target, lut.look_up(load_codes(codes)));
+      _mm512_store_si512(target + kTile, lut.look_up(load_codes(codes + 16)));
+    }
+  }
+  if (all.csr.row_ptr == nullptr) return true;
+  for (int64_t n = 0; n < kPanel && work.start + n < all.features; ++n) {
+    const int64_t row = work.start + n;
+    int32_t& at = work.cursor[row];
+    for (; at < all.csr.row_ptr[row + 1]; ++at) {
+      const int64_t k = column(all.csr, at) - from;
+      if (k >= depth) break;
+      if (k < 0) return false;
+      const int64_t element = row * all.columns + from + k;
+      const float dense = kTable[nibble(all.nf4.codes, element)] * block_absmax(all.nf4, element >> 6);
+      narrow(dense + all.csr.values[at], work.piece + left_place(n, k));
+    }
+  }
+  return true;
+}
+
+static inline void decode_64(const MatmulWork& all, int64_t row, int64_t column0, __m512i* out) {
+  if (row >= all.features) {
+    out[0] = out[1] = _mm512_setzero_si512();
+    return;
+  }
+  const int64_t element = row * all.columns + column0;
+  const Lut<Bf16> lut(block_absmax(all.nf4, element >> 6));
+  out[0] = lut.look_up(load_codes(all.nf4.codes + element / 2));
+  out[1] = lut.look_up(load_codes(all.nf4.codes + element / 2 + 16));
+}
+
+// Columns of the panel, `depth` rows of them from `from` on, into right tiles; depth is padded to 32 with zeros.
+static bool decode_right(const PanelWork& work, int64_t from, int64_t depth) {
+  const MatmulWork& all = work.all;
+  for (int64_t n = 0; n < round_up(depth, 32); n += 2) {
+    __m512i upper[2], lower[2];
+    decode_64(all, from + n, work.start, upper);
+    decode_64(all, from + n + 1, work.start, lower);
+    store_pair(work.piece, n, 0, upper[0], lower[0]);
+    store_pair(work.piece, n, 1, upper[1], lower[1]);
+  }
+  if (all.csr.row_ptr == nullptr) return true;
+  for (int64_t n = 0; n < depth; ++n) {
+    const int64_t row = from + n;
+    int32_t& at = work.cursor[row];
+    for (; at < all.csr.row_ptr[row + 1]; ++at) {
+      const int64_t k = column(all.csr, at) - work.start;
+      if (k >= kPanel) break;
+      if (k < 0) return false;
+      const int64_t element = row * all.columns + work.start + k;
+      const float dense = kTable[nibble(all.nf4.codes, element)] * block_absmax(all.nf4, element >> 6);
+      narrow(dense + all.csr.values[at], work.piece + right_place(n, k));
+    }
+  }
+  return true;
+}
+
+// A piece of the low-rank factor: rows of B [N, r] forward, columns of A [r, K] backward.
+static void copy_factor(const PanelWork& work, int64_t from, int64_t depth) {
+  const MatmulWork& all = work.all;
+  const auto* factor = static_cast<const Bf16*>(all.right);
+  if (all.forward) {
+    for (int64_t n = 0; n < kPanel; ++n) {
+      const bool inside = work.start + n < all.features;
+      for (int64_t r = 0; r < depth; r += 32) {
+        _mm512_store_si512(work.piece + left_place(n, r),
+                           load_some(factor + (work.start + n) * all.rank + from + r, inside ? depth - r : 0));
+      }
+    }
+    return;
+  }
+  for (int64_t r = 0; r < round_up(depth, 32); r += 2) {
+    for (int64_t half = 0; half < 2; ++half) {
+      const Bf16* source = factor + (from + r) * all.columns + work.start + 32 * half;
+      store_pair(work.piece, r, half, load_some(source, r < depth ? 32 : 0),
+                 load_some(source + all.columns, r + 1 < depth ? 32 : 0));
+    }
+  }
+}
+
+// The decoded piece times all tokens.
+static void multiply_piece(const MatmulWork& all, const Bf16* piece, const void* packed, int64_t depth_tiles, int64_t from,
+                           int64_t depth, bool first, float* sums) {
+  const int64_t steps = (depth + 31) / 32;
+  for (int64_t pair = 0; pair < (all.tokens + 31) / 32; ++pair) {
+    const Bf16* t0 = static_cast<const Bf16*>(packed) + (2 * pair * depth_tiles + from / 32) * kTile;
+    for (int64_t w = 0; w < 4; w += 2, sums += 4 * kSum) {
+      const Bf16* w0 = piece + w * kDepthTiles * kTile;
+      if (all.forward) {
+        multiply_tiles<true>(w0, w0 + kDepthTiles * kTile, t0, t0 + depth_tiles * kTile, steps, sums, first);
+      } else {
+        multiply_tiles<false>(w0, w0 + kDepthTiles * kTile, t0, t0 + depth_tiles * kTile, steps, sums, first);
+      }
+    }
+  }
+}
+
+static inline void store_some(Bf16* p, __m512i values, int64_t count) {
+  _mm512_mask_storeu_epi16(p, count >= 32 ? ~__mmask32{0} : (1u << count) - 1, values);
+}
+
+// Sums of 32 tokens by 32 features: each token's line is a transposed tile row. 16 tokens of `half`.
+static void write_forward(const MatmulWork& all, const float* sums, int64_t token, int64_t feature) {
+  const int64_t wide = all.features - feature;
+  if (wide <= 0) return;
+  __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  if (all.bias != nullptr) {
+    for (int i = 0; i < 2; ++i) {
+      const int64_t left = wide - 16 * i;
+      bias[i] = _mm512_maskz_loadu_ps(left >= 16 ? 0xFFFF : left > 0 ? (1u << left) - 1 : 0, all.bias + feature + 16 * i);
+    }
+  }
+  for (int half = 0; half < 2; ++half) {
+    __m512i row[2][16];
+    for (int w = 0; w < 2; ++w) {
+      for (int i = 0; i < 16; ++i) row[w][i] = _mm512_load_si512(sums + (2 * w + half) * kSum + 16 * i);
+      transpose(row[w]);
+    }
+    for (int i = 0; i < 16; ++i) {
+      const int64_t t = token + 16 * half + i;
+      if (t >= all.tokens) return;
+      const __m512 low = _mm512_add_ps(_mm512_castsi512_ps(row[0][i]), bias[0]);
+      const __m512 high = _mm512_add_ps(_mm512_castsi512_ps(row[1][i]), bias[1]);
+      store_some(static_cast<Bf16*>(all.out) + t * all.features + feature,
+                 reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)), wide);
+    }
+  }
+}
+
+static void write_backward(const MatmulWork& all, const float* sums, int64_t token, int64_t column0) {
+  const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  for (int64_t i = 0; i < 32 && token + i < all.tokens; ++i) {
+    const float* low = sums + (i / 16) * kSum + (i % 16) * 16;
+    const auto both = _mm512_cvtne2ps_pbh(_mm512_load_ps(low + 2 * kSum), _mm512_load_ps(low));
+    _mm512_storeu_si512(static_cast<Bf16*>(all.out) + (token + i) * all.columns + column0,
+                        _mm512_permutexvar_epi64(order, reinterpret_cast<__m512i>(both)));
+  }
+}
+
+static int64_t matmul_panels(const MatmulWork& all) {
+  return ((all.forward ? all.features : all.columns) + kPanel - 1) / kPanel;
+}
+
+// Bytes of a thread's own memory: piece, sums, cursors.
+static int64_t matmul_workspace(const MatmulWork& all) {
+  return kPanel * kDepth * 2 + round_up(all.tokens, 32) * kPanel * 4 + round_up(all.features, 16) * 4;
+}
+
+// Where the first panel's stored values begin in each row (columns ascend within a row).
+static bool place_cursors(const MatmulWork& all, int64_t first, int64_t last, int32_t* cursor) {
+  if (all.csr.row_ptr == nullptr) return true;
+  const int64_t begin = all.forward ? first : 0, end = all.forward ? lesser(last, all.features) : all.features;
+  for (int64_t row = begin; row < end; ++row) {
+    if (!row_in_bounds(all.csr, row)) return false;
+    int64_t low = all.csr.row_ptr[row], high = all.csr.row_ptr[row + 1];
+    while (!all.forward && first > 0 && low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (column(all.csr, middle) < first) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    cursor[row] = static_cast<int32_t>(low);
+  }
+  return true;
+}
+
+// Whether the values of the panels [first, last) were all met: a column that is too large or out of order stays behind.
+static bool cursors_done(const MatmulWork& all, int64_t first, int64_t last, const int32_t* cursor) {
+  if (all.csr.row_ptr == nullptr || (!all.forward && last < all.columns)) return true;
+  const int64_t begin = all.forward ? first : 0, end = all.forward ? lesser(last, all.features) : all.features;
+  for (int64_t row = begin; row < end; ++row) {
+    if (cursor[row] != all.csr.row_ptr[row + 1]) return false;
+  }
+  return true;
+}
+
+// The panels [begin, end), with `space` of matmul_workspace() bytes; false: a bad index.
+static bool matmul(const MatmulWork& all, const void* packed, const void* packed_left, int64_t begin, int64_t end, void* space) {
+  const TileShape shape;
+  auto* piece = static_cast<Bf16*>(space);
+  auto* sums = reinterpret_cast<float*>(piece + kPanel * kDepth);
+  auto* cursor = reinterpret_cast<int32_t*>(sums + round_up(all.tokens, 32) * kPanel);
+  const int64_t depth = all.forward ? all.columns : all.features;
+  if (!place_cursors(all, begin * kPanel, end * kPanel, cursor)) return false;
+  _tile_loadconfig(&shape);
+  bool sound = true;
+  for (int64_t panel = begin; panel < end && sound; ++panel) {
+    const PanelWork work{all, panel * kPanel, piece, cursor};
+    for (int64_t from = 0; from < depth && sound; from += kDepth) {
+      const int64_t deep = lesser(kDepth, depth - from);
+      sound = all.forward ? decode_left(work, from, deep) : decode_right(work, from, deep);
+      multiply_piece(all, piece, packed, (depth + 31) / 32, from, deep, from == 0, sums);
+    }
+    for (int64_t from = 0; from < all.rank; from += kDepth) {
+      const int64_t deep = lesser(kDepth, all.rank - from);
+      copy_factor(work, from, deep);
+      multiply_piece(all, piece, packed_left, (all.rank + 31) / 32, from, deep, false, sums);
+    }
+    for (int64_t i = 0; i < (all.tokens + 31) / 32 * 2; ++i) {
+      (all.forward ? write_forward : write_backward)(all, sums + 4 * i * kSum, i / 2 * 32, work.start + i % 2 * 32);
+    }
+  }
+  _tile_release();
+  return sound && cursors_done(all, begin * kPanel, end * kPanel, cursor);
+}
+
+}  // namespace qrosa::QROSA_ISA
