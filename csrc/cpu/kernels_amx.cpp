@@ -3,7 +3,7 @@
 #include "dequant_matmul.h"
 #include "dequant_spmm.h"
 #include "dropout_kernel.h"
-#include "score_accumulate.h"
+#include "score_amx.h"
 #include "sddmm.h"
 #include "table.h"
 

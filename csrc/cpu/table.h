@@ -2,12 +2,13 @@
 #pragma once
 
 // clang-format off
-#define QROSA_COMMON_KERNELS(isa)                                                                      \
+#define QROSA_COMMON_KERNELS(isa, score_tile)                                                          \
   isa::dequant_rows, isa::packed_words, isa::pack_columns, isa::sddmm_rows, isa::spmm_workspace,       \
   isa::spmm_prepare, isa::spmm_rows, isa::score_tile, isa::score_add, isa::dropout
 
-#define QROSA_KERNELS(isa) {QROSA_COMMON_KERNELS(isa), nullptr, nullptr, nullptr, nullptr}
+#define QROSA_KERNELS(isa) {QROSA_COMMON_KERNELS(isa, score_tile), nullptr, nullptr, nullptr, nullptr}
 
 #define QROSA_AMX_KERNELS(isa)                                                                         \
-  {QROSA_COMMON_KERNELS(isa), isa::matmul_panels, isa::matmul_workspace, isa::pack_tokens, isa::matmul}
+  {QROSA_COMMON_KERNELS(isa, score_tile_amx), isa::matmul_panels, isa::matmul_workspace,               \
+   isa::pack_tokens, isa::matmul}
 // clang-format on
