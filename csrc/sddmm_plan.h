@@ -1,8 +1,8 @@
 // How the sparse gradient is computed on a card: which of two ways, and how the work is cut. Pure functions of shapes.
 //
 // Way 1 gathers: per sparse position, a dot product over tokens of two staged lines, eight positions a tensor-core
-// product of which the diagonal is used: nnz * T * 16 multiply-adds of the tensor cores. Way 2 computes tiles of dY^T X and
-// keeps what is asked for: N * K * T. The constants weigh staging and epilogues; they follow from counting
+// product of which the diagonal is used: nnz * T * 16 multiply-adds of the tensor cores. Way 2 computes tiles of dY^T X
+// and keeps what is asked for: N * K * T. The constants weigh staging and epilogues; they follow from counting
 // instructions and are not measured on a card yet (bench/gpu.py measures both ways at several densities).
 #pragma once
 
@@ -12,9 +12,10 @@
 
 namespace qrosa {
 
-constexpr int64_t kGatherCost = 32;   // of one position and token, in multiply-adds of a dense tile: 16, and as much again
+constexpr int64_t kGatherCost =
+    32;  // of one position and token, in multiply-adds of a dense tile: 16, and as much again
 constexpr int64_t kMaxTokenGroups = 8;
-constexpr int64_t kEntryCost = 3;     // of one position, in lines staged
+constexpr int64_t kEntryCost = 3;  // of one position, in lines staged
 
 // Whether gathering beats dense tiles. Both pad the tokens to what they stage at a time.
 QROSA_HD bool gather_is_cheaper(int64_t tokens, int64_t rows, int64_t columns, int64_t nnz) {
@@ -23,7 +24,8 @@ QROSA_HD bool gather_is_cheaper(int64_t tokens, int64_t rows, int64_t columns, i
   return gathered < dense;
 }
 
-// A block takes one part of the columns, one group of 64-token chunks (every `token_groups`-th) and one part of the rows.
+// A block takes one part of the columns, one group of 64-token chunks (every `token_groups`-th) and one part of the
+// rows.
 struct GatherPlan {
   int64_t column_parts, columns;        // of a part, a multiple of 64
   int64_t token_groups, chunks;         // each group sums into its own [nnz], added up in a fixed order at the end

@@ -23,7 +23,9 @@ constexpr int kLaneCodes = kSpan / kWarpSize;
 constexpr int kMinVectorBlockShift = 5;  // a lane's 32 codes share one absmax
 
 // Code i (0..7) of a little-endian 4-byte word of codes: the high nibble of a byte comes first.
-QROSA_HD int word_code(uint32_t word, int i) { return static_cast<int>(word >> (8 * (i >> 1) + 4 * ((i & 1) ^ 1))) & 15; }
+QROSA_HD int word_code(uint32_t word, int i) {
+  return static_cast<int>(word >> (8 * (i >> 1) + 4 * ((i & 1) ^ 1))) & 15;
+}
 
 // Lanes write runs of 32 elements and read runs of 16 bytes; both meet eight slots. Maps a 16-byte piece to its place.
 QROSA_HD int swizzle_piece(int piece) { return piece ^ ((piece >> 3) & 7); }
@@ -44,9 +46,7 @@ constexpr int kStageBytes = kStageTokens * kTileColumns * 2;
 constexpr int kProductPitch = 136;  // floats between rows of a product kept in shared memory; 8 mod 32, see above
 
 // Byte offset of a 16-byte piece of one token in a stage [32 tokens, 128 columns]; 8 tokens at one piece meet 8 slots.
-QROSA_HD int stage_offset(int token, int piece) {
-  return (token * kTilePieces + (piece ^ (token & 7))) * kPieceBytes;
-}
+QROSA_HD int stage_offset(int token, int piece) { return (token * kTilePieces + (piece ^ (token & 7))) * kPieceBytes; }
 
 // Which 8 x 8 matrix row a lane addresses in a transposing load of four: its token and column within a 16 x 16 block.
 struct MatrixRow {
@@ -68,8 +68,8 @@ constexpr int kGatherPieces = kGatherTokens * 2 / kPieceBytes;  // 8
 constexpr int kGatherLineBytes = kGatherTokens * 2;
 constexpr int kGatherColumnStep = 64;  // column parts are multiples of this
 
-// An 8 x 8 block that one thread transposes while staging. Eight neighbouring threads hold the eight token groups of one
-// group of columns: they load whole 32-byte sectors with their neighbours and store to eight slots.
+// An 8 x 8 block that one thread transposes while staging. Eight neighbouring threads hold the eight token groups of
+// one group of columns: they load whole 32-byte sectors with their neighbours and store to eight slots.
 struct StagedBlock {
   int token, line;  // first token, first column of X (or row of dY^T)
 };
@@ -84,7 +84,8 @@ QROSA_HD int gather_piece(int matrix, int entry) { return matrix ^ entry; }
 // The diagonal of an 8 x 8 product: the lane that holds (entry, entry), in accumulator entry & 1.
 QROSA_HD int diagonal_lane(int entry) { return entry * 4 + (entry >> 1); }
 
-// ---- few rows of x: 16 rows of the base by 128 columns a step --------------------------------------------------------
+// ---- few rows of x: 16 rows of the base by 128 columns a step
+// --------------------------------------------------------
 
 constexpr int kDecodeTokens = 16;  // of one pass
 constexpr int kDecodeRows = 16, kDecodeStep = 128, kDecodeWarps = 8;

@@ -1,10 +1,10 @@
-// deq(Wq) + S in one pass over the flat [N * K] array: a warp decodes a span of 1024 elements into shared memory, adds the
-// span's sparse values there, and writes it out.
+// deq(Wq) + S in one pass over the flat [N * K] array: a warp decodes a span of 1024 elements into shared memory, adds
+// the span's sparse values there, and writes it out.
 //
-// Roofline: 0.5 bytes read and 2 written (bf16) an element; nothing is read twice but the few codes under sparse positions.
-// Spans of the flat array rather than rows: alignment, tails and blocks that cross rows then never depend on K. Going
-// through shared memory turns runs of 32 codes a lane into stores of neighbouring 16 bytes, and is where S is added: the
-// sum is formed again in fp32 from its code, so the tile can hold the output's own type.
+// Roofline: 0.5 bytes read and 2 written (bf16) an element; nothing is read twice but the few codes under sparse
+// positions. Spans of the flat array rather than rows: alignment, tails and blocks that cross rows then never depend on
+// K. Going through shared memory turns runs of 32 codes a lane into stores of neighbouring 16 bytes, and is where S is
+// added: the sum is formed again in fp32 from its code, so the tile can hold the output's own type.
 #pragma once
 
 #include "decode.cuh"

@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(kSpmmThreads) spmm_any_kernel(Decode in) {
   write_row<X, kTokens>(sums, in, row, token, lane);
 }
 
-// ---- one to four tokens: columns a multiple of 32, codes and x 16-byte aligned, blocks of at least 32 ----------------
+// ---- one to four tokens: columns a multiple of 32, codes and x 16-byte aligned, blocks of at least 32
+// ----------------
 
 // Eight values of x out of shared memory.
 template <typename X>
@@ -93,7 +94,8 @@ __device__ __forceinline__ void unpack_eight(float (&values)[8], const unsigned 
     for (int half = 0; half < 2; ++half) {
       const int piece = swizzle_piece(element / 4 + half);
       const float4 four = *reinterpret_cast<const float4*>(shared + piece * kPieceBytes);
-      values[4 * half] = four.x, values[4 * half + 1] = four.y, values[4 * half + 2] = four.z, values[4 * half + 3] = four.w;
+      values[4 * half] = four.x, values[4 * half + 1] = four.y, values[4 * half + 2] = four.z,
+                 values[4 * half + 3] = four.w;
     }
   } else {
     const uint4 eight = *reinterpret_cast<const uint4*>(shared + swizzle_piece(element / 8) * kPieceBytes);
@@ -190,7 +192,8 @@ __global__ void __launch_bounds__(kSpmmThreads) spmm_rows_kernel(Decode in) {
   }
 }
 
-// ---- five to sixteen tokens on tensor cores: the same conditions, x of 16 bits ---------------------------------------
+// ---- five to sixteen tokens on tensor cores: the same conditions, x of 16 bits
+// ---------------------------------------
 
 // A pair of weights as the sum of two pairs of 16-bit floats.
 template <typename X>
@@ -216,7 +219,8 @@ __device__ __forceinline__ Run load_run(const Decode& in, int64_t row, int64_t k
 // 32 columns of each lane (128 of the step): sums [16 rows, 8 tokens] of each token tile.
 template <typename X, int kTokenTiles>
 __device__ __forceinline__ void multiply_step(float (&sums)[kTokenTiles][4], const Decode& in, const Run& upper,
-                                              const Run& lower, int64_t token, int64_t k, int lane, const float* table) {
+                                              const Run& lower, int64_t token, int64_t k, int lane,
+                                              const float* table) {
   const auto* x = static_cast<const uint16_t*>(in.x);
 #pragma unroll
   for (int word = 0; word < 4; ++word) {  // 8 codes of both rows, 8 columns of x: two products

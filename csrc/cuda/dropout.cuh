@@ -10,8 +10,8 @@ constexpr int kDropoutThreads = 256;
 
 // `vector`: both pointers are 16-byte aligned.
 template <typename T>
-__global__ void __launch_bounds__(kDropoutThreads) dropout_kernel(const T* x, T* out, int64_t count, DropoutKeys keys,
-                                                                  uint32_t threshold, float scale, bool vector) {
+__global__ void __launch_bounds__(kDropoutThreads)
+    dropout_kernel(const T* x, T* out, int64_t count, DropoutKeys keys, uint32_t threshold, float scale, bool vector) {
   constexpr int kPerPiece = kPieceBytes / sizeof(T);
   const int64_t begin = (static_cast<int64_t>(blockIdx.x) * kDropoutThreads + threadIdx.x) * kPerPiece;
   if (begin >= count) return;

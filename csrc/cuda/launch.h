@@ -1,4 +1,5 @@
-// The launchers: raw pointers in, kernels onto a stream. ops.cpp has checked everything; nothing here waits for the card.
+// The launchers: raw pointers in, kernels onto a stream. ops.cpp has checked everything; nothing here waits for the
+// card.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -44,6 +45,8 @@ cudaError_t launch_score_accumulate(const Pair& pair, float* stat, bool square, 
 cudaError_t launch_dropout(Float type, const void* x, void* out, int64_t count, DropoutKeys keys, uint32_t threshold,
                            float scale, cudaStream_t stream);
 
-inline bool is_aligned(const void* pointer, int64_t bytes = 16) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool is_aligned(const void* pointer, int64_t bytes = 16) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 }  // namespace qrosa

@@ -1,8 +1,8 @@
 // The CUDA bindings: check, pick device and stream, allocate, launch. Nothing waits for the card, so every op can be
 // captured in a CUDA graph; scratch comes from torch's allocator on the current stream.
 //
-// Only the stable ABI is used, and libcudart is linked statically: one library serves every supported PyTorch. What indices
-// hold cannot be checked here without a host sync; kernels skip what lies outside the matrix (csrc/rows.h).
+// Only the stable ABI is used, and libcudart is linked statically: one library serves every supported PyTorch. What
+// indices hold cannot be checked here without a host sync; kernels skip what lies outside the matrix (csrc/rows.h).
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -50,8 +50,9 @@ void dequant_add(const Tensor& codes, const Tensor& absmax, const OptionalTensor
   const CsrView csr = optional_csr_view(row_ptr, col, values, rows, columns, out);
   if (rows * columns == 0) return;
   const DeviceGuard guard(out.get_device_index());
-  check_launch(launch_dequant_add(nf4, csr, float_type(out), out.mutable_data_ptr(), rows, columns, current_stream(out)),
-               "dequant_add");
+  check_launch(
+      launch_dequant_add(nf4, csr, float_type(out), out.mutable_data_ptr(), rows, columns, current_stream(out)),
+      "dequant_add");
 }
 
 Pair checked_pair(const Tensor& dy, const Tensor& x) {
@@ -84,7 +85,8 @@ Tensor dequant_spmm(const Tensor& x, const Tensor& codes, const Tensor& absmax, 
                     int64_t features) {
   check_matrix(x, "x");
   const int64_t tokens = x.size(0), columns = x.size(1);
-  const Nf4View nf4 = nf4_view(codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, features, columns, x);
+  const Nf4View nf4 =
+      nf4_view(codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, features, columns, x);
   const CsrView csr = optional_csr_view(row_ptr, col, values, features, columns, x);
   const DeviceGuard guard(x.get_device_index());
   Tensor y = torch::stable::new_empty(x, {tokens, features});
@@ -105,9 +107,8 @@ void score_accumulate(const Tensor& dy, const Tensor& x, Tensor stat, bool squar
   check_same_device(stat, x, "stat");
   if (pair.tokens * pair.rows * pair.columns == 0) return;
   const DeviceGuard guard(x.get_device_index());
-  check_launch(
-      launch_score_accumulate(pair, static_cast<float*>(stat.mutable_data_ptr()), square, current_stream(x)),
-      "score_accumulate");
+  check_launch(launch_score_accumulate(pair, static_cast<float*>(stat.mutable_data_ptr()), square, current_stream(x)),
+               "score_accumulate");
 }
 
 Tensor dropout(const Tensor& x, double p, int64_t seed) {

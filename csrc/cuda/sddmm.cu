@@ -1,3 +1,6 @@
+#include <cstdlib>
+#include <cstring>
+
 #include "launch.h"
 #include "sddmm_gather.cuh"
 #include "sddmm_tile.cuh"
@@ -8,8 +11,13 @@ namespace {
 // Beside the lines a block keeps its list; what the compiler adds is rounded up.
 constexpr int64_t kListBytes = sizeof(GatherShared) + 1024;
 
+// QROSA_SDDMM=gather or tiles overrides the rule, so that a benchmark can measure both ways and a test can run them.
 bool gathers(const Pair& pair, int64_t nnz) {
-  return pair.type != Float::kFp32 && gather_is_cheaper(pair.tokens, pair.rows, pair.columns, nnz);
+  if (pair.type == Float::kFp32) return false;
+  const char* way = std::getenv("QROSA_SDDMM");
+  if (way != nullptr && std::strcmp(way, "gather") == 0) return true;
+  if (way != nullptr && std::strcmp(way, "tiles") == 0) return false;
+  return gather_is_cheaper(pair.tokens, pair.rows, pair.columns, nnz);
 }
 
 GatherPlan plan_of(const Pair& pair, int64_t nnz, const Card& card) {
@@ -28,9 +36,8 @@ cudaError_t launch_gather(const Operands& in, const CsrView& csr, const GatherPl
                           cudaStream_t stream) {
   const int64_t listed = list_words(plan);
   const GatherIndex index{scratch, scratch + listed, scratch + 2 * listed};
-  float* sums = plan.token_groups == 1
-                    ? out
-                    : reinterpret_cast<float*>(scratch + 2 * listed + plan.column_parts * plan.tiles);
+  float* sums =
+      plan.token_groups == 1 ? out : reinterpret_cast<float*>(scratch + 2 * listed + plan.column_parts * plan.tiles);
   const cudaError_t allowed = cudaFuncSetAttribute(gather_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(plan.shared_bytes()));
   if (allowed != cudaSuccess) return allowed;
@@ -38,7 +45,8 @@ cudaError_t launch_gather(const Operands& in, const CsrView& csr, const GatherPl
   gather_index_kernel<<<lists, kGatherRows, 0, stream>>>(csr, index, in.rows, plan.columns);
   const dim3 grid(static_cast<unsigned>(plan.column_parts), static_cast<unsigned>(plan.token_groups),
                   static_cast<unsigned>(plan.row_parts));
-  gather_kernel<T><<<grid, kGatherThreads, static_cast<size_t>(plan.shared_bytes()), stream>>>(in, csr, index, plan, sums);
+  gather_kernel<T>
+      <<<grid, kGatherThreads, static_cast<size_t>(plan.shared_bytes()), stream>>>(in, csr, index, plan, sums);
   if (plan.token_groups > 1) {
     gather_sum_kernel<<<static_cast<unsigned>(ceil_div(csr.nnz, 256)), 256, 0, stream>>>(
         sums, out, csr.nnz, static_cast<int>(plan.token_groups));

@@ -1,14 +1,14 @@
 // The sparse gradient position by position: a dot product over tokens of a column of X and a column of dY, both staged.
 //
-// Roofline: dY and X are read from DRAM once; what bounds is the tensor cores (16 multiply-adds for each one used) and the
-// reads of dY from L2, once for each part of the columns. A block keeps 64 tokens of one part of X's columns in shared
-// memory, each column one line of 128 bytes, and walks the rows in tiles of 256 lines of dY; every position in a tile of rows
-// and a part of columns is then two lines. ldmatrix gathers any eight lines as if they were a matrix; eight positions make
-// one 8 x 8 product of which the diagonal is kept. That wastes 15 of 16 multiply-adds and still beats unpacking
-// 16-bit values for ordinary ones: 4 instructions a position and 64 tokens instead of some 10.
+// Roofline: dY and X are read from DRAM once; what bounds is the tensor cores (16 multiply-adds for each one used) and
+// the reads of dY from L2, once for each part of the columns. A block keeps 64 tokens of one part of X's columns in
+// shared memory, each column one line of 128 bytes, and walks the rows in tiles of 256 lines of dY; every position in a
+// tile of rows and a part of columns is then two lines. ldmatrix gathers any eight lines as if they were a matrix;
+// eight positions make one 8 x 8 product of which the diagonal is kept. That wastes 15 of 16 multiply-adds and still
+// beats unpacking 16-bit values for ordinary ones: 4 instructions a position and 64 tokens instead of some 10.
 //
-// X staged whole is why no transposed copy is needed in global memory, and why dY and X are not read at random. Token groups
-// sum apart and are added in a fixed order: deterministic.
+// X staged whole is why no transposed copy is needed in global memory, and why dY and X are not read at random. Token
+// groups sum apart and are added in a fixed order: deterministic.
 #pragma once
 
 #include "../rows.h"
@@ -90,10 +90,12 @@ __device__ __forceinline__ void store_block(unsigned char* lines, const Block& b
     uint32_t words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t first = piece_word(block.tokens[2 * i], c / 2), second = piece_word(block.tokens[2 * i + 1], c / 2);
+      const uint32_t first = piece_word(block.tokens[2 * i], c / 2),
+                     second = piece_word(block.tokens[2 * i + 1], c / 2);
       words[i] = c % 2 == 0 ? low_halves(first, second) : high_halves(first, second);
     }
-    *reinterpret_cast<uint4*>(lines + line_offset(at.line + c, at.token / 8)) = {words[0], words[1], words[2], words[3]};
+    *reinterpret_cast<uint4*>(lines + line_offset(at.line + c, at.token / 8)) = {words[0], words[1], words[2],
+                                                                                 words[3]};
   }
 }
 
@@ -201,7 +203,8 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
 }
 
 // out [nnz] = the token groups' sums, in order.
-static __global__ void __launch_bounds__(256) gather_sum_kernel(const float* sums, float* out, int64_t nnz, int groups) {
+static __global__ void __launch_bounds__(256)
+    gather_sum_kernel(const float* sums, float* out, int64_t nnz, int groups) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
   if (index >= nnz) return;
   float sum = sums[index];

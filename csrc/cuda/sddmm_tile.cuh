@@ -7,8 +7,8 @@
 
 namespace qrosa {
 
-// Copies the wanted elements of a product in shared memory, [count, width] at (row, column), to out [nnz]. `bounds` holds
-// 2 * count entry indices.
+// Copies the wanted elements of a product in shared memory, [count, width] at (row, column), to out [nnz]. `bounds`
+// holds 2 * count entry indices.
 __device__ __forceinline__ void gather_product(const float* product, int pitch, int* bounds, int count, int width,
                                                int64_t row, int64_t column0, const CsrView& csr, const Operands& in,
                                                float* out) {

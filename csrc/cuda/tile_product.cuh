@@ -1,8 +1,9 @@
 // Tiles of dY^T X on tensor cores, and in fp32 on the ordinary units; what becomes of a tile is its caller's matter.
 //
-// dY [T, N] and X [T, K] are row-major with tokens outermost, so both operands lie "transposed" in memory. They are staged
-// as they are, 32 tokens at a time through three buffers, and ldmatrix transposes on the way to the tensor cores: no
-// transposed or widened copy exists anywhere. One thread owns each sum and adds tokens in order: deterministic.
+// dY [T, N] and X [T, K] are row-major with tokens outermost, so both operands lie "transposed" in memory. They are
+// staged as they are, 32 tokens at a time through three buffers, and ldmatrix transposes on the way to the tensor
+// cores: no transposed or widened copy exists anywhere. One thread owns each sum and adds tokens in order:
+// deterministic.
 #pragma once
 
 #include "../rows.h"
@@ -11,9 +12,9 @@
 namespace qrosa {
 
 struct Operands {
-  const void *dy, *x;              // [tokens, rows], [tokens, columns]
+  const void *dy, *x;  // [tokens, rows], [tokens, columns]
   int64_t tokens, rows, columns;
-  bool vector;                     // both 16-byte aligned in every row
+  bool vector;  // both 16-byte aligned in every row
 };
 
 // 16 bytes (8 values) of one token into shared memory, zeros outside the matrix.
@@ -69,7 +70,8 @@ __device__ __forceinline__ void add_tokens(WarpSums& sums, const unsigned char* 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) multiply_add<T>(sums.values[i][j], a[i], b[j / 2][2 * (j % 2)], b[j / 2][2 * (j % 2) + 1]);
+    for (int j = 0; j < 4; ++j)
+      multiply_add<T>(sums.values[i][j], a[i], b[j / 2][2 * (j % 2)], b[j / 2][2 * (j % 2) + 1]);
   }
 }
 
@@ -94,13 +96,15 @@ __device__ __forceinline__ void tile_product(WarpSums& sums, unsigned char* stag
     commit_copies();
     const unsigned char* stage = stages + i % kStages * 2 * kStageBytes;
 #pragma unroll
-    for (int token = 0; token < kStageTokens; token += 16) add_tokens<T>(sums, stage, token, warp_row, warp_column, lane);
+    for (int token = 0; token < kStageTokens; token += 16)
+      add_tokens<T>(sums, stage, token, warp_row, warp_column, lane);
   }
   wait_copies<0>();
   sync_block();
 }
 
-// ---- fp32 ------------------------------------------------------------------------------------------------------------
+// ---- fp32
+// ------------------------------------------------------------------------------------------------------------
 
 constexpr int kWideTile = 64, kWideTokens = 16;  // a tile of 64 x 64, 16 tokens a stage; 4 x 4 sums a thread
 constexpr int kWidePitch = kWideTile + 4;

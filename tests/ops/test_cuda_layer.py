@@ -1,4 +1,4 @@
-"""The whole layer on a card: gradients, CUDA graphs, no waiting, the same bits twice, and the right one of two cards."""
+"""The whole layer on a card: gradients, CUDA graphs, no waiting, the same bits twice, the right one of two cards."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The CUDA kernels on the CPU: their index maps walked exhaustively, and the kernels themselves run on a model of a block.
+"""The CUDA kernels on the CPU: their index maps walked exhaustively, and the kernels run on a model of a block.
 
 ``emulator/warp_model.h`` turns each thread into a fiber, with barriers, exchange within a warp, ldmatrix, tensor-core
-products and asynchronous copies as the PTX ISA defines them; the kernels are compiled as they stand. Sanitizers watch every
-access. What only a card can show is speed, and that the hardware does what its manual says.
+products and asynchronous copies as the PTX ISA defines them; the kernels are compiled as they stand. Sanitizers watch
+every access. What only a card can show is speed, and that the hardware does what its manual says.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-// Walks the index maps of csrc/tile.h, csrc/rows.h and csrc/sddmm_plan.h exhaustively: every element has one place, eight
-// lanes meet eight slots of shared memory, fragments are what the PTX ISA says, every plan covers the matrix and fits.
+// Walks the index maps of csrc/tile.h, csrc/rows.h and csrc/sddmm_plan.h exhaustively: every element has one place,
+// eight lanes meet eight slots of shared memory, fragments are what the PTX ISA says, every plan covers the matrix and
+// fits.
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -13,12 +14,12 @@
 namespace qrosa {
 namespace {
 
-#define CHECK(condition)                                                   \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
+#define CHECK(condition)                                                    \
+  do {                                                                      \
+    if (!(condition)) {                                                     \
       std::fprintf(stderr, "line %d: %s is false\n", __LINE__, #condition); \
-      std::exit(1);                                                        \
-    }                                                                      \
+      std::exit(1);                                                         \
+    }                                                                       \
   } while (false)
 
 // Whether byte offsets of eight lanes' 16-byte accesses lie in eight different slots.
@@ -161,7 +162,8 @@ void gathering() {
 
 void search() {
   std::mt19937 random(3);
-  for (const auto& [rows, columns] : std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {3, 5}, {17, 9}, {40, 1}, {6, 300}}) {
+  for (const auto& [rows, columns] :
+       std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {3, 5}, {17, 9}, {40, 1}, {6, 300}}) {
     for (int percent : {0, 3, 50, 100}) {
       std::vector<int32_t> row_ptr{0};
       std::vector<uint16_t> col;

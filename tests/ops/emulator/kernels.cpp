@@ -35,7 +35,9 @@ class Array {
  public:
   explicit Array(int64_t count, int64_t shift = 0)
       : bytes_(static_cast<size_t>(count + shift) * sizeof(T)),
-        memory_(bytes_ == 0 ? 16 : bytes_, 0), data_(reinterpret_cast<T*>(memory_.data()) + shift), count_(count) {}
+        memory_(bytes_ == 0 ? 16 : bytes_, 0),
+        data_(reinterpret_cast<T*>(memory_.data()) + shift),
+        count_(count) {}
   T* data() { return data_; }
   T& operator[](int64_t i) { return data_[i]; }
   int64_t size() const { return count_; }
@@ -60,9 +62,18 @@ struct Base {
   CsrView csr;
 
   Base(int64_t n, int64_t k, int block_shift, bool nested, int64_t nnz, bool wide, int64_t shift = 0)
-      : rows(n), columns(k), codes((n * k + 1) / 2, shift), absmax_q(ceil_div(n * k, int64_t{1} << block_shift)),
-        code(256), scale(ceil_div(absmax_q.size(), 256)), offset(1), absmax(absmax_q.size()), row_ptr(n + 1),
-        col16(wide ? 0 : nnz), col32(wide ? nnz : 0), values(nnz) {
+      : rows(n),
+        columns(k),
+        codes((n * k + 1) / 2, shift),
+        absmax_q(ceil_div(n * k, int64_t{1} << block_shift)),
+        code(256),
+        scale(ceil_div(absmax_q.size(), 256)),
+        offset(1),
+        absmax(absmax_q.size()),
+        row_ptr(n + 1),
+        col16(wide ? 0 : nnz),
+        col32(wide ? nnz : 0),
+        values(nnz) {
     for (int64_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(random_below(256));
     for (int64_t i = 0; i < absmax.size(); ++i) {
       absmax[i] = 1.0f + random_value() / 4;
@@ -71,8 +82,9 @@ struct Base {
     for (int i = 0; i < 256; ++i) code[i] = random_value();
     for (int64_t i = 0; i < scale.size(); ++i) scale[i] = random_value() / 8;
     offset[0] = 1.1f;
-    nf4 = nested ? Nf4View{codes.data(), nullptr, absmax_q.data(), code.data(), scale.data(), offset.data(), block_shift}
-                 : Nf4View{codes.data(), absmax.data(), nullptr, nullptr, nullptr, nullptr, block_shift};
+    nf4 = nested
+              ? Nf4View{codes.data(), nullptr, absmax_q.data(), code.data(), scale.data(), offset.data(), block_shift}
+              : Nf4View{codes.data(), absmax.data(), nullptr, nullptr, nullptr, nullptr, block_shift};
     std::set<int64_t> positions;
     while (static_cast<int64_t>(positions.size()) < nnz) {
       const int64_t row = random_below(3) == 0 ? n / 2 : random_below(n);  // one row much fuller than the others
@@ -124,9 +136,8 @@ void dequant_case(Base& base, int64_t out_shift) {
   const bool vector = reinterpret_cast<uintptr_t>(base.nf4.codes) % 16 == 0 &&
                       reinterpret_cast<uintptr_t>(out.data()) % 16 == 0 && base.nf4.block_shift >= kMinVectorBlockShift;
   const auto blocks = static_cast<unsigned>(ceil_div(base.rows * base.columns, kSpan * kDequantWarps));
-  model::launch({blocks}, kDequantWarps * kWarpSize, 0, [&] {
-    dequant_add_kernel<Out>(base.nf4, base.csr, out.data(), base.rows, base.columns, vector);
-  });
+  model::launch({blocks}, kDequantWarps * kWarpSize, 0,
+                [&] { dequant_add_kernel<Out>(base.nf4, base.csr, out.data(), base.rows, base.columns, vector); });
   for (int64_t i = 0; i < out.size(); ++i) {
     const Out rounded = from_float<Out>(expected[i]);
     if (std::memcmp(&rounded, &out[i], sizeof(Out)) != 0) {
@@ -148,14 +159,16 @@ void dequant_add() {
       }
     }
   }
-  Base full(9, 300, 6, true, 9 * 300, false), small_blocks(20, 130, 3, false, 40, false), shifted(8, 512, 6, true, 50, false, 1);
+  Base full(9, 300, 6, true, 9 * 300, false), small_blocks(20, 130, 3, false, 40, false),
+      shifted(8, 512, 6, true, 50, false, 1);
   dequant_case<Bf16>(full, 0);
   dequant_case<Bf16>(small_blocks, 0);
   dequant_case<float>(shifted, 0);
   dequant_case<Fp16>(full, 3);
 }
 
-// ---- sums over tokens -------------------------------------------------------------------------------------------------
+// ---- sums over tokens
+// -------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct Gradients {
@@ -180,19 +193,23 @@ struct Gradients {
   }
 
   Operands operands() {
-    const bool aligned = reinterpret_cast<uintptr_t>(dy.data()) % 16 == 0 && reinterpret_cast<uintptr_t>(x.data()) % 16 == 0;
+    const bool aligned =
+        reinterpret_cast<uintptr_t>(dy.data()) % 16 == 0 && reinterpret_cast<uintptr_t>(x.data()) % 16 == 0;
     return {dy.data(), x.data(), tokens, rows, columns, aligned && rows % 8 == 0 && columns % 8 == 0};
   }
 
   // fp32 sums of n terms err by at most n * 2^-24 of the terms' magnitudes; kernels hold well under that.
-  void compare(const std::string& what, float value, int64_t row, int64_t column, double before = 0.0, bool square = false) {
+  void compare(const std::string& what, float value, int64_t row, int64_t column, double before = 0.0,
+               bool square = false) {
     const double exact = product[row * columns + column];
     const double slack = 1e-5 * (size[row * columns + column] + 1e-3);
     const double want = before + (square ? exact * exact : exact);
-    const double allowed = square ? 2 * slack * (std::fabs(exact) + slack) + 1e-6 * std::fabs(want) : slack + 1e-6 * std::fabs(want);
+    const double allowed =
+        square ? 2 * slack * (std::fabs(exact) + slack) + 1e-6 * std::fabs(want) : slack + 1e-6 * std::fabs(want);
     if (!(std::fabs(value - want) <= allowed)) {
-      wrong(what + " [" + std::to_string(tokens) + ", " + std::to_string(rows) + ", " + std::to_string(columns) + "] at (" +
-            std::to_string(row) + ", " + std::to_string(column) + "): " + std::to_string(value) + " for " + std::to_string(want));
+      wrong(what + " [" + std::to_string(tokens) + ", " + std::to_string(rows) + ", " + std::to_string(columns) +
+            "] at (" + std::to_string(row) + ", " + std::to_string(column) + "): " + std::to_string(value) + " for " +
+            std::to_string(want));
     }
   }
 };
@@ -204,7 +221,8 @@ void compare_entries(const std::string& what, auto& gradients, const CsrView& cs
 }
 
 template <typename T>
-void gather_case(int64_t tokens, int64_t rows, int64_t columns, int64_t nnz, bool wide, const GatherPlan& plan, int64_t shift) {
+void gather_case(int64_t tokens, int64_t rows, int64_t columns, int64_t nnz, bool wide, const GatherPlan& plan,
+                 int64_t shift) {
   Base base(rows, columns, 6, false, nnz, wide);
   Gradients<T> gradients(tokens, rows, columns, shift);
   const int64_t listed = plan.column_parts * plan.tiles * kGatherRows;
@@ -277,7 +295,8 @@ void tiles() {
   tile_case<float>(1, 1, 1, 1);
 }
 
-// ---- dequant_spmm -----------------------------------------------------------------------------------------------------
+// ---- dequant_spmm
+// -----------------------------------------------------------------------------------------------------
 
 template <typename X, typename Launch>
 void spmm_case(const std::string& what, int64_t tokens, int64_t rows, int64_t columns, int block_shift, bool nested,
@@ -297,8 +316,8 @@ void spmm_case(const std::string& what, int64_t tokens, int64_t rows, int64_t co
         size += std::fabs(term);
       }
       if (!(std::fabs(to_float(y[t * rows + n]) - sum) <= unit * std::fabs(sum) + 2e-5 * size + 1e-6)) {
-        wrong(what + " [" + std::to_string(tokens) + ", " + std::to_string(rows) + ", " + std::to_string(columns) + "] at (" +
-              std::to_string(t) + ", " + std::to_string(n) + ")");
+        wrong(what + " [" + std::to_string(tokens) + ", " + std::to_string(rows) + ", " + std::to_string(columns) +
+              "] at (" + std::to_string(t) + ", " + std::to_string(n) + ")");
       }
     }
   }
@@ -311,7 +330,8 @@ Dim3 grid_of(const Decode& in, int64_t rows, int64_t tokens) {
 template <typename X, int kTokens>
 void rows_case(int64_t tokens, int64_t rows, int64_t columns, int64_t nnz) {
   spmm_case<X>("spmm rows", tokens, rows, columns, 6, true, nnz, [](const Decode& in) {
-    model::launch(grid_of(in, kSpmmWarps * kSpmmRows, kTokens), kSpmmThreads, 0, [&] { spmm_rows_kernel<X, kTokens>(in); });
+    model::launch(grid_of(in, kSpmmWarps * kSpmmRows, kTokens), kSpmmThreads, 0,
+                  [&] { spmm_rows_kernel<X, kTokens>(in); });
   });
 }
 
@@ -345,7 +365,8 @@ void dequant_spmm() {
   any_case<float>(3, 17, 100, 1, 0);
 }
 
-// ---- dropout ----------------------------------------------------------------------------------------------------------
+// ---- dropout
+// ----------------------------------------------------------------------------------------------------------
 
 template <typename T>
 void dropout_case(int64_t count, int64_t shift, int64_t seed) {
@@ -371,7 +392,8 @@ void dropout() {
   dropout_case<float>(1023, 0, int64_t{1} << 40);
 }
 
-// ---- damaged indices: any result, no access outside ----------------------------------------------------------------------
+// ---- damaged indices: any result, no access outside
+// ----------------------------------------------------------------------
 
 void damaged() {
   const int64_t rows = 40, columns = 96, nnz = 200;
@@ -414,9 +436,9 @@ void damaged() {
 
 int main(int count, char** arguments) {
   using Case = std::pair<const char*, void (*)()>;
-  const Case cases[] = {{"dequant_add", qrosa::dequant_add}, {"sddmm_gather", qrosa::sddmm_gather},
-                        {"tiles", qrosa::tiles},             {"dequant_spmm", qrosa::dequant_spmm},
-                        {"dropout", qrosa::dropout},         {"damaged", qrosa::damaged}};
+  const Case cases[] = {
+      {"dequant_add", qrosa::dequant_add},   {"sddmm_gather", qrosa::sddmm_gather}, {"tiles", qrosa::tiles},
+      {"dequant_spmm", qrosa::dequant_spmm}, {"dropout", qrosa::dropout},           {"damaged", qrosa::damaged}};
   for (const bool backwards : {false, true}) {
     qrosa::model::block.backwards = backwards;
     for (const Case& one : cases) {

@@ -1,10 +1,10 @@
 // A model of a CUDA block on the CPU, good enough to run the kernels of csrc/cuda as they stand.
 //
-// Every thread of a block is a fiber that runs alone until it waits for its warp, and a warp runs alone until it waits for
-// its block, forwards or backwards through lanes and warps: a missing barrier shows as wrong results. Matrix loads and tensor-core
-// products follow the fragment layouts of the PTX ISA (9.7.15, ldmatrix and mma.m16n8k16), written here element by
-// element and apart from the kernels' own index maps. Built with AddressSanitizer it also finds any access outside the
-// buffers. Not modelled: time, banks, and the order of fp32 sums inside a tensor core.
+// Every thread of a block is a fiber that runs alone until it waits for its warp, and a warp runs alone until it waits
+// for its block, forwards or backwards through lanes and warps: a missing barrier shows as wrong results. Matrix loads
+// and tensor-core products follow the fragment layouts of the PTX ISA (9.7.15, ldmatrix and mma.m16n8k16), written here
+// element by element and apart from the kernels' own index maps. Built with AddressSanitizer it also finds any access
+// outside the buffers. Not modelled: time, banks, and the order of fp32 sums inside a tensor core.
 #pragma once
 
 #include <ucontext.h>
@@ -65,9 +65,9 @@ struct Copy {
 struct Block {
   std::vector<Fiber> fibers;
   std::vector<unsigned char> shared;
-  std::vector<uint64_t> slots;           // one word a thread, for exchange within a warp
-  std::vector<uint32_t> words;           // 8 words a thread, for matrices
-  std::vector<std::vector<Copy>> open;   // copies of each thread that are not committed yet
+  std::vector<uint64_t> slots;          // one word a thread, for exchange within a warp
+  std::vector<uint32_t> words;          // 8 words a thread, for matrices
+  std::vector<std::vector<Copy>> open;  // copies of each thread that are not committed yet
   std::vector<std::vector<std::vector<Copy>>> committed;
   std::function<void()> body;
   ucontext_t scheduler;
@@ -197,7 +197,7 @@ inline uint16_t fp16_bits(float value) {
   if (size == 0.0f) return sign;
   if (size >= 65520.0f) return sign | 0x7C00;
   int exponent = 0;
-  std::frexp(size, &exponent);                                // size = fraction in [0.5, 1) * 2^exponent
+  std::frexp(size, &exponent);                                   // size = fraction in [0.5, 1) * 2^exponent
   const int unit = (exponent - 11 > -24 ? exponent - 11 : -24);  // the last bit's weight
   const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, -unit)));
   return static_cast<uint16_t>(sign + (unit == -24 ? steps : ((unit + 24) << 10) + steps));
@@ -292,8 +292,8 @@ inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
 inline void load_matrices(uint32_t (&to)[4], const void* row) { model::load_matrices(to, row, false); }
 inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) { model::load_matrices(to, row, true); }
 
-// mma.m16n8k16: of A, register i of lane l holds row l / 4 + 8 (i % 2), columns 2 (l % 4) + 8 (i / 2) and the next; of B,
-// register i holds rows 2 (l % 4) + 8 i and the next of column l / 4; of C, register i holds row l / 4 + 8 (i / 2),
+// mma.m16n8k16: of A, register i of lane l holds row l / 4 + 8 (i % 2), columns 2 (l % 4) + 8 (i / 2) and the next; of
+// B, register i holds rows 2 (l % 4) + 8 i and the next of column l / 4; of C, register i holds row l / 4 + 8 (i / 2),
 // column 2 (l % 4) + i % 2.
 template <typename T>
 inline void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

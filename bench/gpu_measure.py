@@ -1,0 +1,100 @@
+"""Timing on a card: CUDA events, a cold L2, medians, and the peaks that shares are taken of, measured in the same run.
+
+Results of all parts of ``gpu.py`` meet in one JSON file a device and day; a part replaces only its own section.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+CACHE_BYTES = 256 << 20
+"""More than the L2 of any card that is built for."""
+
+
+def require_card() -> None:
+    """Ends the program with one line where there is no card."""
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA card here: nothing was measured")
+
+
+def seconds(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 20, warmup: int = 3) -> dict[str, float]:
+    """Median seconds of each candidate on the card; they take turns, each after the L2 was overwritten."""
+    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
+    for turn in range(warmup + rounds):
+        for name, run in candidates.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            cache.zero_()
+            begin.record()
+            run()
+            end.record()
+            if turn >= warmup:
+                events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {
+        name: statistics.median(begin.elapsed_time(end) for begin, end in pairs) / 1e3 for name, pairs in events.items()
+    }
+
+
+def peaks() -> dict[str, float]:
+    """What this card reaches: bytes/s of a copy (read and written), and bf16 operations/s of a large product."""
+    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+    target, side = torch.empty_like(source), 8192
+    a = torch.randn(side, side, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(side, side, device="cuda", dtype=torch.bfloat16)
+    times = seconds({"copy": lambda: target.copy_(source), "product": lambda: a @ b})
+    return {"copy_bytes_per_s": 2 * source.numel() / times["copy"], "bf16_flops": 2 * side**3 / times["product"]}
+
+
+def device_name() -> str:
+    """The card's name as a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except OSError:
+        return "unknown"
+
+
+def save(part: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
+    """Adds one part to ``results/<device>-<date>.json`` and prints its rows."""
+    date = time.strftime("%Y-%m-%d")
+    target = RESULTS / f"{device_name()}-{date}.json"
+    record = json.loads(target.read_text()) if target.exists() else {}
+    record |= {
+        "device": torch.cuda.get_device_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[:1],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "date": date,
+    }
+    record.setdefault("parts", {})[part] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        **extra,
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, target)
+    for row in rows:
+        print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
+    return target
