@@ -80,7 +80,7 @@ def save(part: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
     record = json.loads(target.read_text()) if target.exists() else {}
     record |= {
         "device": torch.cuda.get_device_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()[:1],
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "date": date,

@@ -1,7 +1,7 @@
 """The compiled CUDA library and the assembler's report on it, checked without a card.
 
-``setup.py`` keeps what ptxas says about every kernel in ``build/ptxas``; compiling for all targets takes minutes, so the
-tests read that report and never compile.
+``setup.py`` keeps what ptxas says about every kernel in ``build/ptxas``; compiling for all targets takes minutes, so
+the tests read that report and never compile.
 """
 
 from __future__ import annotations
