@@ -1,11 +1,16 @@
 """Without a sparse part, a run is QLoRA: the same losses as PEFT + bitsandbytes over 30 steps of a real model.
 
 What is the same on both sides: the 4-bit base (bitsandbytes quantises for both), A and B before the first step, rows
-and their order, learning rates, clipping, AdamW in fp32. What differs: PEFT keeps its adapters in fp32 and upcasts
-their input, where qrosa computes with bf16 matrices rounded from fp32 masters; and the 4-bit products are other
-kernels. bf16 carries 8 bits, so either side's logits are about 3% away from an fp32 forward pass of the same weights;
-averaged over the 32 supervised tokens of a step that is some 0.3% of the loss. Measured over 30 steps: 0.2% in the
-mean, 0.53% at most. The test allows twice that and a little.
+and their order, learning rates, clipping, AdamW in fp32. The peer computes in fp32, qrosa in bf16 with matrices rounded
+from fp32 masters, so the gap is bf16's noise and nothing else.
+
+The peer is not run in bf16, because there it is not a reference: PEFT adds the low-rank product to a base output that
+is rounded already, and after the first steps that product is some 0.0004 of the output, a fifth of bf16's spacing, so
+most of it rounds away (measured at step 2: loss 5.22; qrosa, which rounds the sum once, 4.94; fp32 4.93).
+
+bf16 carries 8 bits: logits are about 3% away from an fp32 forward pass of the same weights; averaged over the 32
+supervised tokens of a step that is some 0.3% of the loss. Measured over 30 steps: 0.4% in the
+mean, 1.2% at most (losses fall from 5.6 to 0.95). The test allows twice that.
 """
 
 import json
@@ -56,14 +61,14 @@ def peft_losses(folder, rows, pad_id, start):
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     base = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=torch.bfloat16, device_map="cpu", attn_implementation="eager"
+        folder, quantization_config=quantization, dtype=torch.float32, device_map="cpu", attn_implementation="eager"
     )
     kinds = sorted({path.rpartition(".")[2] for path in start})
     lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=kinds, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base, lora)
+    model = peft.get_peft_model(base, lora).train()  # in eval mode bitsandbytes packs the weights for its CPU inference
     for path, a in start.items():
         layer = model.get_submodule(f"base_model.model.{path}")
         layer.lora_A["default"].weight.data.copy_(a)
@@ -104,6 +109,6 @@ def test_thirty_steps_of_qlora_have_pefts_losses(smollm2, rows_file, tmp_path):
 
     assert ours.keys() == theirs.keys()
     gaps = [abs(ours[step] - theirs[step]) / theirs[step] for step in ours]
-    assert max(gaps) < 0.012
-    assert sum(gaps) / STEPS < 0.005
+    assert max(gaps) < 0.025
+    assert sum(gaps) / STEPS < 0.008
     assert theirs[STEPS] < 0.3 * theirs[1]  # something was learnt, so the agreement is not that of two idle models
