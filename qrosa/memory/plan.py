@@ -9,12 +9,15 @@ from qrosa.adapters.budget import Allocation
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
 from qrosa.errors import DoesNotFitError
 from qrosa.masks.groups import group_matrices
+from qrosa.memory.estimate import Estimate, Machines, estimate, micro_batch_rows, step_traffic
 from qrosa.memory.model import GRADIENT_SCORES, PhaseMemory, Workload, traffic
 from qrosa.memory.parts import observed
 from qrosa.memory.shape import ModelShape
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from qrosa.memory.whatif import WhatIf
 
 _OVERHEAD = ("cuda_context", "allocator_slack")  # what torch's own count of allocated bytes does not see
 
@@ -32,6 +35,7 @@ class Request:
         device: ``cuda`` or ``cpu``.
         cap: Bytes that may be used: of the card, or of the host.
         longest_row: Tokens of the longest row, None where no rows are known.
+        machines: What to estimate the time of a step on, None for no estimate.
     """
 
     shape: ModelShape
@@ -42,6 +46,7 @@ class Request:
     device: str
     cap: int
     longest_row: int | None
+    machines: Machines | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,22 @@ class Plan:
 
         return [] if self.fits else nearest(self)
 
+    @property
+    def traffic(self) -> dict[str, int]:
+        """What crosses PCIe in a step -> its bytes, on one card with all of the batch."""
+        return step_traffic(self.work, micro_batch_rows(self.work, self.request.train.batch_size))
+
+    def estimate(self) -> Estimate | None:
+        """The time of a training step, where a card is named."""
+        machines = self.request.machines
+        return None if machines is None else estimate(self.work, self.request.train.batch_size, machines)
+
+    def what_if(self) -> list[WhatIf]:
+        """How far the card reaches with and without each lever."""
+        from qrosa.memory.whatif import what_if
+
+        return what_if(self)
+
     def require_fit(self) -> None:
         """Refuse a plan that does not fit.
 
@@ -163,6 +184,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The document that ``qrosa plan --json`` prints and a run keeps as ``plan.json``."""
+        estimated = self.estimate()
         return {
             "model": self.request.shape.source,
             "base": {
@@ -191,10 +213,13 @@ class Plan:
                 for name, memory in self.phases.items()
             },
             "traffic": traffic(self.work),
+            "traffic_per_step": self.traffic,
             "peak": self.peak,
             "vram": self.request.cap,
             "fits": self.fits,
             "nearest": [{"setting": way.setting, "value": way.value, "peak": way.peak} for way in self.nearest()],
+            "estimate": estimated.to_json() if estimated else None,
+            "what_if": [row.to_json() for row in self.what_if()],
         }
 
     def table(self) -> Table:

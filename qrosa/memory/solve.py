@@ -19,6 +19,7 @@ from qrosa.adapters.budget import Allocation, allocate
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, parse_offload, parse_size
 from qrosa.errors import InputError
 from qrosa.memory import parts
+from qrosa.memory.estimate import Machines
 from qrosa.memory.hardware import card_memory, host_memory
 from qrosa.memory.model import GRADIENT_SCORES, Workload, phases
 from qrosa.memory.plan import Plan, Request, size_text
@@ -45,6 +46,7 @@ def plan(
     longest_row: int | None = None,
     device: str | None = None,
     allocation: Allocation | None = None,
+    machines: Machines | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -58,6 +60,7 @@ def plan(
         longest_row: Tokens of the longest row, where rows are known; else rows are taken to fill ``seq_len``.
         device: ``cuda`` or ``cpu``; default a card where ``vram`` is given or a card is found.
         allocation: Where the trained parameters are; default from the budget.
+        machines: What to estimate the time of a step on; its card's memory is the cap where none is set.
 
     Returns:
         The fastest settings that fit, or the smallest ones, with ``fits`` false.
@@ -68,12 +71,14 @@ def plan(
     shape = ModelShape.from_source(model) if isinstance(model, str) else model
     if vram is None and train.vram is not None:
         vram = parse_size(train.vram, "--vram")
+    if vram is None and machines is not None:
+        vram = machines.card.memory
     card = None if vram is not None and device is not None else card_memory()
     device = device or ("cuda" if vram is not None or card else "cpu")
     cap = vram if vram is not None else card if device == "cuda" and card else host_memory()
     seq_len = _seq_len(data, shape)
     request = Request(
-        shape, adapter, masks, dataclasses.replace(data, seq_len=seq_len), train, device, cap, longest_row
+        shape, adapter, masks, dataclasses.replace(data, seq_len=seq_len), train, device, cap, longest_row, machines
     )
     return solve(request, allocation)
 
@@ -102,8 +107,13 @@ def solve(request: Request, allocation: Allocation | None = None) -> Plan:
 def solve_smallest(request: Request) -> Plan:
     """The settings that take least memory, whether or not larger ones would fit."""
     allocation = allocate(request.adapter, request.shape.linears, request.shape.base_parameters)
-    *_, smallest = _candidates(request, allocation)
-    return _made(request, smallest)
+    return _made(request, smallest(request, allocation))
+
+
+def smallest(request: Request, allocation: Allocation) -> Workload:
+    """The candidate that takes least memory, with none of what is left given to statistics, evaluation or blocks."""
+    *_, last = _candidates(request, allocation)
+    return last
 
 
 def _made(request: Request, candidate: Workload) -> Plan:

@@ -1,0 +1,170 @@
+"""What if: how far the card reaches with each way to hold activations and base, and how small a card would do.
+
+Each row forces one combination of levers and asks three questions of the closed form, by bisection: the longest rows
+(one at a time, where the micro-batch is left open), the most rows of the chosen length in a micro-batch, and the least
+memory for the chosen length. Each answer holds with everything else as asked, and one step more does not fit. The
+settings that take least memory are what is tried; what would be left over makes evaluation or streaming faster, not
+smaller. A row costs some thirty evaluations of a millisecond.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qrosa.adapters.budget import Allocation
+from qrosa.config import parse_offload
+from qrosa.memory.cards import smallest_card
+from qrosa.memory.estimate import Machines, estimate
+from qrosa.memory.model import phases
+from qrosa.memory.plan import Plan, Request, size_text
+from qrosa.memory.solve import DEFAULT_SEQ_LEN, smallest, solve
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+LENGTH_STEP = 64
+MEMORY_STEP = 2**30 / 10  # as --vram would be written
+_MOST_TOKENS = 1 << 20  # of a micro-batch, where the search for the largest one ends
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """One way to hold activations and base.
+
+    Attributes:
+        checkpointing: Activations are recomputed.
+        offload: What is kept on the host, as ``--offload`` would ask for it.
+        planned: The plan does this.
+        longest_seq_len: Longest rows that fit, in steps of 64 tokens or the model's own limit; None where none do.
+        largest_micro_batch: Most rows of the planned length; None where not even one fits.
+        smallest_card: Bytes of memory that the planned length needs, in steps of a tenth of a gigabyte.
+        host: Bytes of host memory beside the card while training at the planned length.
+        step_seconds: Of a step with the fastest settings that fit, estimated; None without a card, or where none fit.
+        tokens_per_s: The same.
+    """
+
+    checkpointing: bool
+    offload: str
+    planned: bool
+    longest_seq_len: int | None
+    largest_micro_batch: int | None
+    smallest_card: int
+    host: int
+    step_seconds: float | None
+    tokens_per_s: float | None
+
+    @property
+    def words(self) -> str:
+        """The levers in a few words."""
+        parts = ["recompute"] if self.checkpointing else []
+        parts += [{"activations": "offload activations"}.get(part, "stream base") for part in self.offload.split(",")]
+        return ", ".join(part for part in parts if self.offload != "none" or part == "recompute") or "no lever"
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of the plan document's ``what_if``."""
+        card = smallest_card(self.smallest_card)
+        return dataclasses.asdict(self) | {"smallest_card_name": card.name if card else None}
+
+
+def what_if(plan: Plan) -> list[WhatIf]:
+    """A row for each combination of levers that the device has, from the fastest to the smallest."""
+    combinations = [("off", "none"), ("on", "none")]
+    if not plan.work.on_cpu:  # there, device and host are one memory
+        disk = parse_offload(plan.request.train.offload).disk
+        base = f"base=disk:{disk}" if disk else "base"
+        combinations += [("on", "activations"), ("on", f"activations,{base}"), ("on", base)]
+    return [_row(plan, checkpointing, offload) for checkpointing, offload in combinations]
+
+
+def _row(plan: Plan, checkpointing: str, offload: str) -> WhatIf:
+    train = dataclasses.replace(plan.request.train, checkpointing=checkpointing, offload=offload)
+    request, allocation = dataclasses.replace(plan.request, train=train), plan.allocation
+    least = _least(request, allocation)
+    seconds, speed = _speed(request, allocation, plan.request.machines)
+    return WhatIf(
+        checkpointing=checkpointing == "on",
+        offload=offload,
+        planned=plan.work.checkpointing == (checkpointing == "on") and plan.offload == offload,
+        longest_seq_len=_longest(request, allocation),
+        largest_micro_batch=_largest(request, allocation, plan.work.length),
+        smallest_card=int(math.ceil(least.peak / MEMORY_STEP) * MEMORY_STEP),
+        host=least.phases["train"].host_total,
+        step_seconds=seconds,
+        tokens_per_s=speed,
+    )
+
+
+def _least(request: Request, allocation: Allocation) -> Plan:
+    """The plan that takes least memory, before it is given what is left over."""
+    work = smallest(request, allocation)
+    return Plan(request, work, allocation, phases(work), {})
+
+
+def _longest(request: Request, allocation: Allocation) -> int | None:
+    """The longest rows that fit, whatever the rows of the data are."""
+    limit = request.shape.dims.max_positions
+
+    def fits(steps: int) -> bool:
+        data = dataclasses.replace(request.data, seq_len=min(steps * LENGTH_STEP, limit))
+        return _least(dataclasses.replace(request, data=data, longest_row=None), allocation).fits
+
+    steps = _last(fits, -(-limit // LENGTH_STEP))
+    return min(steps * LENGTH_STEP, limit) if steps else None
+
+
+def _largest(request: Request, allocation: Allocation, length: int) -> int | None:
+    """The most rows of ``length`` tokens that fit in a micro-batch."""
+
+    def fits(rows: int) -> bool:
+        train = dataclasses.replace(request.train, micro_batch=str(rows), batch_size=rows)
+        return _least(dataclasses.replace(request, train=train), allocation).fits
+
+    return _last(fits, max(1, _MOST_TOKENS // length)) or None
+
+
+def _last(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` that fits, 0 where 1 does not; doubling first, since small ones are cheap."""
+    high = 1
+    while high <= most and fits(high):
+        high *= 2
+    low, high = high // 2, min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _speed(request: Request, allocation: Allocation, machines: Machines | None) -> tuple[float | None, float | None]:
+    if machines is None:
+        return None, None
+    best = solve(request, allocation)
+    if not best.fits:
+        return None, None
+    made = estimate(best.work, request.train.batch_size, machines)
+    return made.step_seconds, made.tokens_per_second
+
+
+def what_if_table(plan: Plan, rows: list[WhatIf]) -> Table:
+    """The rows for a terminal."""
+    from rich.table import Table
+
+    length = min(plan.request.data.seq_len or DEFAULT_SEQ_LEN, plan.work.length)
+    table = Table(title=f"What if, in {size_text(plan.request.cap)}", title_justify="left")
+    table.add_column("levers", no_wrap=True)
+    for name in ("longest seq-len", f"largest micro-batch of {length}", f"least memory for {length}", "host"):
+        table.add_column(name, justify="right")
+    timed = plan.request.machines is not None
+    if timed:
+        table.add_column("tokens/s, estimated", justify="right")
+    for row in rows:
+        found = [row.longest_seq_len, row.largest_micro_batch]
+        cells = [f"{number:,}" if number else "-" for number in found]
+        cells += [size_text(row.smallest_card), size_text(row.host)]
+        if timed:
+            cells.append(f"{row.tokens_per_s:,.0f}" if row.tokens_per_s else "-")
+        table.add_row(row.words + (" (planned)" if row.planned else ""), *cells, style="bold" if row.planned else None)
+    return table
