@@ -10,10 +10,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = tuple(os.environ.get("QROSA_CUDA_ARCHS", "80;86;89;90;120").replace(",", ";").split(";"))
@@ -102,3 +104,30 @@ def test_the_library_needs_only_the_stable_abi() -> None:
     needed = subprocess.run(["readelf", "-d", LIBRARY], capture_output=True, text=True, check=True).stdout
     assert "libtorch.so" in needed
     assert not re.search(r"libcudart|libc10|libcuda\.so", needed)
+
+
+def test_the_library_loads_and_registers_every_op(tmp_path: Path) -> None:
+    """A CPU-only PyTorch lacks one symbol, the current stream; with a stand-in for it the library loads anywhere."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None or torch.version.cuda:
+        pytest.skip("needs a C++ compiler and a PyTorch without CUDA")
+    stub = tmp_path / "stream.so"
+    code = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }'
+    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", stub], input=code, text=True, check=True)
+    check = (
+        "import sys, torch, qrosa.ops\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "ops = ('dequant_add', 'sddmm', 'dequant_spmm', 'score_accumulate', 'dropout')\n"
+        "print([op for op in ops if not has(f'qrosa::{op}', 'CUDA')])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", check, str(LIBRARY)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"LD_PRELOAD": str(stub)},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
