@@ -95,25 +95,33 @@ def _seq_len(data: DataConfig, shape: ModelShape) -> int:
 def solve(request: Request, allocation: Allocation | None = None) -> Plan:
     """Choose the settings of a request whose device and cap are known: the fastest that fit, else the smallest."""
     allocation = allocation or allocate(request.adapter, request.shape.linears, request.shape.base_parameters)
-    last = None
     for candidate in _candidates(request, allocation):
-        last = _made(request, candidate)
-        if last.fits:
-            break
-    assert last is not None
-    return last
+        if _bare(request, candidate).fits:
+            made = _made(request, candidate)
+            if made.fits:
+                return made
+    return _made(request, candidate)
 
 
 def solve_smallest(request: Request) -> Plan:
     """The settings that take least memory, whether or not larger ones would fit."""
     allocation = allocate(request.adapter, request.shape.linears, request.shape.base_parameters)
-    return _made(request, smallest(request, allocation))
+    return _made(request, _smallest(request, allocation))
 
 
-def smallest(request: Request, allocation: Allocation) -> Workload:
-    """The candidate that takes least memory, with none of what is left given to statistics, evaluation or blocks."""
+def least(request: Request, allocation: Allocation) -> Plan:
+    """The same before it is given what memory is left, which is quicker to find and fits in the same cases."""
+    return _bare(request, _smallest(request, allocation))
+
+
+def _smallest(request: Request, allocation: Allocation) -> Workload:
     *_, last = _candidates(request, allocation)
     return last
+
+
+def _bare(request: Request, candidate: Workload) -> Plan:
+    """A candidate with nothing given to statistics, evaluation or resident blocks that it could do without."""
+    return Plan(request, candidate, candidate.allocation, phases(candidate), {})
 
 
 def _made(request: Request, candidate: Workload) -> Plan:

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from qrosa.adapters.budget import Allocation
 from qrosa.config import parse_offload
 from qrosa.memory.cards import smallest_card
-from qrosa.memory.estimate import Machines, estimate
-from qrosa.memory.model import phases
+from qrosa.memory.estimate import Estimate, estimate
 from qrosa.memory.plan import Plan, Request, size_text
-from qrosa.memory.solve import DEFAULT_SEQ_LEN, smallest, solve
+from qrosa.memory.solve import DEFAULT_SEQ_LEN, least, solve
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,25 +82,19 @@ def what_if(plan: Plan) -> list[WhatIf]:
 def _row(plan: Plan, checkpointing: str, offload: str) -> WhatIf:
     train = dataclasses.replace(plan.request.train, checkpointing=checkpointing, offload=offload)
     request, allocation = dataclasses.replace(plan.request, train=train), plan.allocation
-    least = _least(request, allocation)
-    seconds, speed = _speed(request, allocation, plan.request.machines)
+    smallest = least(request, allocation)
+    estimated = _estimate(request, allocation) if smallest.fits else None
     return WhatIf(
         checkpointing=checkpointing == "on",
         offload=offload,
         planned=plan.work.checkpointing == (checkpointing == "on") and plan.offload == offload,
         longest_seq_len=_longest(request, allocation),
         largest_micro_batch=_largest(request, allocation, plan.work.length),
-        smallest_card=int(math.ceil(least.peak / MEMORY_STEP) * MEMORY_STEP),
-        host=least.phases["train"].host_total,
-        step_seconds=seconds,
-        tokens_per_s=speed,
+        smallest_card=int(math.ceil(smallest.peak / MEMORY_STEP) * MEMORY_STEP),
+        host=smallest.phases["train"].host_total,
+        step_seconds=estimated.step_seconds if estimated else None,
+        tokens_per_s=estimated.tokens_per_second if estimated else None,
     )
-
-
-def _least(request: Request, allocation: Allocation) -> Plan:
-    """The plan that takes least memory, before it is given what is left over."""
-    work = smallest(request, allocation)
-    return Plan(request, work, allocation, phases(work), {})
 
 
 def _longest(request: Request, allocation: Allocation) -> int | None:
@@ -110,7 +103,7 @@ def _longest(request: Request, allocation: Allocation) -> int | None:
 
     def fits(steps: int) -> bool:
         data = dataclasses.replace(request.data, seq_len=min(steps * LENGTH_STEP, limit))
-        return _least(dataclasses.replace(request, data=data, longest_row=None), allocation).fits
+        return least(dataclasses.replace(request, data=data, longest_row=None), allocation).fits
 
     steps = _last(fits, -(-limit // LENGTH_STEP))
     return min(steps * LENGTH_STEP, limit) if steps else None
@@ -121,7 +114,7 @@ def _largest(request: Request, allocation: Allocation, length: int) -> int | Non
 
     def fits(rows: int) -> bool:
         train = dataclasses.replace(request.train, micro_batch=str(rows), batch_size=rows)
-        return _least(dataclasses.replace(request, train=train), allocation).fits
+        return least(dataclasses.replace(request, train=train), allocation).fits
 
     return _last(fits, max(1, _MOST_TOKENS // length)) or None
 
@@ -138,14 +131,11 @@ def _last(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _speed(request: Request, allocation: Allocation, machines: Machines | None) -> tuple[float | None, float | None]:
-    if machines is None:
-        return None, None
-    best = solve(request, allocation)
-    if not best.fits:
-        return None, None
-    made = estimate(best.work, request.train.batch_size, machines)
-    return made.step_seconds, made.tokens_per_second
+def _estimate(request: Request, allocation: Allocation) -> Estimate | None:
+    """A step with the fastest settings that fit, where a card is named."""
+    if request.machines is None:
+        return None
+    return estimate(solve(request, allocation).work, request.train.batch_size, request.machines)
 
 
 def what_if_table(plan: Plan, rows: list[WhatIf]) -> Table:
