@@ -11,15 +11,9 @@ import pytest
 from qrosa.config import make_run_config, parse_size, read_yaml
 from qrosa.memory.shape import ModelShape, from_config
 from qrosa.memory.solve import plan
-from tests.memory.memory_cases import MODELS, SMOLLM2
+from tests.memory.memory_cases import HUB
 
 RECIPES = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
-HUB = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2,
-    "meta-llama/Llama-3.1-8B-Instruct": MODELS["Llama-3.1-8B"].config,
-    "mistralai/Mistral-Nemo-Instruct-2407": MODELS["Mistral-Nemo-12B"].config,
-    "Qwen/Qwen2.5-14B-Instruct": MODELS["Qwen2.5-14B"].config,
-}
 
 
 def recipe_shape(model: str) -> ModelShape:

@@ -1,0 +1,75 @@
+"""Bring the ``# Planned peak:`` comment of every recipe up to what the plan says now.
+
+    python -m bench.refresh_configs            # rewrites configs/*.yaml where the figure has moved
+    python -m bench.refresh_configs --check    # changes nothing, exits with 1 where one would
+
+From the root of the repository. Nothing is downloaded: the models' config.json values are those of
+tests/memory/memory_cases.py, which tests/test_configs.py plans with too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+from qrosa.config import make_run_config, read_yaml
+from qrosa.memory.plan import Plan, size_text
+from qrosa.memory.shape import from_config
+from qrosa.memory.solve import plan
+from tests.memory.memory_cases import HUB
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+COMMENT = re.compile(r"^# Planned peak: .* on (a card|the CPU)\b.*$", re.MULTILINE)
+
+
+def main() -> None:
+    """Rewrite what has moved, or say what would."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, exit with 1 where a comment is old")
+    check = parser.parse_args().check
+    moved = False
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        text = path.read_text()
+        fresh = COMMENT.sub(lambda found, path=path: comment(planned(path, found[1] == "the CPU")), text)
+        if fresh != text:
+            moved = True
+            print(f"{path.name}: {COMMENT.search(fresh)[0].removeprefix('# ')}")
+            if not check:
+                write(path, fresh)
+    sys.exit(1 if check and moved else 0)
+
+
+def planned(path: Path, on_cpu: bool) -> Plan:
+    """The plan of a recipe as it is shipped."""
+    config = make_run_config(read_yaml(path) | {"data": "rows.jsonl", "output": "run"})
+    shape = from_config(config.model, HUB[config.model])
+    device = "cpu" if on_cpu else "cuda"
+    return plan(shape, config.adapter, config.masks, config.data, config.train, device=device)
+
+
+def comment(made: Plan) -> str:
+    """The line for a plan; a streamed base is said to need host memory.
+
+    Raises:
+        DoesNotFitError: A recipe has to fit.
+    """
+    made.require_fit()
+    where = "the CPU" if made.work.on_cpu else "a card"
+    host_peak = max(memory.host_total for memory in made.phases.values())
+    host = f", with {size_text(host_peak)} of host memory" if made.work.streamed else ""
+    said = f"{size_text(made.peak)} of {made.request.cap / 2**30:g} GB on {where}{host}"
+    return f"# Planned peak: {said} ('qrosa plan --config' shows it by phase)."
+
+
+def write(path: Path, text: str) -> None:
+    """Replace a file at once."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()
