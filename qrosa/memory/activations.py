@@ -82,8 +82,8 @@ def _saved_attention(dims: Dimensions, batch: MicroBatch, attention: str) -> int
 
     Eager: keys and values repeated for every query head, probabilities [heads, T, L] in fp32 and bf16, the tanh of
     capped scores. Fused: log-sum-exp fp32 [T, heads]; under a mask, keys and values repeated and the mask in bf16.
-    Phi's and Phi-3's partial rotation joins tensors, which gives flash attention's output a layout that has to be copied
-    for the projection; Phi-3's values are a view that keeps the whole fused projection alive.
+    Phi's and Phi-3's partial rotation joins tensors, which gives flash attention's output a layout that has to be
+    copied for the projection; Phi-3's values are a view that keeps the whole fused projection alive.
     """
     query, key = HALF * batch.tokens * dims.query_width, HALF * batch.tokens * dims.key_width
     if attention == "eager":
@@ -125,9 +125,10 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, drop
     layer's output [T, d], of the projection's input [T, f], then the largest of the dense weight, the two gradients
     that the product of gate and up gives [T, f] (by when its own value is free), and, with dropout, the low-rank
     part's term [T, f] before and after its mask. *Gate and up*, where they are one matrix twice as large: when it is
-    decoded in the forward pass, embeddings, layer input and residual [T, d] are there, and neither activation nor product. *Scores* of eager attention: their gradient in
-    fp32 before and after the softmax, by when what came after is free. Families with norms after their blocks have
-    backed through the last one at entry, which took five fp32 [T, d] of its own.
+    decoded in the forward pass, embeddings, layer input and residual [T, d] are there, and neither activation nor
+    product. *Scores* of eager attention: their gradient in fp32 before and after the softmax, by when what came after
+    is free. Families with norms after their blocks have backed through the last one at entry, which took five fp32
+    [T, d] of its own.
 
     Args:
         dims: The decoder's sizes.
@@ -168,18 +169,18 @@ def _norm_bytes(dims: Dimensions, batch: MicroBatch) -> int:
 
 
 def norm_workspace(dims: Dimensions, batch: MicroBatch) -> int:
-    """The backward pass of an RMSNorm over the residual stream: its saved input and five tensors like it, fp32 [T, d]."""
+    """The backward pass of a wide RMSNorm: its saved input and five tensors like it, fp32 [T, d]."""
     return 6 * FULL * batch.tokens * dims.hidden
 
 
 def forward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps_scratch: bool) -> int:
     """What one layer holds at its peak when nothing is saved: a norm, the feed-forward block, or attention.
 
-    Beside the embeddings [T, d], which the model holds on to, and the layer's input. Norm: the residual in bf16, in fp32
-    and squared. Feed-forward: the residual and its normed form [T, d], the activation and up [T, f], with the dense weight
-    or with their product; gate and up in one are twice as wide and stay until their product is there. Attention: the
-    normed input, queries, keys and values, repeated ones, the output; for the eager kind scores in bf16, fp32, and fp32
-    after the softmax.
+    Beside the embeddings [T, d], which the model holds on to, and the layer's input. Norm: the residual in bf16, in
+    fp32 and squared. Feed-forward: the residual and its normed form [T, d], the activation and up [T, f], with the
+    dense weight or with their product; gate and up in one are twice as wide and stay until their product is there.
+    Attention: the normed input, queries, keys and values, repeated ones, the output; for the eager kind scores in bf16,
+    fp32, and fp32 after the softmax.
     """
     stream, inner = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.intermediate
     query, key = HALF * batch.tokens * dims.query_width, HALF * batch.tokens * dims.key_width

@@ -114,8 +114,8 @@ def observed(allocation: Allocation, scope: str) -> dict[str, int]:
 def statistic_groups(allocation: Allocation, scope: str, group_bytes: int) -> list[list[str]]:
     """The groups of matrices whose pass may be the largest.
 
-    A pass goes back to its group's first matrix, so earlier groups keep more activations: a later one can only be larger
-    if its statistics are.
+    A pass goes back to its group's first matrix, so earlier groups keep more activations: a later one can only be
+    larger if its statistics are.
     """
     sizes = observed(allocation, scope)
     candidates: list[list[str]] = []

@@ -96,7 +96,7 @@ class ActivationOffload:
         if boundary.returned is not None or boundary.host is None:
             return
         if self._stream is None:
-            boundary.returned = boundary.host.clone()
+            boundary.returned = boundary.host.to(self.device, copy=True)
         else:
             with torch.cuda.stream(self._stream):
                 boundary.returned = boundary.host.to(self.device, non_blocking=True)

@@ -1,9 +1,9 @@
 """What a CUDA card does that tensors without data do not show: which attention kernel runs, and what kernels hide.
 
-``scaled_dot_product_attention`` picks its kernel by device, and for ``meta`` tensors that would be the plain one with its
-whole score matrix. A card takes flash attention where there is no mask and the memory-efficient kernel where there is
-one; both keep the output and a log-sum-exp, and no scores. Here the same choice is made by hand, and the kernels' own
-meta functions and derivatives then give what is saved.
+``scaled_dot_product_attention`` picks its kernel by device, and for ``meta`` tensors that would be the plain one with
+its whole score matrix. A card takes flash attention where there is no mask and the memory-efficient kernel where there
+is one; both keep the output and a log-sum-exp, and no scores. Here the same choice is made by hand, and the kernels'
+own meta functions and derivatives then give what is saved.
 
 Kernels also allocate inside, below what a dispatch mode can see. The few that matter have a formula each, from torch's
 sources (``aten/src/ATen/native``: ``ReduceOps.cpp``, ``transformers/cuda/flash_attn/flash_api.cpp``,
@@ -34,8 +34,8 @@ def card_kernels() -> Iterator[None]:
     """While inside, transformers' fused attention on ``meta`` tensors is what a card of capability 8 or newer takes.
 
     transformers' ``sdpa`` function runs as it is, only the one torch function that it calls is replaced. This is done
-    around each call and not around the whole step: autograd leaves function modes when it starts, and checkpointing runs
-    attention again inside of it.
+    around each call and not around the whole step: autograd leaves function modes when it starts, and checkpointing
+    runs attention again inside of it.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -95,8 +95,8 @@ def card_attention(
 def hidden_bytes(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes that an operator's kernel allocates and frees inside, on a card.
 
-    Log-sum-exp: the shifted input, exponentiated in place. Flash attention's backward: dQ summed in fp32, the row sums of
-    dO * O, and dK and dV for every query head where keys are grouped. The efficient kernel's backward: dQ in fp32 in
+    Log-sum-exp: the shifted input, exponentiated in place. Flash attention's backward: dQ summed in fp32, the row sums
+    of dO * O, and dK and dV for every query head where keys are grouped. The efficient kernel's backward: dQ in fp32 in
     whole tiles, and the row sums.
     """
     if func is _aten.logsumexp.default:

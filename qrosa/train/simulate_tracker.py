@@ -7,9 +7,9 @@ at it are read off afterwards, which is cheaper than a copy of the list at each 
 
 On the ``meta`` device tensors have sizes and no data, so the mode also answers the few questions that a step asks of
 its data: every position but one is supervised (so that supervised ones are copied out, as a run does that has prompts),
-every number is 1, and the only yes or no (does padding hide anything?) is the caller's to say. ``FakeTensorMode`` was not taken: its CUDA tensors need a torch built with CUDA as soon as
-autograd looks at them, and transformers takes it for a tracer, for which it builds attention masks that a real step does
-without.
+every number is 1, and the only yes or no (does padding hide anything?) is the caller's to say. Copies to the host copy
+nothing. ``FakeTensorMode`` was not taken: its CUDA tensors need a torch built with CUDA as soon as autograd looks at
+them, and transformers takes it for a tracer, for which it builds attention masks that a real step does without.
 
 ``qrosa::linear`` and its backward are opaque to autograd and not to this mode: they run as the compositions that they
 are, so that the dense weight and the low-rank products are counted like everything else.
@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class StorageTracker(TorchDispatchMode):
         granule: int = 1,
         hidden: Callable[[Any, tuple[Any, ...]], int] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.granule = granule
         self.padded = False
@@ -144,7 +144,7 @@ class StorageTracker(TorchDispatchMode):
             path = self._stack.pop()
             first = output[0] if isinstance(output, tuple) and output else output
             if isinstance(first, Tensor) and first.grad_fn is not None:
-                first.grad_fn.metadata[_PATH] = path
+                cast(Any, first.grad_fn).metadata[_PATH] = path
 
         handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
         try:
@@ -192,7 +192,7 @@ class StorageTracker(TorchDispatchMode):
                     result: Any = forward(args[0], nf4, args[7], args[8], csr, *args[12:])
                 else:
                     nf4, csr = NF4Operands(*args[3:9]), _csr(*args[9:12])
-                    result = backward(*args[:3], nf4, csr, *args[12:])
+                    result = backward(args[0], args[1], args[2], nf4, csr, *args[12:])
         finally:
             self._inside_linear = False
         component = self._component()
@@ -207,6 +207,8 @@ class StorageTracker(TorchDispatchMode):
             return not self.padded if args[0].dtype == torch.bool else 1
         if func is _aten.nonzero.default and args[0].is_meta:
             return args[0].new_empty((args[0].numel() - 1, args[0].dim()), dtype=torch.int64)
+        if func is _aten.copy_.default and args[1].is_meta and not args[0].is_meta:
+            return args[0]  # to the host
         if func is _aten.index.Tensor and args[0].is_meta and len(args[1]) == 1 and args[1][0].dtype == torch.bool:
             mask = args[1][0]
             return args[0].new_empty((mask.numel(), *args[0].shape[mask.dim() :]))
@@ -282,7 +284,7 @@ class StorageTracker(TorchDispatchMode):
             return self._stack[-1]
         node = torch._C._current_autograd_node()
         if node is not None:
-            self._backward_path = node.metadata.get(_PATH, self._backward_path)
+            self._backward_path = cast(Any, node).metadata.get(_PATH, self._backward_path)
             return self._backward_path
         return "optimizer" if self.stage == UPDATE else "loss"
 
