@@ -20,7 +20,7 @@ from qrosa.config import parse_offload
 from qrosa.memory.cards import smallest_card
 from qrosa.memory.estimate import Estimate, estimate
 from qrosa.memory.plan import Plan, Request, size_text
-from qrosa.memory.solve import DEFAULT_SEQ_LEN, least, solve
+from qrosa.memory.solve import least, solve
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -142,14 +142,14 @@ def what_if_table(plan: Plan, rows: list[WhatIf]) -> Table:
     """The rows for a terminal."""
     from rich.table import Table
 
-    length = min(plan.request.data.seq_len or DEFAULT_SEQ_LEN, plan.work.length)
-    table = Table(title=f"What if, in {size_text(plan.request.cap)}", title_justify="left")
+    title = f"What if, in {size_text(plan.request.cap)} with rows of {plan.work.length} tokens"
+    table = Table(title=title, title_justify="left")
     table.add_column("levers", no_wrap=True)
-    for name in ("longest seq-len", f"largest micro-batch of {length}", f"least memory for {length}", "host"):
+    for name in ("longest seq-len", "micro-batch", "least memory", "host"):
         table.add_column(name, justify="right")
     timed = plan.request.machines is not None
     if timed:
-        table.add_column("tokens/s, estimated", justify="right")
+        table.add_column("tokens/s (est.)", justify="right")
     for row in rows:
         found = [row.longest_seq_len, row.largest_micro_batch]
         cells = [f"{number:,}" if number else "-" for number in found]
