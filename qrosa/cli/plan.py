@@ -1,7 +1,7 @@
 """``qrosa plan``: what a run will take, phase by phase, before anything is loaded.
 
 Answers from the model's config.json and file headers alone, without torch. Only ``--data`` loads a tokenizer, to
-measure the longest row.
+measure the longest row, and ``--simulate`` builds the model, without weights.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrosa.cli.machines import machine_options, read_machines, show_reach
 from qrosa.cli.options import emit_json, given, json_option, model_option, progress_console, result_console
 from qrosa.cli.options import settings_options as settings_flags
+from qrosa.cli.simulation import run_simulation, show_simulation, simulate_option, simulation_json
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, make_group, read_yaml
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qrosa.memory.estimate import Machines
     from qrosa.memory.plan import Plan
 
 # Settings that change memory, or what the plan is made from; the rest of a config is read and passed over.
@@ -33,6 +36,7 @@ Examples:
   qrosa plan --model meta-llama/Llama-3.1-8B --budget 0.3% --vram 24GB
   qrosa plan --model ./model --budget 20M --vram 12GB --seq-len 4096 --optimizer adamw8bit
   qrosa plan --model ./model --rank 16 --density 0.6% --data rows.jsonl --json
+  qrosa plan --model ./model --budget 0.3% --gpu rtx4090 --gpus 2 --nodes 4 --network 10gbe
 """
 
 
@@ -40,28 +44,35 @@ Examples:
 @model_option(required=False)
 @click.option("--config", metavar="FILE", help="YAML file with any of these settings; flags win.")
 @settings_flags("adapter", "masks", "data", "train", only=_SETTINGS)
+@machine_options
+@simulate_option
 @json_option
-def command(model: str | None, config: str | None, as_json: bool, **settings: Any) -> None:
+def command(model: str | None, config: str | None, simulate: bool, as_json: bool, **settings: Any) -> None:
     """Say what a run will take, phase by phase, before anything is loaded.
 
     Prints the memory of loading, mask selection, training, evaluation, saving and export, component by component, and
     the micro-batch, checkpointing and chunk sizes that fit. With --vram for that card, without for the card that is
     here, or for this machine's memory if there is none. Exit code 3: it does not fit; the nearest settings that do are
-    named.
+    named. What-if rows tell how far the card reaches with and without each lever; with --gpu they come with estimated
+    speeds, and with --gpus and --nodes with what the network of many cards costs.
     """
+    machines = read_machines(settings)
     values = (read_yaml(config) if config else {}) | given(settings)
     source = model or values.get("model")
     if not source:
         raise InputError("--model is missing", "give --model, or model: in the config file")
-    made = make_plan(str(source), values)
+    made = make_plan(str(source), values, machines)
+    simulation = run_simulation(str(source), made) if simulate else None
     if as_json:
-        emit_json(made.to_json())
+        emit_json(made.to_json() | (simulation_json(made, simulation) if simulation else {}))
     else:
         show(made, result_console())
+        if simulation:
+            show_simulation(made, simulation, result_console())
     made.require_fit()
 
 
-def make_plan(source: str, values: dict[str, Any]) -> Plan:
+def make_plan(source: str, values: dict[str, Any], machines: Machines | None = None) -> Plan:
     """Plan a model with flat settings, measuring the longest row if data is named.
 
     Raises:
@@ -77,7 +88,7 @@ def make_plan(source: str, values: dict[str, Any]) -> Plan:
     if data.data is not None:
         seq_len = data.seq_len or min(DEFAULT_SEQ_LEN, shape.dims.max_positions)
         longest = longest_row(source, data, seq_len)
-    return plan(shape, adapter, masks, data, train, longest_row=longest)
+    return plan(shape, adapter, masks, data, train, longest_row=longest, machines=machines)
 
 
 def longest_row(source: str, data: DataConfig, seq_len: int) -> int:
@@ -125,4 +136,5 @@ def show(made: Plan, console: Console) -> None:
         )
         console.print(f"{name.replace('_', '-'):20} {shown!s:>14}" + (f"   {reason}" if reason else ""))
     console.print()
+    show_reach(made, console)
     console.print(made.verdict(), style="green" if made.fits else "red")

@@ -37,7 +37,9 @@ EXPORT_BUFFER = 64 * MIB  # the writer's
 LIVE_BOUNDARIES = 2  # with activation offload: the one in use, and the one on its way out or back
 EVAL_CHUNK = 256  # positions whose logits exist at once in evaluation
 
-GRADIENT_SCORES = ("squared", "mean")
+OVERHEAD = ("cuda_context", "cublas_workspace", "allocator_slack")  # components that are no tensors
+
+GRADIENT_SCORES = ("squared", "mean", "repair")
 Components = dict[str, int]
 
 
@@ -118,6 +120,11 @@ class PhaseMemory:
     def device_total(self) -> int:
         """Bytes on the device."""
         return sum(self.device.values())
+
+    @property
+    def tensor_total(self) -> int:
+        """Bytes of the tensors on the device alone: what a simulation counts."""
+        return sum(size for component, size in self.device.items() if component not in OVERHEAD)
 
     @property
     def host_total(self) -> int:
@@ -276,8 +283,9 @@ def _backward_moments(
         ),
     ]
     if work.checkpointing:
+        here = boundary * (kept if work.offload_activations else 1)  # of this layer, and the one on its way back
         late = {
-            "activations": boundary + recomputed + rotary_bytes(dims, batch),
+            "activations": here + recomputed + rotary_bytes(dims, batch),
             "masks": masks,
             "workspace": workspace,
         }
@@ -294,9 +302,9 @@ def _select(work: Workload) -> PhaseMemory:
         host["pinned_activations"] = _boundaries(work, work.length)
     if work.mask_score == "random":
         return _peak(work, [_Moment("drawing positions", lasting)], host, disk)
+    dense = (2 * FULL + work.shape.stored_bytes) * parts.largest(work.shape.linears)  # an error while it is read
+    top_k = parts.top_k_bytes(work.allocation)
     if work.mask_score == "residual":
-        dense = (2 * FULL + work.shape.stored_bytes) * parts.largest(work.shape.linears)
-        top_k = parts.top_k_bytes(work.allocation)
         return _peak(work, [_Moment("reading an error", lasting, {"scores": max(dense, top_k)})], host, disk)
     sizes = parts.observed(work.allocation, work.mask_scope)
     sample, moments = _batch(work, work.length, 1), []
@@ -304,7 +312,9 @@ def _select(work: Workload) -> PhaseMemory:
         lasting = lasting | {"mask_statistics": parts.statistic_bytes(sizes, group)}
         layers = work.shape.dims.layers - min(x.layer for x in work.allocation.linears if x.path in group)
         moments += _backward_moments(work, sample, lasting, 0.0, 0, layers)
-    moments.append(_Moment("picking positions", lasting, {"top_k": parts.top_k_bytes(work.allocation)}))
+    moments.append(_Moment("picking positions", lasting, {"top_k": top_k}))
+    if work.mask_score == "repair":
+        moments.append(_Moment("reading an error", lasting, {"scores": dense}))
     if work.mask_scope == "global":
         host["candidates"] = 3 * 12 * work.allocation.nnz_total
     return _peak(work, moments, host, disk)

@@ -63,7 +63,7 @@ BAD = [
     (("--model", "MODEL", "--budget", "0.3%", "--seq-len", "999999"), "more than the model reads"),
     (("--model", "MODEL", "--budget", "0.3%", "--vram", "lots"), "lots"),
     (("--model", "./nowhere", "--budget", "0.3%"), "does not exist"),
-    (("--model", "MODEL", "--budget", "0.3%", "--simulate"), "no such option"),
+    (("--model", "MODEL", "--budget", "0.3%", "--probe"), "no such option"),
     (("--model", "MODEL", "--budget", "0.3%", "--config", "nowhere.yaml"), "does not exist"),
 ]
 
@@ -97,7 +97,7 @@ def test_data_gives_the_longest_row(tiny_model_dir: Callable[..., Path], tiny_ro
 def test_help_shows_examples_and_only_what_is_built() -> None:
     result = run("--help")
     assert result.exit_code == 0 and "Examples:" in result.output and "--vram" in result.output
-    assert "--simulate" not in result.output and "--probe" not in result.output
+    assert "--simulate" in result.output and "--probe" not in result.output
 
 
 def test_a_plan_takes_under_a_second_and_no_torch(tmp_path: Path) -> None:
