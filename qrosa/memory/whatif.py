@@ -59,9 +59,10 @@ class WhatIf:
     @property
     def words(self) -> str:
         """The levers in a few words."""
-        parts = ["recompute"] if self.checkpointing else []
-        parts += [{"activations": "offload activations"}.get(part, "stream base") for part in self.offload.split(",")]
-        return ", ".join(part for part in parts if self.offload != "none" or part == "recompute") or "no lever"
+        if self.offload == "none":
+            return "recompute" if self.checkpointing else "no lever"
+        moved = ["activations" if part == "activations" else "base" for part in self.offload.split(",")]
+        return f"recompute, {' and '.join(moved)} on host"
 
     def to_json(self) -> dict[str, Any]:
         """An entry of the plan document's ``what_if``."""
@@ -149,12 +150,12 @@ def what_if_table(plan: Plan, rows: list[WhatIf]) -> Table:
         table.add_column(name, justify="right")
     timed = plan.request.machines is not None
     if timed:
-        table.add_column("tokens/s (est.)", justify="right")
+        table.add_column("est. tokens/s", justify="right")
     for row in rows:
         found = [row.longest_seq_len, row.largest_micro_batch]
         cells = [f"{number:,}" if number else "-" for number in found]
         cells += [size_text(row.smallest_card), size_text(row.host)]
         if timed:
             cells.append(f"{row.tokens_per_s:,.0f}" if row.tokens_per_s else "-")
-        table.add_row(row.words + (" (planned)" if row.planned else ""), *cells, style="bold" if row.planned else None)
+        table.add_row(row.words + (" (plan)" if row.planned else ""), *cells, style="bold" if row.planned else None)
     return table

@@ -82,8 +82,8 @@ def test_levers_reach_farther_one_by_one() -> None:
     assert recompute.smallest_card > base.smallest_card > both.smallest_card
     assert [row.words for row in (none, both, base)] == [
         "no lever",
-        "recompute, offload activations, stream base",
-        "recompute, stream base",
+        "recompute, activations and base on host",
+        "recompute, base on host",
     ]
 
 
@@ -136,7 +136,7 @@ def test_the_document_and_the_table_hold_the_rows() -> None:
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(what_if_table(found, found.what_if()))
     text = console.export_text()
-    assert "recompute, stream base" in text and "(planned)" in text and "tokens/s" not in text
+    assert "recompute, base on host" in text and "(plan)" in text and "tokens/s" not in text
 
 
 def test_the_rows_of_the_largest_model_come_at_once() -> None:
