@@ -14,6 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from qrosa.errors import InputError
 from qrosa.memory.activations import FULL
 from qrosa.memory.arithmetic import BANDWIDTH_SHARE, Cost, passes
 from qrosa.memory.cards import Card, Network
@@ -35,13 +36,22 @@ class Machines:
         card: The card, of which all are one kind.
         gpus: Cards in a machine.
         nodes: Machines.
-        network: What joins the machines.
+        network: What joins the machines; needed where there are several.
+
+    Raises:
+        InputError: Several machines and no network, or none at all.
     """
 
     card: Card
     gpus: int = 1
     nodes: int = 1
     network: Network | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1 or self.nodes < 1:
+            raise InputError(f"{self.nodes} machines with {self.gpus} cards are none", "give at least one of each")
+        if self.nodes > 1 and self.network is None:
+            raise InputError("several machines need a network", "name it, such as 10gbe")
 
     @property
     def cards(self) -> int:
@@ -206,7 +216,7 @@ def all_reduce_seconds(work: Workload, machines: Machines) -> float:
     rate, latency = float("inf"), 0.0
     if machines.gpus > 1:
         rate, latency = LINK_SHARE * machines.card.link / 2, CARD_LATENCY
-    if machines.nodes > 1 and machines.network is not None:
+    if machines.network is not None and machines.nodes > 1:
         rate, latency = min(rate, NETWORK_SHARE * machines.network.rate), NETWORK_LATENCY
     flats = sum(size > 0 for size in (work.allocation.low_rank_parameters, work.allocation.sparse_parameters))
     return all_reduce_bytes(work, cards) / rate + flats * 2 * (cards - 1) * latency

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
+from qrosa.errors import InputError
 from qrosa.memory.arithmetic import passes
 from qrosa.memory.cards import CARDS, NETWORKS, Card
 from qrosa.memory.estimate import (
@@ -193,6 +194,12 @@ def test_the_document_says_that_it_is_estimated_and_adds_up() -> None:
 def test_a_named_card_is_the_cap_unless_vram_says_otherwise() -> None:
     assert made(card="rtx4060").request.cap == 8 * GB and made(card="rtx4060").settings["device"] == "cuda"
     assert made(card="rtx4090", vram="12GB").request.cap == 12 * GB
+
+
+def test_machines_without_a_network_are_refused() -> None:
+    for wrong in ({"nodes": 2}, {"gpus": 0}, {"nodes": 0}):
+        with pytest.raises(InputError):
+            Machines(RTX4090, **wrong)
 
 
 def test_words_name_the_card_the_speed_and_the_bus() -> None:
