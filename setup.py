@@ -2,7 +2,7 @@
 
 Both use only PyTorch's stable ABI and no Python API, so that one wheel (abi3) serves every supported PyTorch and
 Python. Environment: ``QROSA_CUDA_ARCHS`` (default 80;86;89;90;120), ``QROSA_SANITIZE=1`` for an AddressSanitizer and
-UBSan build of the CPU library, ``QROSA_WITHOUT_CUDA=1`` to leave the CUDA library out, ``CUDA_HOME`` to name the toolkit.
+UBSan build of the CPU library, ``QROSA_WITHOUT_CUDA=1`` to leave the CUDA library out, ``CUDA_HOME`` for the toolkit.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 //   forward    Y [T, N] = X W_eff^T + left right^T + bias     left [T, r], right = B [N, r]
 //   backward  dX [T, K] = dY W_eff + left right               left [T, r], right = A [r, K]
 //
-// A thread owns panels of 64 rows (forward) or 64 columns (backward) of W_eff. It decodes 256 deep pieces of a panel straight
-// into tile order (32 KB, the nearest cache) and multiplies each with all tokens, whose tiles were packed once for all
-// threads. The low-rank part is one more piece: r more steps of depth. Sums stay in fp32 until they are written, rounded once.
+// A thread owns panels of up to 512 rows (forward) or columns (backward) of W_eff. It decodes 256 deep pieces of a panel
+// straight into tile order (256 KB: the L2 cache) and multiplies each with all tokens, whose tiles were packed once for all
+// threads: 32 tokens of a piece's depth (16 KB) stay in the nearest cache while the piece passes by. (Other sizes of panel and
+// depth were measured: smaller panels read the tokens from L3 too often, deeper pieces push the tokens out of L1.) The
+// low-rank part is one more piece: r more steps of depth. Sums stay in fp32 until they are written, rounded once.
 //
 // A tile is 16 rows of 64 bytes. A product C [16, 16] += A [16, 32] B takes B with pairs of depth side by side. Forward, W_eff is
 // the left operand, as decoded, and X is transposed by word; backward, W_eff is the right one, two decoded rows interleaved.
@@ -18,7 +20,8 @@ namespace qrosa::QROSA_ISA {
 
 constexpr int kTile = 512;              // bf16 numbers in a tile
 constexpr int kSum = 256;               // fp32 numbers in a tile of sums
-constexpr int kPanel = 64;              // rows or columns of W_eff that a thread works on
+constexpr int kUnit = 64;               // rows or columns of W_eff that work is split by
+constexpr int kPanel = 512;             // and that a thread works on at once, at most
 constexpr int kDepth = 256;             // of a decoded piece
 constexpr int kDepthTiles = kDepth / 32;
 
@@ -112,7 +115,7 @@ static inline __m128i load_codes(const uint8_t* p) { return _mm_loadu_si128(rein
 // What one thread works on.
 struct PanelWork {
   const MatmulWork& all;
-  int64_t start;        // first row (forward) or column (backward) of the panel
+  int64_t start, wide;  // first row (forward) or column (backward) of the panel, and how many; wide is a multiple of 64
   Bf16* piece;          // [kPanel * kDepth]
   int32_t* cursor;      // per row of W_eff: the next stored value, as panels and pieces are visited in order
 };
@@ -120,7 +123,7 @@ struct PanelWork {
 // Rows of the panel, `depth` columns of them from `from` on, into left tiles.
 static bool decode_left(const PanelWork& work, int64_t from, int64_t depth) {
   const MatmulWork& all = work.all;
-  for (int64_t n = 0; n < kPanel; ++n) {
+  for (int64_t n = 0; n < work.wide; ++n) {
     const int64_t row = work.start + n;
     for (int64_t k = 0; k < depth; k += 64) {
       Bf16* target = work.piece + left_place(n, k);
@@ -137,7 +140,7 @@ static bool decode_left(const PanelWork& work, int64_t from, int64_t depth) {
     }
   }
   if (all.csr.row_ptr == nullptr) return true;
-  for (int64_t n = 0; n < kPanel && work.start + n < all.features; ++n) {
+  for (int64_t n = 0; n < work.wide && work.start + n < all.features; ++n) {
     const int64_t row = work.start + n;
     int32_t& at = work.cursor[row];
     for (; at < all.csr.row_ptr[row + 1]; ++at) {
@@ -167,11 +170,13 @@ static inline void decode_64(const MatmulWork& all, int64_t row, int64_t column0
 static bool decode_right(const PanelWork& work, int64_t from, int64_t depth) {
   const MatmulWork& all = work.all;
   for (int64_t n = 0; n < round_up(depth, 32); n += 2) {
-    __m512i upper[2], lower[2];
-    decode_64(all, from + n, work.start, upper);
-    decode_64(all, from + n + 1, work.start, lower);
-    store_pair(work.piece, n, 0, upper[0], lower[0]);
-    store_pair(work.piece, n, 1, upper[1], lower[1]);
+    for (int64_t k = 0; k < work.wide; k += 64) {
+      __m512i upper[2], lower[2];
+      decode_64(all, from + n, work.start + k, upper);
+      decode_64(all, from + n + 1, work.start + k, lower);
+      store_pair(work.piece, n, k / 32, upper[0], lower[0]);
+      store_pair(work.piece, n, k / 32 + 1, upper[1], lower[1]);
+    }
   }
   if (all.csr.row_ptr == nullptr) return true;
   for (int64_t n = 0; n < depth; ++n) {
@@ -179,7 +184,7 @@ static bool decode_right(const PanelWork& work, int64_t from, int64_t depth) {
     int32_t& at = work.cursor[row];
     for (; at < all.csr.row_ptr[row + 1]; ++at) {
       const int64_t k = column(all.csr, at) - work.start;
-      if (k >= kPanel) break;
+      if (k >= work.wide) break;
       if (k < 0) return false;
       const int64_t element = row * all.columns + work.start + k;
       const float dense = kTable[nibble(all.nf4.codes, element)] * block_absmax(all.nf4, element >> 6);
@@ -194,7 +199,7 @@ static void copy_factor(const PanelWork& work, int64_t from, int64_t depth) {
   const MatmulWork& all = work.all;
   const auto* factor = static_cast<const Bf16*>(all.right);
   if (all.forward) {
-    for (int64_t n = 0; n < kPanel; ++n) {
+    for (int64_t n = 0; n < work.wide; ++n) {
       const bool inside = work.start + n < all.features;
       for (int64_t r = 0; r < depth; r += 32) {
         _mm512_store_si512(work.piece + left_place(n, r),
@@ -204,7 +209,7 @@ static void copy_factor(const PanelWork& work, int64_t from, int64_t depth) {
     return;
   }
   for (int64_t r = 0; r < round_up(depth, 32); r += 2) {
-    for (int64_t half = 0; half < 2; ++half) {
+    for (int64_t half = 0; half < work.wide / 32; ++half) {
       const Bf16* source = factor + (from + r) * all.columns + work.start + 32 * half;
       store_pair(work.piece, r, half, load_some(source, r < depth ? 32 : 0),
                  load_some(source + all.columns, r + 1 < depth ? 32 : 0));
@@ -213,13 +218,14 @@ static void copy_factor(const PanelWork& work, int64_t from, int64_t depth) {
 }
 
 // The decoded piece times all tokens.
-static void multiply_piece(const MatmulWork& all, const Bf16* piece, const void* packed, int64_t depth_tiles, int64_t from,
-                           int64_t depth, bool first, float* sums) {
+static void multiply_piece(const PanelWork& work, const void* packed, int64_t depth_tiles, int64_t from, int64_t depth,
+                           bool first, float* sums) {
+  const MatmulWork& all = work.all;
   const int64_t steps = (depth + 31) / 32;
   for (int64_t pair = 0; pair < (all.tokens + 31) / 32; ++pair) {
     const Bf16* t0 = static_cast<const Bf16*>(packed) + (2 * pair * depth_tiles + from / 32) * kTile;
-    for (int64_t w = 0; w < 4; w += 2, sums += 4 * kSum) {
-      const Bf16* w0 = piece + w * kDepthTiles * kTile;
+    for (int64_t w = 0; w < work.wide / 16; w += 2, sums += 4 * kSum) {
+      const Bf16* w0 = work.piece + w * kDepthTiles * kTile;
       if (all.forward) {
         multiply_tiles<true>(w0, w0 + kDepthTiles * kTile, t0, t0 + depth_tiles * kTile, steps, sums, first);
       } else {
@@ -271,8 +277,8 @@ static void write_backward(const MatmulWork& all, const float* sums, int64_t tok
   }
 }
 
-static int64_t matmul_panels(const MatmulWork& all) {
-  return ((all.forward ? all.features : all.columns) + kPanel - 1) / kPanel;
+static int64_t matmul_units(const MatmulWork& all) {
+  return ((all.forward ? all.features : all.columns) + kUnit - 1) / kUnit;
 }
 
 // Bytes of a thread's own memory: piece, sums, cursors.
@@ -280,7 +286,7 @@ static int64_t matmul_workspace(const MatmulWork& all) {
   return kPanel * kDepth * 2 + round_up(all.tokens, 32) * kPanel * 4 + round_up(all.features, 16) * 4;
 }
 
-// Where the first panel's stored values begin in each row (columns ascend within a row).
+// Where the stored values of the first unit begin in each row (columns ascend within a row).
 static bool place_cursors(const MatmulWork& all, int64_t first, int64_t last, int32_t* cursor) {
   if (all.csr.row_ptr == nullptr) return true;
   const int64_t begin = all.forward ? first : 0, end = all.forward ? lesser(last, all.features) : all.features;
@@ -300,7 +306,7 @@ static bool place_cursors(const MatmulWork& all, int64_t first, int64_t last, in
   return true;
 }
 
-// Whether the values of the panels [first, last) were all met: a column that is too large or out of order stays behind.
+// Whether the values of the units from `first` to `last` were all met: a column that is too large or out of order stays behind.
 static bool cursors_done(const MatmulWork& all, int64_t first, int64_t last, const int32_t* cursor) {
   if (all.csr.row_ptr == nullptr || (!all.forward && last < all.columns)) return true;
   const int64_t begin = all.forward ? first : 0, end = all.forward ? lesser(last, all.features) : all.features;
@@ -310,34 +316,36 @@ static bool cursors_done(const MatmulWork& all, int64_t first, int64_t last, con
   return true;
 }
 
-// The panels [begin, end), with `space` of matmul_workspace() bytes; false: a bad index.
+// The units [begin, end), with `space` of matmul_workspace() bytes; false: a bad index.
 static bool matmul(const MatmulWork& all, const void* packed, const void* packed_left, int64_t begin, int64_t end, void* space) {
   const TileShape shape;
   auto* piece = static_cast<Bf16*>(space);
   auto* sums = reinterpret_cast<float*>(piece + kPanel * kDepth);
   auto* cursor = reinterpret_cast<int32_t*>(sums + round_up(all.tokens, 32) * kPanel);
   const int64_t depth = all.forward ? all.columns : all.features;
-  if (!place_cursors(all, begin * kPanel, end * kPanel, cursor)) return false;
+  if (!place_cursors(all, begin * kUnit, end * kUnit, cursor)) return false;
   _tile_loadconfig(&shape);
   bool sound = true;
-  for (int64_t panel = begin; panel < end && sound; ++panel) {
-    const PanelWork work{all, panel * kPanel, piece, cursor};
+  for (int64_t start = begin * kUnit; start < end * kUnit && sound; start += kPanel) {
+    const PanelWork work{all, start, lesser(kPanel, end * kUnit - start), piece, cursor};
     for (int64_t from = 0; from < depth && sound; from += kDepth) {
       const int64_t deep = lesser(kDepth, depth - from);
       sound = all.forward ? decode_left(work, from, deep) : decode_right(work, from, deep);
-      multiply_piece(all, piece, packed, (depth + 31) / 32, from, deep, from == 0, sums);
+      multiply_piece(work, packed, (depth + 31) / 32, from, deep, from == 0, sums);
     }
     for (int64_t from = 0; from < all.rank; from += kDepth) {
       const int64_t deep = lesser(kDepth, all.rank - from);
       copy_factor(work, from, deep);
-      multiply_piece(all, piece, packed_left, (all.rank + 31) / 32, from, deep, false, sums);
+      multiply_piece(work, packed_left, (all.rank + 31) / 32, from, deep, false, sums);
     }
-    for (int64_t i = 0; i < (all.tokens + 31) / 32 * 2; ++i) {
-      (all.forward ? write_forward : write_backward)(all, sums + 4 * i * kSum, i / 2 * 32, work.start + i % 2 * 32);
+    const int64_t across = work.wide / 32;
+    for (int64_t i = 0; i < (all.tokens + 31) / 32 * across; ++i) {
+      const int64_t token = i / across * 32, place = work.start + i % across * 32;
+      (all.forward ? write_forward : write_backward)(all, sums + 4 * i * kSum, token, place);
     }
   }
   _tile_release();
-  return sound && cursors_done(all, begin * kPanel, end * kPanel, cursor);
+  return sound && cursors_done(all, begin * kUnit, end * kUnit, cursor);
 }
 
 }  // namespace qrosa::QROSA_ISA

@@ -59,7 +59,7 @@ struct Kernels {
                   uint32_t threshold, float scale);
 
   // Products that never write the dense weight; null where the processor has no matrix tiles.
-  int64_t (*matmul_panels)(const MatmulWork& work);
+  int64_t (*matmul_units)(const MatmulWork& work);
   int64_t (*matmul_workspace)(const MatmulWork& work);
   // Tiles of src [tokens, depth], for the blocks [begin, end) of 16 tokens; blocks past the last token are zero.
   void (*pack_tokens)(bool forward, const void* src, int64_t tokens, int64_t depth, int64_t begin, int64_t end,

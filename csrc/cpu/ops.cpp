@@ -225,8 +225,8 @@ Tensor dropout(const Tensor& x, double p, int64_t seed) {
   return out;
 }
 
-// Tokens that are multiplied with one decoding of the weight: their sums for a panel (64 fp32 numbers each) stay near.
-constexpr int64_t kTokens = 1024;
+// Tokens that are multiplied with one decoding of the weight: their sums for a panel (512 fp32 numbers each) stay in L2.
+constexpr int64_t kTokens = 512;
 
 void matmul_block(const Kernels& use, const MatmulWork& work, const void* x, const void* left) {
   const int64_t depth = work.forward ? work.columns : work.features;
@@ -237,7 +237,7 @@ void matmul_block(const Kernels& use, const MatmulWork& work, const void* x, con
     use.pack_tokens(work.forward, x, work.tokens, depth, begin, end, packed);
     if (work.rank > 0) use.pack_tokens(work.forward, left, work.tokens, work.rank, begin, end, packed + bytes);
   });
-  over_rows(use.matmul_panels(work), 1, [&](int64_t begin, int64_t end) {
+  over_rows(use.matmul_units(work), 1, [&](int64_t begin, int64_t end) {
     return use.matmul(work, packed, packed + bytes, begin, end, tile_space.get<char>(use.matmul_workspace(work)));
   });
 }

@@ -9,6 +9,6 @@
 #define QROSA_KERNELS(isa) {QROSA_COMMON_KERNELS(isa, score_tile), nullptr, nullptr, nullptr, nullptr}
 
 #define QROSA_AMX_KERNELS(isa)                                                                         \
-  {QROSA_COMMON_KERNELS(isa, score_tile_amx), isa::matmul_panels, isa::matmul_workspace,               \
+  {QROSA_COMMON_KERNELS(isa, score_tile_amx), isa::matmul_units, isa::matmul_workspace,               \
    isa::pack_tokens, isa::matmul}
 // clang-format on
