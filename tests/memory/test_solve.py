@@ -152,7 +152,8 @@ def test_mask_groups_take_what_is_left_and_no_more_than_asked() -> None:
 
 def test_the_cpu_counts_the_whole_process() -> None:
     found = made(SMOL, 8 * GB, device="cpu", seq_len=512)
-    assert found.fits and found.settings["device"] == "cpu" and found.work.attention == "eager"
+    assert found.fits and found.settings["device"] == "cpu" and found.work.attention == "sdpa"
+    assert made(SMOL, 8 * GB, device="cpu", seq_len=256).work.attention == "eager"
     train = found.phases["train"]
     assert found.planned["train"] == train.device_total + train.host_total
 
