@@ -37,7 +37,11 @@ ISA_FLAGS = {
 # Contraction would fuse the product and the sum of a nested absmax, and with that leave bitsandbytes' values.
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 CXX_FLAGS += ["-Wno-maybe-uninitialized"]  # GCC takes the undefined operands inside AVX-512 intrinsics for ours
-CXX_FLAGS += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3"]
+CXX_FLAGS += (
+    ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    if SANITIZE
+    else ["-O3"]
+)
 DEFINES = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}"]
 
 PTXAS_REPORTS = ROOT / "build" / "ptxas"
