@@ -1,6 +1,6 @@
 """How much of what NF4 loses a repair wins back before any training.
 
-    python bench/bench_repair.py        # some 6 minutes on two cores; writes bench/results/repair.json
+    python bench/bench_repair.py        # some 5 minutes on two idle cores; writes bench/results/repair.json
 
 SmolLM2-135M-Instruct, 16-bit against NF4 against NF4 with a sparse part or a low-rank part that starts at the
 quantisation error R. Positions and activation weights come from one set of film reviews, perplexity from another. The
@@ -49,7 +49,7 @@ WINDOW = 512
 def main() -> None:
     """Measure everything, print a table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=16, help=f"evaluation windows of {WINDOW} tokens")
+    parser.add_argument("--windows", type=int, default=8, help=f"evaluation windows of {WINDOW} tokens")
     parser.add_argument("--rows", type=int, default=32, help="selection rows of 256 tokens")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "repair.json")
     arguments = parser.parse_args()
