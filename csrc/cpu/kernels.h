@@ -41,7 +41,7 @@ struct Kernels {
                      int64_t columns, int64_t begin, int64_t end, bool first, float* out);
 
   // Floats of workspace that spmm_prepare writes for `rows` rows of x.
-  int64_t (*spmm_workspace)(Float type, int64_t rows, int64_t columns);
+  int64_t (*spmm_workspace)(int64_t rows, int64_t columns);
   void (*spmm_prepare)(const Nf4View& nf4, Float type, const void* x, int64_t rows, int64_t columns, float* prepared);
   // y[t, n] for n in [begin, end); y [rows, features]; tile: [columns + 64] floats of this thread's own.
   bool (*spmm_rows)(const Nf4View& nf4, const CsrView& csr, Float type, const void* x, const float* prepared, void* y,

@@ -161,7 +161,7 @@ Tensor dequant_spmm(const Tensor& x, const Tensor& codes, const Tensor& absmax, 
   Tensor y = torch::stable::new_empty(x, {rows, features});
   const Float type = float_type(x);
   const Kernels& use = kernels();
-  float* prepared = shared_space.get<float>(use.spmm_workspace(type, rows, columns));
+  float* prepared = shared_space.get<float>(use.spmm_workspace(rows, columns));
   use.spmm_prepare(nf4, type, x.data_ptr(), rows, columns, prepared);
   const void* source = x.data_ptr();
   void* target = y.mutable_data_ptr();
