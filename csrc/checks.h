@@ -84,8 +84,8 @@ inline CsrView csr_view(const Tensor& row_ptr, const Tensor& col, const Optional
   return view;
 }
 
-inline CsrView optional_csr_view(const OptionalTensor& row_ptr, const OptionalTensor& col,
-                                 const OptionalTensor& values, int64_t rows, int64_t columns, const Tensor& like) {
+inline CsrView optional_csr_view(const OptionalTensor& row_ptr, const OptionalTensor& col, const OptionalTensor& values,
+                                 int64_t rows, int64_t columns, const Tensor& like) {
   const bool present = row_ptr.has_value();
   STD_TORCH_CHECK(present == col.has_value() && present == values.has_value(),
                   "row_ptr, col and values come together or not at all");

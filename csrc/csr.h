@@ -1,7 +1,8 @@
-// The sparse delta's layout, shared by the CPU and CUDA kernels: int32 row pointers, 16- or 32-bit columns, fp32 values.
+// The sparse delta's layout, shared by the CPU and CUDA kernels: int32 row pointers, 16- or 32-bit columns, fp32
+// values.
 //
-// Columns are uint16 where K <= 65536 and int32 above. What the arrays hold is checked where it is read, so that damaged
-// indices raise an error instead of touching foreign memory.
+// Columns are uint16 where K <= 65536 and int32 above. What the arrays hold is checked where it is read, so that
+// damaged indices raise an error instead of touching foreign memory.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,7 @@ struct CsrView {
   const void* col;         // uint16 or int32 [nnz]
   const float* values;     // [nnz], null where only positions matter
   int64_t nnz;
-  bool wide;               // columns are int32
+  bool wide;  // columns are int32
 };
 
 QROSA_HD int64_t column(const CsrView& csr, int64_t index) {

@@ -1,4 +1,5 @@
-// Dropout as a pure function of a seed and an element's index (qrosa/ops/dropout.py says why and holds the same function).
+// Dropout as a pure function of a seed and an element's index (qrosa/ops/dropout.py says why and holds the same
+// function).
 #pragma once
 
 #include <cstdint>

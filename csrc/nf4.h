@@ -16,22 +16,34 @@
 namespace qrosa {
 
 // QLoRA (arXiv 2305.14314), appendix E. qrosa/ops/operands.py holds the same values; a test compares the two.
-#define QROSA_NF4_TABLE                                                                                            \
-  {-1.0f,                -0.6961928009986877f,  -0.5250730514526367f,  -0.39491748809814453f,                      \
-   -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,                                      \
-   0.07958029955625534f,  0.16093020141124725f,  0.24611230194568634f,  0.33791524171829224f,                      \
-   0.44070982933044434f,  0.5626170039176941f,   0.7229568362236023f,   1.0f}
+#define QROSA_NF4_TABLE   \
+  {-1.0f,                 \
+   -0.6961928009986877f,  \
+   -0.5250730514526367f,  \
+   -0.39491748809814453f, \
+   -0.28444138169288635f, \
+   -0.18477343022823334f, \
+   -0.09105003625154495f, \
+   0.0f,                  \
+   0.07958029955625534f,  \
+   0.16093020141124725f,  \
+   0.24611230194568634f,  \
+   0.33791524171829224f,  \
+   0.44070982933044434f,  \
+   0.5626170039176941f,   \
+   0.7229568362236023f,   \
+   1.0f}
 
 constexpr int kNestedShift = 8;  // blocks that share one absmax_scale: 256
 
 struct Nf4View {
-  const uint8_t* codes;       // [ceil(N * K / 2)]
-  const float* absmax;        // [blocks], null when nested
-  const uint8_t* absmax_q;    // [blocks], null when plain
-  const float* absmax_code;   // [256], null when plain
-  const float* absmax_scale;  // [ceil(blocks / 256)], null when plain
-  const float* absmax_offset; // [1], null when plain; stays on the device, so that no launch waits for it
-  int block_shift;            // log2 of the block size
+  const uint8_t* codes;        // [ceil(N * K / 2)]
+  const float* absmax;         // [blocks], null when nested
+  const uint8_t* absmax_q;     // [blocks], null when plain
+  const float* absmax_code;    // [256], null when plain
+  const float* absmax_scale;   // [ceil(blocks / 256)], null when plain
+  const float* absmax_offset;  // [1], null when plain; stays on the device, so that no launch waits for it
+  int block_shift;             // log2 of the block size
 };
 
 // The absmax of one block, bit-equal to bitsandbytes.

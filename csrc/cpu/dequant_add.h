@@ -1,8 +1,8 @@
 // NF4 -> dense rows, with the sparse delta added before the one rounding.
 //
-// A block of 64 elements has 16 possible values: table * absmax, rounded to the output type. So the arithmetic is done 16
-// times a block, not 64, and the elements are looked up. Positions that carry a sparse value are computed again from their
-// 4-bit code in fp32 and overwrite the row while it is in the nearest cache.
+// A block of 64 elements has 16 possible values: table * absmax, rounded to the output type. So the arithmetic is done
+// 16 times a block, not 64, and the elements are looked up. Positions that carry a sparse value are computed again from
+// their 4-bit code in fp32 and overwrite the row while it is in the nearest cache.
 #pragma once
 
 #include "simd.h"
@@ -19,7 +19,8 @@ struct Lut;
 static inline __m256i narrow_words(__m512 value, Bf16*) {
   const __m512i bits = _mm512_castps_si512(value);
   const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7FFF))), 16);
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7FFF))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7FC0)));
 }
@@ -31,7 +32,8 @@ template <class Out>
 struct Lut16 {
   __m512i words;  // the 16 values twice: vpermw reads five bits of an index, the fifth is noise
   explicit Lut16(float absmax) {
-    const __m256i half = narrow_words(_mm512_mul_ps(_mm512_load_ps(kTable), _mm512_set1_ps(absmax)), static_cast<Out*>(nullptr));
+    const __m256i half =
+        narrow_words(_mm512_mul_ps(_mm512_load_ps(kTable), _mm512_set1_ps(absmax)), static_cast<Out*>(nullptr));
     words = _mm512_broadcast_i64x4(half);
   }
   Out pick(int code) const {
@@ -208,7 +210,8 @@ static inline bool patch_row(const Nf4View& nf4, const CsrView& csr, int64_t row
 }
 
 template <class Out>
-static bool dequant_rows_as(const Nf4View& nf4, const CsrView& csr, Out* out, int64_t columns, int64_t begin, int64_t end) {
+static bool dequant_rows_as(const Nf4View& nf4, const CsrView& csr, Out* out, int64_t columns, int64_t begin,
+                            int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     dequant_span(nf4, row * columns, columns, out + row * columns);
     if (csr.row_ptr != nullptr && !patch_row(nf4, csr, row, columns, out + row * columns)) return false;
@@ -218,9 +221,8 @@ static bool dequant_rows_as(const Nf4View& nf4, const CsrView& csr, Out* out, in
 
 static bool dequant_rows(const Nf4View& nf4, const CsrView& csr, Float type, void* out, int64_t columns, int64_t begin,
                          int64_t end) {
-  return with_type(type, [&](auto* tag) {
-    return dequant_rows_as(nf4, csr, static_cast<decltype(tag)>(out), columns, begin, end);
-  });
+  return with_type(
+      type, [&](auto* tag) { return dequant_rows_as(nf4, csr, static_cast<decltype(tag)>(out), columns, begin, end); });
 }
 
 }  // namespace qrosa::QROSA_ISA

@@ -3,26 +3,28 @@
 //   forward    Y [T, N] = X W_eff^T + left right^T + bias     left [T, r], right = B [N, r]
 //   backward  dX [T, K] = dY W_eff + left right               left [T, r], right = A [r, K]
 //
-// A thread owns panels of up to 512 rows (forward) or columns (backward) of W_eff. It decodes 256 deep pieces of a panel
-// straight into tile order (256 KB: the L2 cache) and multiplies each with all tokens, whose tiles were packed once for all
-// threads: 32 tokens of a piece's depth (16 KB) stay in the nearest cache while the piece passes by. (Other sizes of panel and
-// depth were measured: smaller panels read the tokens from L3 too often, deeper pieces push the tokens out of L1.) The
-// low-rank part is one more piece: r more steps of depth. Sums stay in fp32 until they are written, rounded once.
+// A thread owns panels of up to 512 rows (forward) or columns (backward) of W_eff. It decodes 256 deep pieces of a
+// panel straight into tile order (256 KB: the L2 cache) and multiplies each with all tokens, whose tiles were packed
+// once for all threads: 32 tokens of a piece's depth (16 KB) stay in the nearest cache while the piece passes by.
+// (Other sizes of panel and depth were measured: smaller panels read the tokens from L3 too often, deeper pieces push
+// the tokens out of L1.) The low-rank part is one more piece: r more steps of depth. Sums stay in fp32 until they are
+// written, rounded once.
 //
-// A tile is 16 rows of 64 bytes. A product C [16, 16] += A [16, 32] B takes B with pairs of depth side by side. Forward, W_eff is
-// the left operand, as decoded, and X is transposed by word; backward, W_eff is the right one, two decoded rows interleaved.
+// A tile is 16 rows of 64 bytes. A product C [16, 16] += A [16, 32] B takes B with pairs of depth side by side.
+// Forward, W_eff is the left operand, as decoded, and X is transposed by word; backward, W_eff is the right one, two
+// decoded rows interleaved.
 #pragma once
 
-#include "sddmm.h"
 #include "dequant_add.h"
+#include "sddmm.h"
 
 namespace qrosa::QROSA_ISA {
 
-constexpr int kTile = 512;              // bf16 numbers in a tile
-constexpr int kSum = 256;               // fp32 numbers in a tile of sums
-constexpr int kUnit = 64;               // rows or columns of W_eff that work is split by
-constexpr int kPanel = 512;             // and that a thread works on at once, at most
-constexpr int kDepth = 256;             // of a decoded piece
+constexpr int kTile = 512;   // bf16 numbers in a tile
+constexpr int kSum = 256;    // fp32 numbers in a tile of sums
+constexpr int kUnit = 64;    // rows or columns of W_eff that work is split by
+constexpr int kPanel = 512;  // and that a thread works on at once, at most
+constexpr int kDepth = 256;  // of a decoded piece
 constexpr int kDepthTiles = kDepth / 32;
 
 struct alignas(64) TileShape {
@@ -33,8 +35,8 @@ struct alignas(64) TileShape {
 
 // Sums of two weight tiles by two token tiles over `steps` tiles of depth. sums: w0t0, w0t1, w1t0, w1t1.
 template <bool kWeightsLeft>
-static inline void multiply_tiles(const Bf16* w0, const Bf16* w1, const Bf16* t0, const Bf16* t1, int64_t steps, float* sums,
-                                  bool first) {
+static inline void multiply_tiles(const Bf16* w0, const Bf16* w1, const Bf16* t0, const Bf16* t1, int64_t steps,
+                                  float* sums, bool first) {
   if (first) {
     _tile_zero(0);
     _tile_zero(1);
@@ -76,7 +78,8 @@ static inline __m512i load_some(const Bf16* p, int64_t count) {
 }
 
 // One tile of tokens: 16 rows of src (of which `rows` exist), 32 columns (of which `columns` exist).
-static inline void pack_token_tile(bool forward, const Bf16* src, int64_t stride, int64_t rows, int64_t columns, Bf16* tile) {
+static inline void pack_token_tile(bool forward, const Bf16* src, int64_t stride, int64_t rows, int64_t columns,
+                                   Bf16* tile) {
   __m512i row[16];
   for (int i = 0; i < 16; ++i) row[i] = i < rows ? load_some(src + i * stride, columns) : _mm512_setzero_si512();
   if (forward) transpose(row);
@@ -84,7 +87,8 @@ static inline void pack_token_tile(bool forward, const Bf16* src, int64_t stride
 }
 
 // Token tiles of the blocks [begin, end) of 16 tokens: [block, tile of depth].
-static void pack_tokens(bool forward, const void* src, int64_t tokens, int64_t depth, int64_t begin, int64_t end, void* packed) {
+static void pack_tokens(bool forward, const void* src, int64_t tokens, int64_t depth, int64_t begin, int64_t end,
+                        void* packed) {
   const int64_t depth_tiles = (depth + 31) / 32;
   for (int64_t block = begin; block < end; ++block) {
     for (int64_t d = 0; d < depth_tiles; ++d) {
@@ -247,7 +251,10 @@ static void write_forward(const MatmulWork& all, const float* sums, int64_t toke
   if (all.bias != nullptr) {
     for (int i = 0; i < 2; ++i) {
       const int64_t left = wide - 16 * i;
-      bias[i] = _mm512_maskz_loadu_ps(left >= 16 ? 0xFFFF : left > 0 ? (1u << left) - 1 : 0, all.bias + feature + 16 * i);
+      bias[i] = _mm512_maskz_loadu_ps(left >= 16 ? 0xFFFF
+                                      : left > 0 ? (1u << left) - 1
+                                                 : 0,
+                                      all.bias + feature + 16 * i);
     }
   }
   for (int half = 0; half < 2; ++half) {
@@ -306,7 +313,8 @@ static bool place_cursors(const MatmulWork& all, int64_t first, int64_t last, in
   return true;
 }
 
-// Whether the values of the units from `first` to `last` were all met: a column that is too large or out of order stays behind.
+// Whether the values of the units from `first` to `last` were all met: a column that is too large or out of order stays
+// behind.
 static bool cursors_done(const MatmulWork& all, int64_t first, int64_t last, const int32_t* cursor) {
   if (all.csr.row_ptr == nullptr || (!all.forward && last < all.columns)) return true;
   const int64_t begin = all.forward ? first : 0, end = all.forward ? lesser(last, all.features) : all.features;
@@ -317,7 +325,8 @@ static bool cursors_done(const MatmulWork& all, int64_t first, int64_t last, con
 }
 
 // The units [begin, end), with `space` of matmul_workspace() bytes; false: a bad index.
-static bool matmul(const MatmulWork& all, const void* packed, const void* packed_left, int64_t begin, int64_t end, void* space) {
+static bool matmul(const MatmulWork& all, const void* packed, const void* packed_left, int64_t begin, int64_t end,
+                   void* space) {
   const TileShape shape;
   auto* piece = static_cast<Bf16*>(space);
   auto* sums = reinterpret_cast<float*>(piece + kPanel * kDepth);

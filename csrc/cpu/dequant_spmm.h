@@ -1,9 +1,10 @@
 // x @ (deq + S)^T for few rows of x, straight from the 4-bit codes.
 //
-// In general a row of the weight is decoded to fp32 in the nearest cache and multiplied there. With AVX-512 the decoded row
-// does not exist either: a 32-bit word of codes holds eight nibbles, and shifting a vector of words by 0, 4, ... 28 bits gives
-// eight vectors of table indices; x is laid out once in that order. The block's absmax multiplies the block's sum instead of
-// its elements. (Two bf16 dot products with a table split in halves were measured, and are slower.)
+// In general a row of the weight is decoded to fp32 in the nearest cache and multiplied there. With AVX-512 the decoded
+// row does not exist either: a 32-bit word of codes holds eight nibbles, and shifting a vector of words by 0, 4, ... 28
+// bits gives eight vectors of table indices; x is laid out once in that order. The block's absmax multiplies the
+// block's sum instead of its elements. (Two bf16 dot products with a table split in halves were measured, and are
+// slower.)
 #pragma once
 
 #include "dequant_add.h"
@@ -24,7 +25,8 @@ static inline bool spmm_from_words(const Nf4View& nf4, int64_t columns) {
 static int64_t spmm_workspace(int64_t rows, int64_t columns) { return rows * round_up(columns, kGroup); }
 
 // x in fp32: [rows, columns], or in the order of words [rows, groups, 8 nibbles, 16 words], zero-padded.
-static void spmm_prepare(const Nf4View& nf4, Float type, const void* x, int64_t rows, int64_t columns, float* prepared) {
+static void spmm_prepare(const Nf4View& nf4, Float type, const void* x, int64_t rows, int64_t columns,
+                         float* prepared) {
   with_type(type, [&](auto* tag) {
     const auto* source = static_cast<decltype(tag)>(const_cast<void*>(x));
     if (!spmm_from_words(nf4, columns)) {
@@ -46,7 +48,8 @@ static void spmm_prepare(const Nf4View& nf4, Float type, const void* x, int64_t 
 
 // The delta's part of one row for `count` rows of x, added to out. False: an index lies outside the matrix.
 template <class T>
-static inline bool add_sparse_dot(const CsrView& csr, int64_t row, const T* x, int64_t columns, int64_t count, float* out) {
+static inline bool add_sparse_dot(const CsrView& csr, int64_t row, const T* x, int64_t columns, int64_t count,
+                                  float* out) {
   if (!row_in_bounds(csr, row)) return false;
   for (int64_t i = csr.row_ptr[row]; i < csr.row_ptr[row + 1]; ++i) {
     const int64_t col = column(csr, i);
@@ -60,8 +63,8 @@ static inline bool add_sparse_dot(const CsrView& csr, int64_t row, const T* x, i
 constexpr int kRowsAtOnce = 4;
 
 template <int kCount>
-static inline void row_times(const uint8_t* codes, const float* x, int64_t x_stride, const float* absmax, int64_t columns,
-                             float* out) {
+static inline void row_times(const uint8_t* codes, const float* x, int64_t x_stride, const float* absmax,
+                             int64_t columns, float* out) {
   const __m512 table = _mm512_load_ps(kTable);
   __m512 acc[kCount];
   for (int t = 0; t < kCount; ++t) acc[t] = zero();
@@ -99,8 +102,9 @@ static inline void decode_absmax(const Nf4View& nf4, int64_t block, int64_t coun
 }
 
 template <class T>
-static bool spmm_rows_from_words(const Nf4View& nf4, const CsrView& csr, const T* x, const float* prepared, T* y, int64_t rows,
-                                 int64_t columns, int64_t features, int64_t begin, int64_t end, float* absmax) {
+static bool spmm_rows_from_words(const Nf4View& nf4, const CsrView& csr, const T* x, const float* prepared, T* y,
+                                 int64_t rows, int64_t columns, int64_t features, int64_t begin, int64_t end,
+                                 float* absmax) {
   const int64_t blocks = columns / 64, stride = round_up(columns, kGroup);
   absmax[blocks] = 0.0f;  // stands beside the last half group
   for (int64_t row = begin; row < end; ++row) {
@@ -139,8 +143,8 @@ static bool spmm_rows(const Nf4View& nf4, const CsrView& csr, Float type, const 
     auto* out = static_cast<decltype(tag)>(y);
 #if defined(__AVX512F__)
     if (spmm_from_words(nf4, columns)) {
-      return spmm_rows_from_words(nf4, csr, static_cast<decltype(tag)>(const_cast<void*>(x)), prepared, out, rows, columns,
-                                  features, begin, end, tile);
+      return spmm_rows_from_words(nf4, csr, static_cast<decltype(tag)>(const_cast<void*>(x)), prepared, out, rows,
+                                  columns, features, begin, end, tile);
     }
 #else
     (void)x;

@@ -6,7 +6,8 @@
 namespace qrosa::QROSA_ISA {
 
 template <class T>
-static void dropout_as(const T* x, T* out, int64_t begin, int64_t end, DropoutKeys keys, uint32_t threshold, float scale) {
+static void dropout_as(const T* x, T* out, int64_t begin, int64_t end, DropoutKeys keys, uint32_t threshold,
+                       float scale) {
   for (int64_t i = begin; i < end; ++i) {
     const bool keep = dropout_hash(static_cast<uint32_t>(i), keys) >= threshold;
     const float scaled = widen(x[i]) * scale;

@@ -35,7 +35,8 @@ Isa find_best_isa() {
     if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
     return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return Isa::kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    return Isa::kAvx2;
 #endif
   return Isa::kPortable;
 }

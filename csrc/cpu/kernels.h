@@ -1,7 +1,8 @@
 // What each instruction set provides: one table of kernels, filled by the file kernels_<isa>.cpp.
 //
-// The bindings split the work among threads and call through the table that `kernels()` picked for this machine. A kernel
-// works on a range, on raw pointers that were checked, and returns false when it met an index outside the matrix.
+// The bindings split the work among threads and call through the table that `kernels()` picked for this machine. A
+// kernel works on a range, on raw pointers that were checked, and returns false when it met an index outside the
+// matrix.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +19,13 @@ enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 
 
 // A product with W_eff [features, columns] of NF4 and CSR, bf16 throughout (see dequant_matmul.h).
 struct MatmulWork {
-  bool forward;         // X W_eff^T + left right^T + bias, or dY W_eff + left right
+  bool forward;  // X W_eff^T + left right^T + bias, or dY W_eff + left right
   Nf4View nf4;
   CsrView csr;
   int64_t tokens, features, columns, rank;
-  const void* right;    // [features, rank] forward, [rank, columns] backward; null at rank 0
-  const float* bias;    // [features] or null
-  void* out;            // [tokens, features] forward, [tokens, columns] backward
+  const void* right;  // [features, rank] forward, [rank, columns] backward; null at rank 0
+  const float* bias;  // [features] or null
+  void* out;          // [tokens, features] forward, [tokens, columns] backward
 };
 
 struct Kernels {

@@ -78,9 +78,8 @@ void dequant_add(const Tensor& codes, const Tensor& absmax, const OptionalTensor
   void* target = out.mutable_data_ptr();
   const Float type = float_type(out);
   const Kernels& use = kernels();
-  over_rows(rows, grain_rows(columns), [&](int64_t begin, int64_t end) {
-    return use.dequant_rows(nf4, csr, type, target, columns, begin, end);
-  });
+  over_rows(rows, grain_rows(columns),
+            [&](int64_t begin, int64_t end) { return use.dequant_rows(nf4, csr, type, target, columns, begin, end); });
 }
 
 void check_pair(const Tensor& dy, const Tensor& x) {
@@ -121,7 +120,8 @@ bool sddmm_chunk(const Kernels& use, const SddmmWork& work, int64_t start, int64
       if (work.csr.row_ptr[first] == work.csr.row_ptr[last]) continue;
       use.pack_columns(work.type, offset(work.dy, start * work.features + first, work.type), work.features, depth,
                        last - first, packed_dy);
-      if (!use.sddmm_rows(work.type, work.csr, packed_dy, packed_x, words, work.columns, first, last, start == 0, work.out)) {
+      if (!use.sddmm_rows(work.type, work.csr, packed_dy, packed_x, words, work.columns, first, last, start == 0,
+                          work.out)) {
         sound.store(false);
       }
     }
@@ -156,7 +156,8 @@ Tensor dequant_spmm(const Tensor& x, const Tensor& codes, const Tensor& absmax, 
                     int64_t features) {
   check_matrix(x, "x");
   const int64_t rows = x.size(0), columns = x.size(1);
-  const Nf4View nf4 = nf4_view(codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, features, columns, x);
+  const Nf4View nf4 =
+      nf4_view(codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, features, columns, x);
   const CsrView csr = optional_csr_view(row_ptr, col, values, features, columns, x);
   Tensor y = torch::stable::new_empty(x, {rows, features});
   const Float type = float_type(x);
@@ -172,7 +173,8 @@ Tensor dequant_spmm(const Tensor& x, const Tensor& codes, const Tensor& absmax, 
   return y;
 }
 
-void score_block(const Kernels& use, const Tensor& dy, const Tensor& x, float* stat, bool square, int64_t n0, int64_t k0) {
+void score_block(const Kernels& use, const Tensor& dy, const Tensor& x, float* stat, bool square, int64_t n0,
+                 int64_t k0) {
   const Float type = float_type(x);
   const int64_t rows = x.size(0), features = dy.size(1), columns = x.size(1);
   const int64_t n = n0 + kScoreRows < features ? kScoreRows : features - n0;
@@ -225,7 +227,8 @@ Tensor dropout(const Tensor& x, double p, int64_t seed) {
   return out;
 }
 
-// Tokens that are multiplied with one decoding of the weight: their sums for a panel (512 fp32 numbers each) stay in L2.
+// Tokens that are multiplied with one decoding of the weight: their sums for a panel (512 fp32 numbers each) stay in
+// L2.
 constexpr int64_t kTokens = 512;
 
 void matmul_block(const Kernels& use, const MatmulWork& work, const void* x, const void* left) {
@@ -301,8 +304,6 @@ STABLE_TORCH_LIBRARY_IMPL(qrosa, CPU, library) {
   library.impl("dropout", TORCH_BOX(&dropout));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(qrosa, CompositeExplicitAutograd, library) {
-  library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-}
+STABLE_TORCH_LIBRARY_IMPL(qrosa, CompositeExplicitAutograd, library) { library.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
 
 }  // namespace qrosa

@@ -78,8 +78,8 @@ static void score_tile_as(const uint32_t* packed_dy, int64_t dy_words, const T* 
   }
 }
 
-static void score_tile(Float type, const uint32_t* packed_dy, int64_t words, const void* x, int64_t stride, int64_t depth,
-                       int64_t n, int64_t k, uint32_t* packed_x, float* tile, int64_t tile_stride) {
+static void score_tile(Float type, const uint32_t* packed_dy, int64_t words, const void* x, int64_t stride,
+                       int64_t depth, int64_t n, int64_t k, uint32_t* packed_x, float* tile, int64_t tile_stride) {
   with_type(type, [&](auto* tag) {
     score_tile_as(packed_dy, words, static_cast<decltype(tag)>(const_cast<void*>(x)), stride, depth, n, k, packed_x,
                   tile, tile_stride);

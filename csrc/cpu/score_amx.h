@@ -51,9 +51,11 @@ static inline void add_sums(const float* sums, int64_t rows, int64_t width, floa
     const __m512 even = _mm512_load_ps(source), odd = _mm512_load_ps(source + kSum);
     float* target = tile + n * tile_stride;
     const auto low = static_cast<__mmask16>(mask), high = static_cast<__mmask16>(mask >> 16);
-    _mm512_mask_storeu_ps(target, low, _mm512_add_ps(_mm512_maskz_loadu_ps(low, target), _mm512_permutex2var_ps(even, first, odd)));
-    _mm512_mask_storeu_ps(target + 16, high,
-                          _mm512_add_ps(_mm512_maskz_loadu_ps(high, target + 16), _mm512_permutex2var_ps(even, second, odd)));
+    _mm512_mask_storeu_ps(target, low,
+                          _mm512_add_ps(_mm512_maskz_loadu_ps(low, target), _mm512_permutex2var_ps(even, first, odd)));
+    _mm512_mask_storeu_ps(
+        target + 16, high,
+        _mm512_add_ps(_mm512_maskz_loadu_ps(high, target + 16), _mm512_permutex2var_ps(even, second, odd)));
   }
 }
 

@@ -1,8 +1,8 @@
 // dY^T X at the stored positions: a dot product over the rows of both, for each position.
 //
-// Row-major inputs hold the two columns of a dot product strided, so a chunk of rows is packed first: each column becomes
-// one run of 32-bit words (two bf16 rows in a word, the operand of the bf16 dot product), transposed in registers. The
-// packed chunk of X stays in the L2 cache while all rows of the delta walk over it.
+// Row-major inputs hold the two columns of a dot product strided, so a chunk of rows is packed first: each column
+// becomes one run of 32-bit words (two bf16 rows in a word, the operand of the bf16 dot product), transposed in
+// registers. The packed chunk of X stays in the L2 cache while all rows of the delta walk over it.
 #pragma once
 
 #include "simd.h"
@@ -22,7 +22,8 @@ static inline void transpose(__m512i* r) {
     t[g + 3] = _mm512_unpackhi_epi64(b, d);
   }
   for (int j = 0; j < 4; ++j) {
-    const __m512i even01 = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88), odd01 = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xDD);
+    const __m512i even01 = _mm512_shuffle_i32x4(t[j], t[4 + j], 0x88),
+                  odd01 = _mm512_shuffle_i32x4(t[j], t[4 + j], 0xDD);
     const __m512i even23 = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0x88);
     const __m512i odd23 = _mm512_shuffle_i32x4(t[8 + j], t[12 + j], 0xDD);
     r[j] = _mm512_shuffle_i32x4(even01, even23, 0x88);
@@ -101,7 +102,8 @@ static inline void pack_block(const T* src, int64_t stride, uint32_t* packed, in
   for (int64_t c = 0; c < keep; ++c) {
     for (int w = 0; w < kLanes; ++w) {
       if constexpr (Block<T>::kRows == 2 * kLanes) {
-        packed[c * words + w] = src[2 * w * stride + c].bits | static_cast<uint32_t>(src[(2 * w + 1) * stride + c].bits) << 16;
+        packed[c * words + w] = src[2 * w * stride + c].bits | static_cast<uint32_t>(src[(2 * w + 1) * stride + c].bits)
+                                                                   << 16;
       } else {
         packed[c * words + w] = float_bits(widen(src[w * stride + c]));
       }
@@ -111,7 +113,8 @@ static inline void pack_block(const T* src, int64_t stride, uint32_t* packed, in
 }
 
 template <class T>
-static void pack_columns_as(const T* src, int64_t stride, int64_t rows, int64_t columns, uint32_t* packed, int64_t words) {
+static void pack_columns_as(const T* src, int64_t stride, int64_t rows, int64_t columns, uint32_t* packed,
+                            int64_t words) {
   constexpr int kRows = Block<T>::kRows, kColumns = Block<T>::kColumns;
   for (int64_t c = 0; c < columns; c += kColumns) {
     const int64_t keep = lesser(kColumns, columns - c);
@@ -185,9 +188,8 @@ static bool sddmm_rows_as(const CsrView& csr, const uint32_t* packed_dy, const u
 
 static bool sddmm_rows(Float type, const CsrView& csr, const uint32_t* packed_dy, const uint32_t* packed_x,
                        int64_t words, int64_t columns, int64_t begin, int64_t end, bool first, float* out) {
-  return type == Float::kBf16
-             ? sddmm_rows_as<true>(csr, packed_dy, packed_x, words, columns, begin, end, first, out)
-             : sddmm_rows_as<false>(csr, packed_dy, packed_x, words, columns, begin, end, first, out);
+  return type == Float::kBf16 ? sddmm_rows_as<true>(csr, packed_dy, packed_x, words, columns, begin, end, first, out)
+                              : sddmm_rows_as<false>(csr, packed_dy, packed_x, words, columns, begin, end, first, out);
 }
 
 }  // namespace qrosa::QROSA_ISA

@@ -140,15 +140,23 @@ static inline Vec each(F f) {
   return v;
 }
 static inline Vec zero() { return Vec{}; }
-static inline Vec splat(float value) { return each([=](int) { return value; }); }
+static inline Vec splat(float value) {
+  return each([=](int) { return value; });
+}
 template <class T>
 static inline Vec load(const T* p) {
   return each([=](int i) { return widen(p[i]); });
 }
 static inline void store(float* p, Vec v) { std::memcpy(p, v.lane, sizeof(v.lane)); }
-static inline Vec fma(Vec a, Vec b, Vec c) { return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
-static inline Vec mul(Vec a, Vec b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
-static inline Vec add(Vec a, Vec b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
+static inline Vec fma(Vec a, Vec b, Vec c) {
+  return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+}
+static inline Vec mul(Vec a, Vec b) {
+  return each([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+static inline Vec add(Vec a, Vec b) {
+  return each([&](int i) { return a.lane[i] + b.lane[i]; });
+}
 static inline float sum(Vec v) { return (v.lane[0] + v.lane[2]) + (v.lane[1] + v.lane[3]); }
 static inline Words load_words(const uint32_t* p) {
   Words w;
@@ -156,9 +164,15 @@ static inline Words load_words(const uint32_t* p) {
   return w;
 }
 static inline Words splat_word(uint32_t word) { return Words{{word, word, word, word}}; }
-static inline Vec as_floats(Words w) { return each([&](int i) { return bits_float(w.lane[i]); }); }
-static inline Vec even_bf16(Words w) { return each([&](int i) { return bits_float(w.lane[i] << 16); }); }
-static inline Vec odd_bf16(Words w) { return each([&](int i) { return bits_float(w.lane[i] & 0xFFFF0000u); }); }
+static inline Vec as_floats(Words w) {
+  return each([&](int i) { return bits_float(w.lane[i]); });
+}
+static inline Vec even_bf16(Words w) {
+  return each([&](int i) { return bits_float(w.lane[i] << 16); });
+}
+static inline Vec odd_bf16(Words w) {
+  return each([&](int i) { return bits_float(w.lane[i] & 0xFFFF0000u); });
+}
 #endif
 
 // acc + the products of two packed columns. A word holds two bf16 rows, or one fp32.
