@@ -95,6 +95,7 @@ def _load(device: str, key: str) -> None:
         try:
             torch.ops.load_library(str(path))
             libraries[device] = path
+            linear.compiled.add(device)
         except (OSError, RuntimeError) as error:
             notes[device] = f"{path.name} does not load: {str(error).splitlines()[0]}"
     if libraries[device] is None:

@@ -21,6 +21,9 @@ from qrosa.ops.operands import CsrOperands, NF4Operands
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
+compiled: set[str] = set()
+"""Device types that a compiled library serves; ``library.py`` fills it."""
+
 _workspace = threading.local()
 _kept_on = {"cpu"}
 """Device types whose scratch outlives a call; on others the allocator is quick, and the memory is wanted back."""
@@ -86,12 +89,7 @@ def _fuses(x: torch.Tensor, nf4: NF4Operands) -> bool:
     """Whether the product with W_eff can run without writing W_eff down: bf16 on a CPU with matrix tiles."""
     if x.device.type not in _kept_on or x.dtype != torch.bfloat16 or x.shape[0] < _FUSED_TOKENS:
         return False
-    return nf4.block_size == 64 and has_cpu_isa() and torch.ops.qrosa.cpu_isa(-1) == _AMX
-
-
-def has_cpu_isa() -> bool:
-    """Whether the compiled CPU library is there to be asked."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("qrosa::cpu_isa", "CompositeExplicitAutograd"))
+    return nf4.block_size == 64 and "cpu" in compiled and torch.ops.qrosa.cpu_isa(-1) == _AMX
 
 
 def product(
