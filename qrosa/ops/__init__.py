@@ -2,7 +2,7 @@
 
 ``schema.py`` is the contract, ``reference.py`` the oracle, ``linear.py`` the layer, ``csrc`` the kernels. The functions
 here take ``NF4Operands`` and ``CsrOperands``; under them lie ``torch.ops.qrosa.*``, which take the same tensors one by
-one. All of them work under fake tensors and ``torch.compile``. fp64 inputs go to the reference: the kernels end at fp32.
+one. All of them work under fake tensors and ``torch.compile``. fp64 goes to the reference: the kernels end at fp32.
 """
 
 from __future__ import annotations
