@@ -1,6 +1,6 @@
 """How true the plan is: closed form against simulation, over models, lengths, checkpointing and offload levers.
 
-    python bench/bench_plan.py                       # the whole grid, half an hour on one core
+    python bench/bench_plan.py                       # the whole grid, some 15 minutes on one core
     python bench/bench_plan.py --models Mistral-7B --lengths 512,2048
 
 Writes bench/results/plan.json, plan.md (the worst cases first) and plan.svg (planned over simulated bytes). Both count

@@ -254,8 +254,7 @@ def _backward_moments(
     mean_rank = sum(ranks.values()) / dims.layers
     one = sum(saved_by_layer(dims, batch, work.attention, max(ranks.values())).values())
     boundary = HALF * batch.tokens * dims.hidden
-    # Layers that backward does not reach keep their boundary too, until Python's collector comes by.
-    kept = min(dims.layers, LIVE_BOUNDARIES) if work.offload_activations else dims.layers
+    kept = min(layers, LIVE_BOUNDARIES) if work.offload_activations else layers
     saved = kept * (boundary if work.checkpointing else 0) or layers * sum(
         saved_by_layer(dims, batch, work.attention, mean_rank).values()
     )
@@ -283,14 +282,14 @@ def _backward_moments(
         ),
     ]
     if work.checkpointing:
-        here = boundary * (kept if work.offload_activations else 1)  # of this layer, and the one on its way back
+        # The second layer: the first saves less, as its first norm reads the embeddings.
         late = {
-            "activations": here + recomputed + rotary_bytes(dims, batch),
+            "activations": min(layers, 2) * boundary + recomputed + rotary_bytes(dims, batch),
             "masks": masks,
             "workspace": workspace,
+            "micro_batch_gradients": micro_batch_gradients * max(0, layers - 2) // layers,
         }
-        late["micro_batch_gradients"] = micro_batch_gradients
-        moments.append(_Moment("backward through the first layer", lasting, late))
+        moments.append(_Moment("backward through the first layers", lasting, late))
     return moments
 
 

@@ -59,7 +59,11 @@ class ActivationOffload:
             return block(self._take(boundary), *rest)
 
         output = checkpoint(run, *args, use_reentrant=False)
-        self._send(boundary)
+        first = output[0] if isinstance(output, tuple) else output
+        if first.requires_grad:
+            self._send(boundary)
+        else:
+            boundary.live = None  # backward ends above this block, as it does when masks are selected
         return output
 
     def _take(self, boundary: _Boundary) -> Tensor:

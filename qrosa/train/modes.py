@@ -1,7 +1,9 @@
 """How the model computes: attention, recomputation, what stays on the host, and always to the same bits.
 
 Checkpointing is the non-reentrant kind. The reentrant kind gives no gradient at all when a block's input needs none,
-which is the case here: embeddings are frozen, so the first block's input is a constant.
+which is the case here: embeddings are frozen, so the first block's input is a constant. transformers gives embeddings a
+gradient because of that kind; here it would only cost: backward through the first block's input, and in mask selection
+the input of every block below the ones that are observed.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ def set_checkpointing(model: nn.Module, on: bool) -> None:
     if hasattr(hf, "activation_checkpointing_enable"):  # the name since transformers 5.2x
         if on:
             hf.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+            hf.disable_input_require_grads()
         else:
             hf.activation_checkpointing_disable()
     elif on:

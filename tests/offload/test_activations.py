@@ -12,6 +12,7 @@ import torch
 import qrosa
 from qrosa.adapters.inject import trainable_parameters
 from qrosa.offload.activations import ActivationOffload
+from qrosa.train.modes import set_checkpointing
 from tests.conftest import save_tiny_model
 
 IDS = torch.arange(60).view(2, 30)
@@ -58,6 +59,20 @@ def test_live_boundaries_do_not_grow_with_depth(tiny_tokenizer: Any, tmp_path: P
     offload._bring_back = watched  # type: ignore[method-assign]
     gradients(tmp_path, offload)
     assert most <= 2
+
+
+def test_blocks_that_backward_does_not_reach_keep_nothing(tiny_model_dir: Callable[..., Path]) -> None:
+    model, _ = qrosa.load(tiny_model_dir("llama"), qrosa.AdapterConfig(rank=4))
+    for name, parameter in model.named_parameters():
+        if ".layers.0." in name:
+            parameter.requires_grad_(False)
+    offload = ActivationOffload("cpu")
+    set_checkpointing(model, True)
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=offload.checkpoint)
+    loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    assert offload.held == model.config.num_hidden_layers - 1
+    loss.backward()
+    assert offload.held == 0
 
 
 def test_without_gradients_nothing_is_kept() -> None:
