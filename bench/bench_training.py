@@ -1,0 +1,182 @@
+"""Training and generation speed of a real model against PEFT + bitsandbytes QLoRA, on the CPU.
+
+Same model (SmolLM2-135M), same rows, same micro-batch, length, rank, dropout and recomputation on both sides; steps
+take turns, so that a slow moment of a shared machine hits both. The peer is used as its documentation shows it:
+transformers loads the base in 4 bits, PEFT adds LoRA to all linear layers, transformers' own loss, torch's AdamW.
+qrosa runs twice: at rank 16 without a sparse part, and with one of 0.6% density. Generation is greedy, one prompt,
+transformers' ``generate``.
+
+    python bench/bench_training.py            # writes bench/results/training-cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+from bench.assets import smollm2
+from bench.measure import report
+from qrosa.adapters.inject import quantized_linears
+from qrosa.base.adapter_io import attach_adapter
+from qrosa.base.load import load_base
+from qrosa.config import AdapterConfig
+from qrosa.data.batching import MicroBatch
+from qrosa.sparse.csr import CsrDelta
+from qrosa.train.loss import model_loss
+from qrosa.train.modes import set_attention, set_checkpointing
+from qrosa.train.optim import AdapterOptimizer
+
+RANK, DENSITY, DROPOUT = 16, 0.006, 0.05
+
+
+def batch_of(rows: int, length: int) -> MicroBatch:
+    """Random tokens, all of them supervised: the most that the loss can cost."""
+    ids = torch.randint(3, 49000, (rows, length), generator=torch.Generator().manual_seed(0))
+    return MicroBatch(ids, torch.ones_like(ids), ids.clone(), list(range(rows)))
+
+
+def ours(folder: Path, *, sparse: bool, checkpointing: bool) -> Any:
+    """The engine's model as ``qrosa finetune`` sets it up."""
+    model, _ = load_base(str(folder))
+    set_attention(model, "eager")
+    set_checkpointing(model, checkpointing)
+    attach_adapter(model, AdapterConfig(rank=RANK, density=0.0, dropout=DROPOUT))
+    if sparse:
+        generator = torch.Generator().manual_seed(1)
+        for layer in quantized_linears(model).values():
+            mask = torch.rand(layer.out_features, layer.in_features, generator=generator) < DENSITY
+            layer.set_sparse(CsrDelta.from_mask(mask))
+    return model.train()
+
+
+def our_step(model: Any, batch: MicroBatch) -> Callable[[], object]:
+    """One optimizer step of the engine."""
+    layers = quantized_linears(model).values()
+    low_rank = [p for layer in layers for p in (layer.low_rank_A, layer.low_rank_B)]
+    sparse = [layer.sparse_values for layer in layers if layer.sparse_values is not None]
+    optimizer = AdapterOptimizer(low_rank, sparse)
+
+    def step() -> None:
+        loss, count = model_loss(model, batch)
+        (loss / count).backward()
+        optimizer.accumulate()
+        optimizer.clip(1.0)
+        optimizer.step(lr=1e-4, sparse_lr=1e-4)
+
+    return step
+
+
+def peer(folder: Path, *, checkpointing: bool) -> Any:
+    """PEFT's QLoRA on the same base."""
+    import peft
+    import transformers
+
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, dtype=torch.bfloat16
+    )
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    config = peft.LoraConfig(r=RANK, lora_alpha=16, lora_dropout=DROPOUT, target_modules="all-linear")
+    return peft.get_peft_model(model, config).train()
+
+
+def peer_step(model: Any, batch: MicroBatch) -> Callable[[], object]:
+    """One optimizer step as transformers' Trainer would take it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+            ).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def generation(model: Any, tokens: int) -> Callable[[], object]:
+    """Greedy generation of ``tokens`` tokens after a prompt of 32."""
+    prompt = batch_of(1, 32).input_ids
+
+    def generate() -> None:
+        with torch.no_grad():
+            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2)
+
+    return generate
+
+
+def measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each candidate, in turns, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(rounds + 1):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def speeds(rounds: int, rows: int, length: int, new_tokens: int) -> list[dict[str, Any]]:
+    """Tokens a second of every candidate and their ratios."""
+    folder, batch = smollm2(), batch_of(rows, length)
+    found = []
+    for checkpointing in (False, True):
+        models = {
+            "peft": peer(folder, checkpointing=checkpointing),
+            "low_rank": ours(folder, sparse=False, checkpointing=checkpointing),
+            "sparse": ours(folder, sparse=True, checkpointing=checkpointing),
+        }
+        steps = {name: (peer_step if name == "peft" else our_step)(model, batch) for name, model in models.items()}
+        work = f"training, {rows} x {length} tokens" + (", recomputing" if checkpointing else "")
+        found.append(_row(work, measure(steps, rounds), rows * length))
+        if not checkpointing:
+            answers = {name: generation(model.eval(), new_tokens) for name, model in models.items()}
+            found.append(_row(f"generating {new_tokens} tokens", measure(answers, rounds), new_tokens))
+    return found
+
+
+def _row(work: str, seconds: dict[str, float], tokens: int) -> dict[str, Any]:
+    rates = {f"{name}_tokens_per_s": tokens / value for name, value in seconds.items()}
+    return {
+        "work": work,
+        **rates,
+        "low_rank_over_peft": seconds["peft"] / seconds["low_rank"],
+        "sparse_over_peft": seconds["peft"] / seconds["sparse"],
+        "sparse_step_over_low_rank_step": seconds["sparse"] / seconds["low_rank"],
+    }
+
+
+def main() -> None:
+    """Read the command line, measure, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    arguments = parser.parse_args()
+    report("training", speeds(arguments.rounds, arguments.rows, arguments.length, arguments.new_tokens))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Tables of measured figures in the documentation, made from ``bench/results/*.json``: ``python bench/tables.py``.
+
+A document marks the place of a table with ``<!-- table: NAME -->`` and ``<!-- end -->``; what stands between them is
+written here and nowhere else. ``--check`` changes nothing and fails when a table is out of date, which a test does too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
+_PLACE = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are figures."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "|".join(["---"] + ["---:"] * (len(headings) - 1)) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def read(name: str) -> dict[str, Any]:
+    """One result file."""
+    return dict(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def place_of(*names: str) -> str:
+    """Where and when the figures of result files were taken."""
+    found = [read(name) for name in names]
+    first = found[0]
+    days = sorted({record["date"] for record in found})
+    return (
+        f"\n{first['device']}, {first['threads']} threads, {first['isa']}, torch {first['torch']}, "
+        f"{' and '.join(days)}; load of the machine before each run: "
+        f"{', '.join(format(record['load'], '.1f') for record in found)}.\n"
+    )
+
+
+def cpu_ops() -> str:
+    """Each op against what it replaces."""
+    rows = []
+    for row in read("dequant_add-cpu")["rows"]:
+        ratio = f"{row['delta_over_bnb']:.2f}"
+        rows.append([f"`dequant_add` with 0.6% delta, {row['shape']}", "bitsandbytes dequantise alone", ratio])
+    for row in read("sddmm-cpu")["rows"]:
+        what = f"`sddmm` {row['density']:.1%}, {row['shape']}, T = {row['tokens']}"
+        rows.append([what, "dense dW, then gather", f"{row['sddmm_over_dense']:.2f}"])
+    for row in read("dequant_spmm-cpu")["rows"]:
+        what = f"`dequant_spmm`, {row['shape']}, T = {row['tokens']}"
+        rows.append([what, "dequantise, then multiply", f"{row['spmm_over_two_step']:.2f}"])
+    names = ("dequant_add-cpu", "sddmm-cpu", "dequant_spmm-cpu")
+    return markdown(["op", "against", "time, as a ratio"], rows) + place_of(*names)
+
+
+def cpu_layer() -> str:
+    """Forward and backward of a whole layer."""
+    rows = [
+        [
+            f"{row['shape']}, T = {row['tokens']}",
+            f"{row['dense_ms']:.1f} ms",
+            f"{row['plain_over_dense']:.2f}",
+            f"{row['sparse_over_dense']:.2f}",
+            f"{row['sparse_over_plain']:.3f}",
+        ]
+        for row in read("linear-cpu")["rows"]
+    ]
+    headings = [
+        "layer",
+        "dense bf16, forward + dX",
+        "rank 16 / dense",
+        "rank 16 + 0.6% / dense",
+        "with / without sparse",
+    ]
+    return markdown(headings, rows) + place_of("linear-cpu")
+
+
+def training() -> str:
+    """Whole steps and generation of a real model against the peer."""
+    rows = [
+        [
+            row["work"],
+            f"{row['peft_tokens_per_s']:.0f}",
+            f"{row['low_rank_tokens_per_s']:.0f}",
+            f"{row['sparse_tokens_per_s']:.0f}",
+            f"{row['low_rank_over_peft']:.2f} x",
+            f"{row['sparse_step_over_low_rank_step']:.3f}",
+        ]
+        for row in read("training-cpu")["rows"]
+    ]
+    headings = [
+        "SmolLM2-135M, tokens/s",
+        "PEFT + bitsandbytes",
+        "qrosa, rank 16",
+        "qrosa, rank 16 + 0.6%",
+        "speed-up",
+        "step with / without sparse",
+    ]
+    return markdown(headings, rows) + place_of("training-cpu")
+
+
+def repair() -> str:
+    """What a repaired 4-bit base wins back before any training."""
+    record = read("repair")
+    rows = []
+    for row in record["results"]:
+        if row["kind"] == "sparse":
+            what = f"{row['density']:.2%} sparse, {row['score']}, per {row['scope']}".replace(
+                "per global", "whole model"
+            )
+        else:
+            what = " ".join(str(row[key]) for key in ("kind", "score", "rank", "density") if row.get(key) is not None)
+        rows.append([what, f"{row['bytes'] / 1e6:.2f} MB", f"{row['perplexity']:.2f}", f"{row['won_back']:.0%}"])
+    low, high = record["perplexity"]["bf16"], record["perplexity"]["nf4"]
+    text = f"\n{record['model']}, {record['text']}; {record['evaluation_tokens']:,} tokens. "
+    text += f"Perplexity in bf16 {low:.2f}, in NF4 {high:.2f}. \n".replace(" \n", "\n")
+    return markdown(["start of the sparse part", "size", "perplexity", "share of the loss won back"], rows) + text
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu-ops": cpu_ops,
+    "cpu-layer": cpu_layer,
+    "training": training,
+    "repair": repair,
+}
+
+
+def filled(text: str) -> str:
+    """A document with its tables as the result files say."""
+    return _PLACE.sub(lambda found: found[1] + TABLES[found["name"]]() + found[4], text)
+
+
+def main() -> None:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description="Write the measured tables into the documentation.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail when a table is out of date")
+    check = parser.parse_args().check
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        if check and filled(text) != text:
+            sys.exit(f"{path.name} is out of date: run python bench/tables.py")
+        path.write_text(filled(text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
