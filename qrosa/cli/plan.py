@@ -130,6 +130,8 @@ def show(made: Plan, console: Console) -> None:
         console.print(line)
     console.print()
     for name, value in made.settings.items():
+        if value is None:
+            continue
         reason = made.reasons.get(name)
         shown = (
             ("on" if value else "off") if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else value
