@@ -17,6 +17,9 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
+constexpr int64_t kMaxSize =
+    (int64_t{1} << 31) - 1024;  // of one dimension: kernels count tokens and columns in 32 bits
+
 Float float_type(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   return type == ScalarType::BFloat16 ? Float::kBf16 : type == ScalarType::Half ? Float::kFp16 : Float::kFp32;
@@ -61,6 +64,7 @@ Pair checked_pair(const Tensor& dy, const Tensor& x) {
   check_same_device(dy, x, "dy");
   STD_TORCH_CHECK(dy.size(0) == x.size(0), "dy has ", dy.size(0), " rows, x has ", x.size(0));
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy and x differ in dtype");
+  STD_TORCH_CHECK(x.size(0) < kMaxSize && dy.size(1) < kMaxSize && x.size(1) < kMaxSize, "dy or x is too large");
   return {dy.const_data_ptr(), x.const_data_ptr(), x.size(0), dy.size(1), x.size(1), float_type(x)};
 }
 

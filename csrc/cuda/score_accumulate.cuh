@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) score_kernel(Operands in, Sta
   }
 }
 
-static __global__ void __launch_bounds__(kTileThreads) score_wide_kernel(Operands in, Statistic stat) {
+static __global__ void __launch_bounds__(kTileThreads, 2) score_wide_kernel(Operands in, Statistic stat) {
   __shared__ __align__(16) float dy[kWideTokens][kWideTile];
   __shared__ __align__(16) float x[kWideTokens][kWideTile];
   const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kWideTile;

@@ -53,11 +53,11 @@ static __global__ void __launch_bounds__(kGatherRows)
 }
 
 // 8 values of one token, zeros outside the matrix.
-__device__ __forceinline__ uint4 load_eight(const uint16_t* from, int64_t tokens, int64_t width, int64_t token,
-                                            int64_t column, bool vector) {
+__device__ __forceinline__ uint4 load_eight(const uint16_t* from, int tokens, int width, int token, int column,
+                                            bool vector) {
   uint4 result{};
   if (token >= tokens || column >= width) return result;
-  const uint16_t* source = from + token * width + column;
+  const uint16_t* source = from + static_cast<int64_t>(token) * width + column;
   if (vector) return __ldg(reinterpret_cast<const uint4*>(source));
   uint32_t words[4] = {};
 #pragma unroll
@@ -72,8 +72,8 @@ struct Block {
   uint4 tokens[8];  // 8 columns each
 };
 
-__device__ __forceinline__ void load_block(Block& block, const void* from, int64_t tokens, int64_t width,
-                                           int64_t first_token, int64_t first_line, int place, bool vector) {
+__device__ __forceinline__ void load_block(Block& block, const void* from, int tokens, int width, int first_token,
+                                           int first_line, int place, bool vector) {
   const StagedBlock at = staged_block(place);
 #pragma unroll
   for (int t = 0; t < 8; ++t) {
@@ -142,8 +142,8 @@ __device__ __forceinline__ int row_of_place(const int* before, int place) {
 // Adds 64 tokens to the sums of all positions of one tile of rows. The same thread meets a position each time.
 template <typename T>
 __device__ __forceinline__ void add_positions(const unsigned char* dy_lines, const unsigned char* x_lines,
-                                              const GatherShared& list, int total, const CsrView& csr, int64_t column0,
-                                              int64_t part_columns, bool fresh, float* sums) {
+                                              const GatherShared& list, int total, const CsrView& csr, int column0,
+                                              int part_columns, bool fresh, float* sums) {
   const int lane = threadIdx.x % kWarpSize;
   for (int start = threadIdx.x / kWarpSize * kWarpSize; start < total; start += kGatherThreads) {
     const int place = start + lane;
@@ -169,35 +169,40 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
   __shared__ GatherShared list;
   unsigned char* x_lines = lines;
   unsigned char* dy_lines = lines + plan.columns * kGatherLineBytes;
-  const int64_t column0 = blockIdx.x * plan.columns;
-  const int64_t first_tile = blockIdx.z * plan.row_tiles;
-  const int64_t end_tile = first_tile + plan.row_tiles < plan.tiles ? first_tile + plan.row_tiles : plan.tiles;
+  // Sizes are below 2^31 (ops.cpp checks it); 64-bit counters would cost the registers that a block in flight needs.
+  const auto tokens = static_cast<int>(in.tokens), rows = static_cast<int>(in.rows);
+  const auto part_columns = static_cast<int>(plan.columns), tiles = static_cast<int>(plan.tiles);
+  const int column0 = static_cast<int>(blockIdx.x) * part_columns;
+  const int first_tile = static_cast<int>(blockIdx.z) * static_cast<int>(plan.row_tiles);
+  const int past_tile = first_tile + static_cast<int>(plan.row_tiles);
+  const int end_tile = past_tile < tiles ? past_tile : tiles;
   sums += blockIdx.y * csr.nnz;
   constexpr int kBlocks = kGatherRows * kGatherTokens / 64;  // of a tile of dY, held by the first threads
   const int i = threadIdx.x;
-  for (int64_t chunk = blockIdx.y; chunk < plan.chunks; chunk += plan.token_groups) {
-    const int64_t token = chunk * kGatherTokens;
+  for (int chunk = blockIdx.y; chunk < plan.chunks; chunk += gridDim.y) {
+    const int token = chunk * kGatherTokens;
     Block block;
     sync_block();  // all are done with the lines of the chunk before
-    for (int place = i; place < plan.columns; place += kGatherThreads) {  // columns * 64 / 64 blocks
-      load_block(block, in.x, in.tokens, in.columns, token, column0, place, in.vector);
+    for (int place = i; place < part_columns; place += kGatherThreads) {  // columns * 64 / 64 blocks
+      load_block(block, in.x, tokens, static_cast<int>(in.columns), token, column0, place, in.vector);
       store_block(x_lines, block, place);
     }
-    if (i < kBlocks) load_block(block, in.dy, in.tokens, in.rows, token, first_tile * kGatherRows, i, in.vector);
-    for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-      const int64_t listed = blockIdx.x * plan.tiles + tile;
+    if (i < kBlocks) load_block(block, in.dy, tokens, rows, token, first_tile * kGatherRows, i, in.vector);
+    for (int tile = first_tile; tile < end_tile; ++tile) {
+      const int listed = static_cast<int>(blockIdx.x) * tiles + tile;
       sync_block();  // all are done with the lines and the list of the tile before
       if (i < kBlocks) {
         store_block(dy_lines, block, i);
-        list.before[i] = index.before[listed * kGatherRows + i];
-        list.shift[i] = index.shift[listed * kGatherRows + i];
+        list.before[i] = index.before[static_cast<int64_t>(listed) * kGatherRows + i];
+        list.shift[i] = index.shift[static_cast<int64_t>(listed) * kGatherRows + i];
         if (tile + 1 < end_tile) {  // in flight while this tile is worked on
-          load_block(block, in.dy, in.tokens, in.rows, token, (tile + 1) * kGatherRows, i, in.vector);
+          load_block(block, in.dy, tokens, rows, token, (tile + 1) * kGatherRows, i, in.vector);
         }
       }
       const int total = index.total[listed];
       sync_block();
-      add_positions<T>(dy_lines, x_lines, list, total, csr, column0, plan.columns, chunk < plan.token_groups, sums);
+      add_positions<T>(dy_lines, x_lines, list, total, csr, column0, part_columns, chunk < static_cast<int>(gridDim.y),
+                       sums);
     }
   }
 }

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) sddmm_tile_kernel(Operands in
   }
 }
 
-static __global__ void __launch_bounds__(kTileThreads) sddmm_wide_kernel(Operands in, CsrView csr, float* out) {
+static __global__ void __launch_bounds__(kTileThreads, 2) sddmm_wide_kernel(Operands in, CsrView csr, float* out) {
   __shared__ __align__(16) float dy[kWideTokens][kWideTile];
   __shared__ __align__(16) float x[kWideTokens][kWideTile];
   __shared__ float product[kWideTile * kWidePitch];
