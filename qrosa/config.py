@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
 import types
 import typing
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qrosa.errors import InputError, StorageError
+from qrosa.quantities import parse_budget, parse_offload, parse_share, parse_size
 
 MASK_SCORES = ("squared", "mean", "repair", "residual", "random")
 MASK_SCOPES = ("matrix", "global")
@@ -28,9 +28,6 @@ LOW_RANK_INITS = ("lora", "svd")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit")
 SCHEDULES = ("linear", "cosine", "constant")
 LOGGERS = ("tensorboard", "wandb", "trackio")
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
-_SIZE_UNITS = {"b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "tb": 2**40}
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
@@ -219,21 +216,6 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Offload:
-    """What is kept on the host: asked for (True), ruled out (False), or left to the plan (None).
-
-    Attributes:
-        activations: Boundary activations of checkpointing.
-        base: Packed layers of the base.
-        disk: Folder that the base is mapped from, None for host memory.
-    """
-
-    activations: bool | None
-    base: bool | None
-    disk: str | None = None
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """One fine-tuning run: the model, where the run goes, and the four groups of settings."""
 
@@ -326,78 +308,6 @@ def to_flat(config: RunConfig) -> dict[str, Any]:
         for key, value in dataclasses.asdict(getattr(config, name)).items():
             flat[key] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def parse_budget(text: str) -> tuple[str, float]:
-    """Read a budget: ``("share", 0.003)`` for ``0.3%``, ``("count", 20e6)`` for ``20M``.
-
-    Raises:
-        InputError: Not a share above 0% and up to 100%, nor a positive count.
-    """
-    hint = "write a share of the base's parameters (0.3%) or a count (20M)"
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%|[kmgb]?)\s*", str(text), re.IGNORECASE)
-    if match is None:
-        raise InputError(f"budget {text!r} is neither a share nor a count", hint)
-    value, unit = float(match[1]), match[2].lower()
-    if unit == "%":
-        if not 0 < value <= 100:
-            raise InputError(f"budget {text} is not above 0% and up to 100%", hint)
-        return "share", value / 100
-    count = value * _UNITS[unit]
-    if count < 1 or count != math.floor(count):
-        raise InputError(f"budget {text!r} is not a whole number of parameters", hint)
-    return "count", count
-
-
-def parse_share(text: str | float, flag: str) -> float:
-    """Read ``5%`` or ``0.05`` as 0.05.
-
-    Raises:
-        InputError: Not a number, or not between 0 and 100%.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%?)\s*", str(text), re.IGNORECASE)
-    if match is None:
-        raise InputError(f"{flag} {text!r} is not a share", "write a share such as 5% or 0.05")
-    value = float(match[1]) / (100 if match[2] else 1)
-    if not 0 <= value <= 1:
-        raise InputError(f"{flag} {text} is not between 0 and 100%", "write a share such as 5% or 0.05")
-    return value
-
-
-def parse_offload(text: str) -> Offload:
-    """Read ``auto``, ``none``, or parts such as ``activations,base`` or ``base=disk:/scratch``.
-
-    Raises:
-        InputError: An unknown part.
-    """
-    if text in ("auto", "none"):
-        return Offload(None, None) if text == "auto" else Offload(False, False)
-    parts = [part.strip() for part in text.split(",")]
-    disk = None
-    for part in parts:
-        if part.startswith("base=disk:") and len(part) > len("base=disk:"):
-            disk = part.removeprefix("base=disk:")
-        elif part not in ("activations", "base"):
-            raise InputError(f"--offload {part!r} is unknown", "use auto, none, activations, base or base=disk:FOLDER")
-    return Offload("activations" in parts, disk is not None or "base" in parts, disk)
-
-
-def parse_size(text: str | int, flag: str) -> int:
-    """Read ``24GB`` (binary units, as card makers mean it), ``800MB`` or a plain byte count, in bytes.
-
-    Raises:
-        InputError: Not a size, or not above zero.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?b?)\s*", str(text), re.IGNORECASE)
-    hint = "write a size such as 24GB or 800MB"
-    if match is None:
-        raise InputError(f"{flag} {text!r} is not a size", hint)
-    unit = match[2].lower().replace("i", "")
-    scale = _SIZE_UNITS[unit if unit.endswith("b") else unit + "b"]
-    size = int(float(match[1]) * scale)
-    if size <= 0:
-        raise InputError(f"{flag} {text} is not above zero", hint)
-    return size
 
 
 def _coerce(name: str, value: Any, hint: Any, choices: tuple[str, ...] | None) -> Any:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qrosa.config import make_run_config, parse_size, read_yaml
+from qrosa.config import make_run_config, read_yaml
 from qrosa.memory.shape import ModelShape, from_config
 from qrosa.memory.solve import plan
+from qrosa.quantities import parse_size
 from tests.memory.memory_cases import HUB
 
 RECIPES = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))

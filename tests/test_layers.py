@@ -30,7 +30,7 @@ TIERS = {
 }
 # Neighbours that one of a tier may use: repair reads the 16-bit base, training plans and evaluates, export verifies.
 ALLOWED_SIDEWAYS = {("masks", "base"), ("train", "memory"), ("train", "eval"), ("export", "eval")}
-LEAVES = ("config", "errors")
+LEAVES = ("config", "errors", "quantities")
 FACADE = ("__init__", "api")  # `import qrosa`: the public names, from wherever they live
 TORCH_FREE = (
     "qrosa",

@@ -26,8 +26,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qrosa.adapters.describe import describe_allocation
-from qrosa.config import AdapterConfig, parse_budget
+from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
+from qrosa.quantities import parse_budget
 
 
 @dataclass(frozen=True)

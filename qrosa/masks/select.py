@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qrosa.adapters.inject import quantized_linears
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.checkpoint import Checkpoint
-from qrosa.config import MaskConfig, parse_size
+from qrosa.config import MaskConfig
 from qrosa.errors import InputError, TrainingError
 from qrosa.masks.accumulate import observe
 from qrosa.masks.draw import random_positions
@@ -36,6 +36,7 @@ from qrosa.masks.groups import group_matrices
 from qrosa.masks.residual import checkpoint_of, residual
 from qrosa.masks.samples import Sample, SampleLoss, quiet, read_samples, sample_loss
 from qrosa.masks.topk import MatrixPicker, ModelPicker
+from qrosa.quantities import parse_size
 
 Progress = Callable[[int, int], None]
 _FREE_SHARE = 0.4

@@ -16,7 +16,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from qrosa.adapters.budget import Allocation, allocate
-from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, parse_offload, parse_size
+from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
 from qrosa.errors import InputError
 from qrosa.memory import parts
 from qrosa.memory.estimate import Machines
@@ -24,6 +24,7 @@ from qrosa.memory.hardware import card_memory, host_memory
 from qrosa.memory.model import GRADIENT_SCORES, Workload, phases
 from qrosa.memory.plan import Plan, Request, size_text
 from qrosa.memory.shape import ModelShape
+from qrosa.quantities import parse_offload, parse_size
 
 DEFAULT_SEQ_LEN = 2048
 # Tokens of a micro-batch: above the first figure a device gains nothing more, below the second it idles. On a card

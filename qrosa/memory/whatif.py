@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qrosa.adapters.budget import Allocation
-from qrosa.config import parse_offload
 from qrosa.memory.cards import smallest_card
 from qrosa.memory.estimate import Estimate, estimate
 from qrosa.memory.plan import Plan, Request, size_text
 from qrosa.memory.solve import least, solve
+from qrosa.quantities import parse_offload
 
 if TYPE_CHECKING:
     from rich.table import Table

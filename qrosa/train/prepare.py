@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrosa.adapters.budget import Allocation, allocate
-from qrosa.config import RunConfig, parse_share, parse_size
+from qrosa.config import RunConfig
 from qrosa.errors import InputError
 from qrosa.memory.hardware import card_memory
 from qrosa.memory.plan import Plan
 from qrosa.memory.shape import ModelShape
 from qrosa.memory.solve import plan as make_plan
+from qrosa.quantities import parse_share, parse_size
 from qrosa.train.folder import check_output, check_room
 from qrosa.train.schedule import Phases, warmup_and_total
 from qrosa.train.trackers import check_trackers

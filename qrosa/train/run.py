@@ -14,13 +14,14 @@ import torch
 from qrosa.adapters.inject import quantized_linears
 from qrosa.base.adapter_io import attach_adapter, load_adapter, save_adapter
 from qrosa.base.load import load_base
-from qrosa.config import RunConfig, parse_offload, to_flat
+from qrosa.config import RunConfig, to_flat
 from qrosa.errors import InputError
 from qrosa.masks.repair import init_low_rank, set_masks
 from qrosa.masks.select import select_masks
 from qrosa.offload.packing import FlatWeight, to_disk, to_host
 from qrosa.offload.streaming import BaseStream
 from qrosa.quant.nf4 import NF4Weight
+from qrosa.quantities import parse_offload
 from qrosa.sparse.store import write_json, write_text
 from qrosa.train.checkpoint import Checkpoint, check_same_run, cut_back, latest
 from qrosa.train.facts import Facts, ModuleShare
