@@ -152,8 +152,8 @@ __device__ __forceinline__ void add_positions(const unsigned char* dy_lines, con
     if (place < total) {
       const int row = row_of_place(list.before, place);
       entry = place + list.shift[row];
-      const int64_t line = column(csr, entry) - column0;
-      if (line >= 0 && line < part_columns) lines = static_cast<uint32_t>(row) << 16 | static_cast<uint32_t>(line);
+      const uint32_t line = static_cast<uint32_t>(column(csr, entry)) - static_cast<uint32_t>(column0);
+      if (line < static_cast<uint32_t>(part_columns)) lines = static_cast<uint32_t>(row) << 16 | line;
     }
     const float old = entry < 0 || fresh ? 0.0f : sums[entry];
     const float sum = gather_products<T>(dy_lines, x_lines, lines, lane);
