@@ -55,6 +55,11 @@ bench: build
 
 gpu: build
 	$(PY) -m pytest -m gpu -rs -q tests
+	if command -v compute-sanitizer >/dev/null; then compute-sanitizer --tool memcheck --error-exitcode 1 \
+	  $(PY) -m pytest -m gpu -q tests/ops/test_cuda_ops.py -k "not 2048 and not 14336"; fi
+	$(PY) bench/gpu.py --part ops
+	$(PY) bench/gpu.py --part layer
+	$(PY) bench/gpu.py --part steps
 
 # A copy of the tree with its CPU library under AddressSanitizer and UBSan, so that the one in use stays as it is.
 SANITIZED := build/sanitize
