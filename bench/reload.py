@@ -15,6 +15,9 @@ sys.modules["qrosa"] = None  # type: ignore[assignment]  # any import of it fail
 
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+logging.disable_progress_bar()
 
 _BATCH = 16
 

@@ -123,11 +123,44 @@ def repair() -> str:
     return markdown(["start of the sparse part", "size", "perplexity", "share of the loss won back"], rows) + text
 
 
+def recipes() -> str:
+    """What ``qrosa plan`` says of every recipe, from the comments that a test holds to it."""
+    rows = []
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        planned = re.search(r"# Planned peak: (.+?) of (.+?) on (?:a card|the CPU)(?:, with (.+?) of host)?", text)
+        if planned is None:
+            continue
+        settings = dict(re.findall(r"^([a-z-]+): (.+)$", text, re.MULTILINE))
+        rows.append(
+            [
+                f"[{path.stem}](configs/{path.name})",
+                settings.get("seq-len", "2048"),
+                settings.get("budget", ""),
+                planned[1],
+                planned[2],
+                planned[3] or "",
+            ]
+        )
+    return markdown(["recipe", "seq-len", "budget", "planned peak", "cap", "host memory"], rows)
+
+
+def plan() -> str:
+    """The worst differences of planned from simulated bytes, by model."""
+    lines = (RESULTS / "plan.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index(next(line for line in lines if line.startswith("| model |")))
+    table = lines[start : start + lines[start:].index("")]
+    counted = next(line for line in lines if "comparisons" in line)
+    return "\n".join(table) + "\n\n" + counted + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-ops": cpu_ops,
     "cpu-layer": cpu_layer,
     "training": training,
     "repair": repair,
+    "recipes": recipes,
+    "plan": plan,
 }
 
 
