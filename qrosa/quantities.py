@@ -1,4 +1,4 @@
-"""What users write for amounts and places (``0.3%``, ``20M``, ``24GB``, ``activations,base``), each read in one place."""
+"""What users write for amounts and places, read in one place: ``0.3%``, ``20M``, ``24GB``, ``activations,base``."""
 
 from __future__ import annotations
 
