@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench.assets import movie_reviews
 
 SEED = 20
-TRAIN_ROWS = 1200
-TEST_ROWS = 500
+TRAIN_ROWS = 2000
+TEST_ROWS = 600
 LABELS = ("negative", "positive")
 SETTINGS = f"--batch-size 16 --epochs 1 --lr 3e-3 --sparse-lr 1e-3 --seed {SEED}"
 
