@@ -24,8 +24,8 @@ def test_tables_are_those_of_the_result_files(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_and_flag_exists(path: Path) -> None:
-    for line in re.findall(r"qrosa (\w+)((?: [^`\n|]*)?)", path.read_text(encoding="utf-8")):
-        name, rest = line
+    for line in re.findall(r"(?=qrosa (\w+)((?: [^`\n|]*)?))", path.read_text(encoding="utf-8")):
+        name, rest = line[0], line[1].split(" qrosa ")[0]
         if name not in COMMANDS:
             continue
         module = COMMANDS[name][0]
