@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from qrosa.adapters.budget import allocate
 from qrosa.config import AdapterConfig
-from qrosa.memory.model import Workload, phases
+from qrosa.memory.model import phases
 from qrosa.memory.shape import from_config
+from qrosa.memory.workload import Workload
 from tests.memory.memory_cases import MODELS
 
 LENGTHS = (512, 2048, 8192)

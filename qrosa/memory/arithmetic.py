@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from qrosa.memory.activations import HALF
 from qrosa.memory.cards import Card
-from qrosa.memory.model import Workload
 from qrosa.memory.parts import base_bytes
+from qrosa.memory.workload import Workload
 
 PRODUCT_SHARE = 0.8  # of the peak, in products with thousands of rows
 ATTENTION_SHARE = 0.5  # the same in fused attention, and in the gathered products of the sparse gradient

@@ -18,7 +18,8 @@ from qrosa.errors import InputError
 from qrosa.memory.activations import FULL
 from qrosa.memory.arithmetic import BANDWIDTH_SHARE, Cost, passes
 from qrosa.memory.cards import Card, Network
-from qrosa.memory.model import Workload, traffic
+from qrosa.memory.model import traffic
+from qrosa.memory.workload import Workload
 
 LINK_SHARE = 0.8  # pinned copies over PCIe
 NETWORK_SHARE = 0.9  # TCP over Ethernet

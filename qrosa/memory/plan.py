@@ -10,9 +10,11 @@ from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
 from qrosa.errors import DoesNotFitError
 from qrosa.masks.groups import group_matrices
 from qrosa.memory.estimate import Estimate, Machines, estimate, micro_batch_rows, step_traffic
-from qrosa.memory.model import GRADIENT_SCORES, PhaseMemory, Workload, traffic
+from qrosa.memory.model import traffic
+from qrosa.memory.moments import PhaseMemory
 from qrosa.memory.parts import observed
 from qrosa.memory.shape import ModelShape
+from qrosa.memory.workload import GRADIENT_SCORES, Workload
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qrosa.errors import InputError
-from qrosa.memory.model import Workload
+from qrosa.memory.workload import Workload
 from qrosa.ops.linear import meta_like_cpu
 from qrosa.train.simulate_card import card_kernels, hidden_bytes
 from qrosa.train.simulate_trace import Trace, worst_micro_batches

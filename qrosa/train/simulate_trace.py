@@ -19,8 +19,8 @@ from qrosa.data.template import EncodedRow
 from qrosa.eval.perplexity import evaluate_loss
 from qrosa.masks.samples import Sample
 from qrosa.masks.select import accumulate
-from qrosa.memory.model import GRADIENT_SCORES, Workload
 from qrosa.memory.parts import statistic_groups
+from qrosa.memory.workload import GRADIENT_SCORES, Workload
 from qrosa.offload.packing import FlatWeight, flat_layout
 from qrosa.offload.streaming import BaseStream
 from qrosa.quant.nf4 import NF4Weight

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from bench.bench_plan import model_config, workload
-from qrosa.memory.model import OVERHEAD, Workload, phases
+from qrosa.memory.model import phases
+from qrosa.memory.moments import OVERHEAD
+from qrosa.memory.workload import Workload
 from qrosa.train.simulate import simulate_model
 from tests.memory import memory_cases
 from tests.memory.memory_cases import MODELS, SMOLLM2, RealModel

@@ -24,10 +24,11 @@ from qrosa.memory.estimate import (
     micro_batch_time,
     step_traffic,
 )
-from qrosa.memory.model import Workload, traffic
+from qrosa.memory.model import traffic
 from qrosa.memory.plan import Plan
 from qrosa.memory.shape import ModelShape, from_config
 from qrosa.memory.solve import plan
+from qrosa.memory.workload import Workload
 from tests.memory.memory_cases import LARGE, MODELS, SMOLLM2
 
 GB = 2**30

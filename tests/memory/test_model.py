@@ -15,8 +15,9 @@ from qrosa.config import AdapterConfig
 from qrosa.memory import parts
 from qrosa.memory.activations import MicroBatch, saved_by_layer
 from qrosa.memory.families import read_dimensions
-from qrosa.memory.model import Workload, phases
+from qrosa.memory.model import phases
 from qrosa.memory.shape import ModelShape, from_config
+from qrosa.memory.workload import Workload
 from qrosa.quant.nf4 import NF4Weight
 from qrosa.sparse.csr import CsrDelta
 

@@ -18,8 +18,8 @@ from qrosa.base.load import load_base
 from qrosa.cli.main import cli
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
-from qrosa.memory.model import Workload
 from qrosa.memory.shape import ModelShape
+from qrosa.memory.workload import Workload
 from qrosa.ops.linear import release_workspace
 from qrosa.train.simulate import largest_tensors, measure, read_config, simulate
 from qrosa.train.simulate_card import card_attention

@@ -1,0 +1,67 @@
+"""A run as far as its memory depends on it: the base, where parameters are trained, and the settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qrosa.adapters.budget import Allocation
+from qrosa.memory.shape import ModelShape
+
+GRADIENT_SCORES = ("squared", "mean", "repair")  # mask scores that need statistics of gradients
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run as far as memory depends on it.
+
+    Attributes:
+        shape: The base.
+        allocation: Where the trained parameters are.
+        device: ``cuda`` or ``cpu``.
+        attention: ``sdpa`` or ``eager``.
+        optimizer: Name of the optimizer.
+        dropout: Of the low-rank part.
+        mask_score: What ranks positions.
+        mask_scope: ``matrix`` or ``global``.
+        length: Longest row in tokens.
+        rows: Most rows of a micro-batch.
+        tokens: Most tokens of a micro-batch.
+        eval_tokens: The same in evaluation.
+        checkpointing: Activations are recomputed.
+        loss_chunk_tokens: Positions whose logits exist at once.
+        mask_group_bytes: Bound on the statistics that are collected together.
+        checkpoints: Checkpoints on disk at once.
+        offload_activations: Boundary activations are kept on the host.
+        resident_blocks: Decoder blocks of the base that stay on the device; None where it is not streamed.
+        base_on_disk: A streamed base is mapped from files.
+    """
+
+    shape: ModelShape
+    allocation: Allocation
+    device: str
+    attention: str
+    optimizer: str
+    dropout: float
+    mask_score: str
+    mask_scope: str
+    length: int
+    rows: int
+    tokens: int
+    eval_tokens: int
+    checkpointing: bool
+    loss_chunk_tokens: int
+    mask_group_bytes: int
+    checkpoints: int
+    offload_activations: bool = False
+    resident_blocks: int | None = None
+    base_on_disk: bool = False
+
+    @property
+    def streamed(self) -> bool:
+        """The base visits the device block by block."""
+        return self.resident_blocks is not None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Device and host are the same memory."""
+        return self.device == "cpu"
