@@ -13,27 +13,23 @@ import torch
 
 from qrosa.adapters.inject import quantized_linears
 from qrosa.base.adapter_io import attach_adapter, load_adapter, save_adapter
-from qrosa.base.load import load_base
 from qrosa.config import RunConfig, to_flat
 from qrosa.errors import InputError
 from qrosa.masks.repair import init_low_rank, set_masks
 from qrosa.masks.select import select_masks
-from qrosa.offload.packing import FlatWeight, to_disk, to_host
-from qrosa.offload.streaming import BaseStream
-from qrosa.quant.nf4 import NF4Weight
 from qrosa.quantities import parse_offload
 from qrosa.sparse.store import write_json, write_text
 from qrosa.train.checkpoint import Checkpoint, check_same_run, cut_back, latest
 from qrosa.train.facts import Facts, ModuleShare
 from qrosa.train.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, make_folder
 from qrosa.train.loop import TrainingLoop
-from qrosa.train.modes import make_deterministic, offload_activations, set_attention, set_checkpointing
 from qrosa.train.optim import PAGED, AdapterOptimizer
 from qrosa.train.peak import MemoryMeter
 from qrosa.train.prepare import Prepared, prepare
 from qrosa.train.progress import Progress
 from qrosa.train.report import write_report
 from qrosa.train.selection import agree_on, sample_loss, selection_rows
+from qrosa.train.setup import hold_to_cap, load_planned
 from qrosa.train.state import RunState
 from qrosa.train.step import Limits, supervised_tokens
 from qrosa.train.trackers import check_trackers, make_accelerator, start_trackers
@@ -42,7 +38,6 @@ from qrosa.train.work import Work
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
-    from transformers import PreTrainedModel
 
 
 def finetune(
@@ -128,16 +123,14 @@ class _Run:
     def _load(self, checkpoint: Checkpoint | None) -> nn.Module:
         """The base in 4 bits with its adapter, new or from a checkpoint, ready to train."""
         config, work = self.config, self.prepared.plan.work
-        if self.device.type == "cuda":
-            make_deterministic()
-            if self.prepared.cap is not None:
-                total = torch.cuda.get_device_properties(self.device).total_memory
-                torch.cuda.set_per_process_memory_fraction(min(1.0, self.prepared.cap / total), self.device)
-        model = self._load_base()
-        set_attention(model, work.attention)
-        set_checkpointing(model, work.checkpointing)
-        if work.offload_activations:
-            offload_activations(model, self.device)
+        hold_to_cap(self.device, self.prepared.cap)
+        model = load_planned(
+            self.prepared.checkpoint,
+            work,
+            self.device,
+            parse_offload(config.train.offload).disk,
+            lambda n, of: self.progress.stage("load", n, of),
+        )
         attach_adapter(model, config.adapter, config.train.seed)
         if checkpoint is not None:
             load_adapter(model, checkpoint.folder)
@@ -153,32 +146,6 @@ class _Run:
             ):
                 self.progress.notice(notice)
         return model
-
-    def _load_base(self) -> PreTrainedModel:
-        """The base in 4 bits: on the device, or on the host and streamed from there."""
-        plan = self.prepared.plan
-        checkpoint = self.prepared.checkpoint
-        flats: dict[str, FlatWeight] = {}
-
-        def keep_on_host(path: str, weight: NF4Weight) -> NF4Weight:
-            flats[path] = self._to_host(path, weight)
-            return flats[path].weight()
-
-        model, _ = load_base(
-            checkpoint,
-            self.device,
-            progress=lambda n, of: self.progress.stage("load", n, of),
-            place=keep_on_host if plan.work.streamed else None,
-        )
-        if plan.work.resident_blocks is not None:
-            BaseStream(model, flats, self.device, plan.work.resident_blocks)  # lives on in the model's hooks
-        return model
-
-    def _to_host(self, path: str, weight: NF4Weight) -> FlatWeight:
-        disk = parse_offload(self.config.train.offload).disk
-        if disk is None:
-            return to_host(weight, pinned=self.device.type == "cuda")
-        return to_disk(weight, Path(disk).expanduser() / self.prepared.checkpoint.fingerprint()[:16], path)
 
     def _work(self, model: nn.Module, checkpoint: Checkpoint | None) -> Work:
         prepared, train = self.prepared, self.config.train
