@@ -1,7 +1,7 @@
 """``qrosa plan``: what a run will take, phase by phase, before anything is loaded.
 
 Answers from the model's config.json and file headers alone, without torch. Only ``--data`` loads a tokenizer, to
-measure the longest row, and ``--simulate`` builds the model, without weights.
+measure the longest row, ``--simulate`` builds the model, without weights, and ``--probe`` loads it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import click
 from qrosa.cli.machines import machine_options, read_machines, show_reach
 from qrosa.cli.options import emit_json, given, json_option, model_option, progress_console, result_console
 from qrosa.cli.options import settings_options as settings_flags
+from qrosa.cli.probing import probe_json, probe_option, probed_device, run_probe, show_probe
 from qrosa.cli.simulation import run_simulation, show_simulation, simulate_option, simulation_json
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, make_group, read_yaml
 from qrosa.errors import InputError
@@ -37,6 +38,7 @@ Examples:
   qrosa plan --model ./model --budget 20M --vram 12GB --seq-len 4096 --optimizer adamw8bit
   qrosa plan --model ./model --rank 16 --density 0.6% --data rows.jsonl --json
   qrosa plan --model ./model --budget 0.3% --gpu rtx4090 --gpus 2 --nodes 4 --network 10gbe
+  qrosa plan --model ./model --budget 0.3% --data rows.jsonl --probe      # a few real steps on this machine
 """
 
 
@@ -46,8 +48,9 @@ Examples:
 @settings_flags("adapter", "masks", "data", "train", only=_SETTINGS)
 @machine_options
 @simulate_option
+@probe_option
 @json_option
-def command(model: str | None, config: str | None, simulate: bool, as_json: bool, **settings: Any) -> None:
+def command(model: str | None, config: str | None, simulate: bool, probe: bool, as_json: bool, **settings: Any) -> None:
     """Say what a run will take, phase by phase, before anything is loaded.
 
     Prints the memory of loading, mask selection, training, evaluation, saving and export, component by component, and
@@ -61,25 +64,33 @@ def command(model: str | None, config: str | None, simulate: bool, as_json: bool
     source = model or values.get("model")
     if not source:
         raise InputError("--model is missing", "give --model, or model: in the config file")
-    made = make_plan(str(source), values, machines)
+    made = make_plan(str(source), values, machines, device=probed_device(machines) if probe else None)
     simulation = run_simulation(str(source), made) if simulate else None
+    probed = run_probe(str(source), made) if probe and made.fits else None
     if as_json:
-        emit_json(made.to_json() | (simulation_json(made, simulation) if simulation else {}))
+        added = (simulation_json(made, simulation) if simulation else {}) | (probe_json(probed) if probed else {})
+        emit_json(made.to_json() | added)
     else:
-        show(made, result_console())
+        console = result_console()
+        show(made, console)
         if simulation:
-            show_simulation(made, simulation, result_console())
+            show_simulation(made, simulation, console)
+        if probed:
+            show_probe(probed, console)
     made.require_fit()
+    if probed:
+        probed.require_fit()
 
 
-def make_plan(source: str, values: dict[str, Any], machines: Machines | None = None) -> Plan:
+def make_plan(source: str, values: dict[str, Any], machines: Machines | None = None, device: str | None = None) -> Plan:
     """Plan a model with flat settings, measuring the longest row if data is named.
 
     Raises:
         InputError: A model, a budget, rows or a setting that cannot be.
     """
+    from qrosa.memory.candidates import DEFAULT_SEQ_LEN
     from qrosa.memory.shape import ModelShape
-    from qrosa.memory.solve import DEFAULT_SEQ_LEN, plan
+    from qrosa.memory.solve import plan
 
     adapter, masks = make_group(AdapterConfig, values), make_group(MaskConfig, values)
     data, train = make_group(DataConfig, values), make_group(TrainConfig, values)
@@ -88,7 +99,7 @@ def make_plan(source: str, values: dict[str, Any], machines: Machines | None = N
     if data.data is not None:
         seq_len = data.seq_len or min(DEFAULT_SEQ_LEN, shape.dims.max_positions)
         longest = longest_row(source, data, seq_len)
-    return plan(shape, adapter, masks, data, train, longest_row=longest, machines=machines)
+    return plan(shape, adapter, masks, data, train, longest_row=longest, device=device, machines=machines)
 
 
 def longest_row(source: str, data: DataConfig, seq_len: int) -> int:

@@ -22,11 +22,13 @@ class MemoryMeter:
 
     Attributes:
         peaks: Phase -> highest bytes: allocated by torch on a card, resident in the process on the CPU.
+        reserved: Phase -> highest bytes that torch's allocator took from a card; empty on the CPU.
     """
 
     def __init__(self, device: torch.device, peaks: dict[str, int] | None = None) -> None:
         self.device = device
         self.peaks: dict[str, int] = dict(peaks or {})
+        self.reserved: dict[str, int] = {}
         self._last = ""
 
     @contextmanager
@@ -38,6 +40,9 @@ class MemoryMeter:
             yield
         finally:
             self.peaks[name] = max(self.peaks.get(name, 0), self.peak())
+            if self.device.type == "cuda":
+                reserved = torch.cuda.max_memory_reserved(self.device)
+                self.reserved[name] = max(self.reserved.get(name, 0), reserved)
 
     def peak(self) -> int:
         """Highest bytes since the phase began."""

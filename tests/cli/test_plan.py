@@ -63,7 +63,8 @@ BAD = [
     (("--model", "MODEL", "--budget", "0.3%", "--seq-len", "999999"), "more than the model reads"),
     (("--model", "MODEL", "--budget", "0.3%", "--vram", "lots"), "lots"),
     (("--model", "./nowhere", "--budget", "0.3%"), "does not exist"),
-    (("--model", "MODEL", "--budget", "0.3%", "--probe"), "no such option"),
+    (("--model", "MODEL", "--budget", "0.3%", "--probe", "--gpu", "rtx4090"), "--probe runs on this machine"),
+    (("--model", "MODEL", "--budget", "0.3%", "--prove"), "no such option"),
     (("--model", "MODEL", "--budget", "0.3%", "--config", "nowhere.yaml"), "does not exist"),
 ]
 
@@ -94,10 +95,10 @@ def test_data_gives_the_longest_row(tiny_model_dir: Callable[..., Path], tiny_ro
     assert document["settings"]["device"] in ("cpu", "cuda")
 
 
-def test_help_shows_examples_and_only_what_is_built() -> None:
+def test_help_shows_examples_and_the_three_depths() -> None:
     result = run("--help")
     assert result.exit_code == 0 and "Examples:" in result.output and "--vram" in result.output
-    assert "--simulate" in result.output and "--probe" not in result.output
+    assert "--simulate" in result.output and "--data rows.jsonl --probe" in result.output
 
 
 def test_a_plan_takes_under_a_second_and_no_torch(tmp_path: Path) -> None:
