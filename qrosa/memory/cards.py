@@ -6,8 +6,12 @@ what it does with fp16 accumulation, 2048 in A100, 4096 in Hopper), times the mu
 NVIDIA's architecture papers print the product for some cards, and a test holds it against those.
 
 Sources: NVIDIA's product pages and data sheets for memory, multiprocessors (CUDA cores / 128), boost clock, bandwidth
-and link; the architecture papers "GA102", "Ada GPU Architecture" and "RTX Blackwell GPU Architecture" for operations
-per clock; the data sheets of A100, H100 and H200 SXM. PCI-SIG for the rate of a lane, after line coding.
+and link; the architecture papers "NVIDIA Ampere GA102 GPU Architecture", "NVIDIA Ada GPU Architecture" and "NVIDIA RTX
+Blackwell GPU Architecture" for operations per clock; the data sheets "NVIDIA A100 Tensor Core GPU" (80 GB SXM), "NVIDIA
+H100 Tensor Core GPU" and "NVIDIA H200 Tensor Core GPU" (SXM). PCI-SIG for the rate of a lane, after line coding.
+
+Each row was compared with at least one published table (reviews and specification databases that cite those pages), but
+for what a comment marks with *unchecked*: that is from memory, and agrees with its neighbours in the range.
 """
 
 from __future__ import annotations
@@ -79,32 +83,32 @@ CARDS = {
         Card("rtx3060", 12, 28, 1777, 360e9, 4),
         Card("rtx3060ti", 8, 38, 1665, 448e9, 4),
         Card("rtx3070", 8, 46, 1725, 448e9, 4),
-        Card("rtx3070ti", 8, 48, 1770, 608e9, 4),
+        Card("rtx3070ti", 8, 48, 1770, 608e9, 4),  # clock unchecked
         Card("rtx3080", 10, 68, 1710, 760e9, 4),
-        Card("rtx3080ti", 12, 80, 1665, 912e9, 4),
+        Card("rtx3080ti", 12, 80, 1665, 912e9, 4),  # unchecked
         Card("rtx3090", 24, 82, 1695, 936e9, 4),
         Card("rtx3090ti", 24, 84, 1860, 1008e9, 4),
         Card("rtx4060", 8, 24, 2460, 272e9, 4, 8),
         Card("rtx4060ti", 8, 34, 2535, 288e9, 4, 8),
         Card("rtx4060ti-16gb", 16, 34, 2535, 288e9, 4, 8),
         Card("rtx4070", 12, 46, 2475, 504e9, 4),
-        Card("rtx4070super", 12, 56, 2475, 504e9, 4),
+        Card("rtx4070super", 12, 56, 2475, 504e9, 4),  # clock unchecked
         Card("rtx4070ti", 12, 60, 2610, 504e9, 4),
-        Card("rtx4070tisuper", 16, 66, 2610, 672e9, 4),
+        Card("rtx4070tisuper", 16, 66, 2610, 672e9, 4),  # unchecked
         Card("rtx4080", 16, 76, 2505, 716.8e9, 4),
-        Card("rtx4080super", 16, 80, 2550, 736e9, 4),
+        Card("rtx4080super", 16, 80, 2550, 736e9, 4),  # unchecked
         Card("rtx4090", 24, 128, 2520, 1008e9, 4),
         Card("rtx5060", 8, 30, 2497, 448e9, 5, 8),
         Card("rtx5060ti", 8, 36, 2572, 448e9, 5, 8),
         Card("rtx5060ti-16gb", 16, 36, 2572, 448e9, 5, 8),
         Card("rtx5070", 12, 48, 2512, 672e9, 5),
         Card("rtx5070ti", 16, 70, 2452, 896e9, 5),
-        Card("rtx5080", 16, 84, 2617, 960e9, 5),
+        Card("rtx5080", 16, 84, 2617, 960e9, 5),  # 30 Gbit/s on 256 lines; tables before its launch said 32
         Card("rtx5090", 32, 170, 2407, 1792e9, 5),
         # Not for a desk, but what measurements are often made on.
         Card("a100", 80, 108, 1410, 2039e9, 4, per_clock=A100),
         Card("h100", 80, 132, 1830, 3350e9, 5, per_clock=HOPPER),
-        Card("h200", 140, 132, 1830, 4800e9, 5, per_clock=HOPPER),
+        Card("h200", 139, 132, 1830, 4800e9, 5, per_clock=HOPPER),  # sold as 141; what the driver reports
     )
 }
 NETWORKS = {
