@@ -180,9 +180,15 @@ class TrainConfig:
     seed: int = setting(42, "Seed of data order, initial values, dropout and random masks.")
     offload: str = setting(
         "auto",
-        "What to keep in host memory: auto, none, or activations, base, or both with a comma. base=disk:FOLDER "
-        "maps the base from files instead.",
+        "What to keep in host memory: auto, none, or some of activations, base and optimizer, with commas. "
+        "base=disk:FOLDER maps the base from files, optimizer=nvme:FOLDER keeps the optimizer on a drive.",
         metavar="auto|none|PARTS",
+    )
+    deepspeed: str | None = setting(
+        None,
+        "Share masters, gradients and optimizer states over all processes with DeepSpeed: stage 2, stage 3, or as a "
+        "file says.",
+        metavar="zero2|zero3|FILE.json",
     )
     vram: str | None = setting(None, "Hard cap on device memory, such as 24GB.  [default: the card's]", metavar="SIZE")
 
@@ -212,6 +218,17 @@ class TrainConfig:
             raise InputError(
                 "--offload activations keeps what checkpointing keeps, and --checkpointing is off",
                 "leave --checkpointing at auto",
+            )
+        if self.deepspeed is not None and self.deepspeed not in ("zero2", "zero3"):
+            if not self.deepspeed.endswith(".json"):
+                raise InputError(
+                    f"--deepspeed {self.deepspeed!r} is unknown", "use zero2, zero3, or the path of a .json file"
+                )
+        if (self.deepspeed is not None or chosen.optimizer) and self.optimizer != "adamw":
+            flag = "--deepspeed" if self.deepspeed is not None else "--offload optimizer"
+            raise InputError(
+                f"{flag} runs AdamW with fp32 states, and --optimizer is {self.optimizer}",
+                f"leave --optimizer at adamw, or leave {flag} out",
             )
 
 

@@ -20,11 +20,15 @@ class Offload:
         activations: Boundary activations of checkpointing.
         base: Packed layers of the base.
         disk: Folder that the base is mapped from, None for host memory.
+        optimizer: Masters and optimizer states, by DeepSpeed; never left to the plan.
+        nvme: Folder that they are kept in, None for host memory.
     """
 
     activations: bool | None
     base: bool | None
     disk: str | None = None
+    optimizer: bool = False
+    nvme: str | None = None
 
 
 def parse_budget(text: str) -> tuple[str, float]:
@@ -82,18 +86,30 @@ def parse_size(text: str | int, flag: str) -> int:
 
 
 def parse_offload(text: str) -> Offload:
-    """Read ``auto``, ``none``, or parts such as ``activations,base`` or ``base=disk:/scratch``.
+    """Read ``auto``, ``none``, or parts such as ``activations,base``, ``base=disk:/scratch`` or ``auto,optimizer``.
 
     Raises:
         InputError: An unknown part.
     """
-    if text in ("auto", "none"):
-        return Offload(None, None) if text == "auto" else Offload(False, False)
+    if text == "none":
+        return Offload(False, False)
     parts = [part.strip() for part in text.split(",")]
-    disk = None
+    folders: dict[str, str] = {}
     for part in parts:
-        if part.startswith("base=disk:") and len(part) > len("base=disk:"):
-            disk = part.removeprefix("base=disk:")
-        elif part not in ("activations", "base"):
-            raise InputError(f"--offload {part!r} is unknown", "use auto, none, activations, base or base=disk:FOLDER")
-    return Offload("activations" in parts, disk is not None or "base" in parts, disk)
+        name, _, folder = part.partition(":")
+        if name in ("base=disk", "optimizer=nvme") and folder:
+            folders[name] = folder
+        elif part not in ("auto", "activations", "base", "optimizer"):
+            raise InputError(
+                f"--offload {part!r} is unknown",
+                "use auto, none, activations, base, base=disk:FOLDER, optimizer or optimizer=nvme:FOLDER",
+            )
+    disk, nvme = folders.get("base=disk"), folders.get("optimizer=nvme")
+    others = None if "auto" in parts else False
+    return Offload(
+        activations="activations" in parts or others,
+        base=disk is not None or "base" in parts or others,
+        disk=disk,
+        optimizer=nvme is not None or "optimizer" in parts,
+        nvme=nvme,
+    )

@@ -138,7 +138,8 @@ class Plan:
         work = self.work
         base = self.request.train.offload if work.base_on_disk else "base"
         base = next(part for part in base.split(",") if part.startswith("base"))
-        return ",".join(["activations"] * work.offload_activations + [base] * work.streamed) or "none"
+        optimizer = [part for part in self.request.train.offload.split(",") if part.strip().startswith("optimizer")]
+        return ",".join(["activations"] * work.offload_activations + [base] * work.streamed + optimizer) or "none"
 
     @property
     def mask_passes(self) -> int:

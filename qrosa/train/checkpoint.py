@@ -54,6 +54,7 @@ FREE_SETTINGS = frozenset(
         "micro_batch",
         "checkpointing",
         "offload",
+        "deepspeed",  # states are stored whole, under the same names
         "mask_memory",
     }
 )
@@ -68,7 +69,7 @@ class Checkpoint:
     state: dict[str, Any]
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """What ``AdapterOptimizer.load_state_tensors`` takes."""
+        """What ``Optimizer.load_state_tensors`` takes."""
         return read_tensors(self.folder / OPTIMIZER_FILE)
 
 
@@ -91,7 +92,7 @@ def save_checkpoint(
         run: The run's folder.
         step: Optimizer steps done.
         write_adapter: Writes ``adapter.safetensors`` and ``adapter_config.json`` into a folder.
-        optimizer: ``AdapterOptimizer.state_tensors()``.
+        optimizer: ``Optimizer.state_tensors()``.
         state: Plain values for ``state.json``.
 
     Raises:

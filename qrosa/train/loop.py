@@ -4,9 +4,10 @@ A step is a function of (seed, step, adapter, optimizer state): which rows it ta
 and which units dropout zeroes all follow from the seed and the step. A run can therefore stop after any step and go
 on bit for bit from a checkpoint.
 
-Several processes (started by ``accelerate launch``) each compute their share of a step's rows; then the two flat
-gradients, and nothing else, are summed over them. There is no DistributedDataParallel wrapper: it would hook every
-parameter and all-reduce per micro-batch what travels here once a step.
+Several processes (started by ``torchrun``, ``accelerate launch`` or ``deepspeed``) each compute their share of a
+step's rows; then the optimizer sums the two flat gradients over them, and nothing else travels. There is no
+DistributedDataParallel wrapper: it would hook every parameter and all-reduce per micro-batch what travels here once a
+step.
 """
 
 from __future__ import annotations
@@ -112,15 +113,16 @@ class TrainingLoop:
     def save(self) -> None:
         """Write a checkpoint of now and delete the oldest ones beyond ``keep``."""
         work, state = self.work, self.work.state
-        if work.accelerator.is_main_process:
-            with work.meter.phase("save"):
+        with work.meter.phase("save"):
+            optimizer = work.optimizer.state_tensors(wanted=work.accelerator.is_main_process)
+            if work.accelerator.is_main_process:
                 state.peaks = dict(work.meter.peaks)
                 logs = {name: size_of(work.folder / name) for name in (METRICS_FILE, EVAL_FILE)}
                 save_checkpoint(
                     work.folder,
                     state.step,
                     write_adapter=work.write_adapter,
-                    optimizer=work.optimizer.state_tensors(),
+                    optimizer=optimizer,
                     state={**work.identity, "phase": self._phase, "run": state.to_json(), "logs": logs},
                 )
                 prune(work.folder, work.config.train.keep)
@@ -137,13 +139,12 @@ class TrainingLoop:
         with work.meter.phase("train"):
             share = rows[work.accelerator.process_index :: work.accelerator.num_processes]
             loss = self._sum(self.runner.gradients(share, step, supervised)) / supervised
-            self._reduce_gradients()
-            if self.zero_gradients.watches(work.optimizer.groups):
+            if self.zero_gradients.watches(work.optimizer.parts):
                 self.zero_gradients.see(work.optimizer.gradient_norms())
-            norm = work.optimizer.clip(train.max_grad_norm)
-            guard.check_finite(loss, norm, step + 1, self._last_good())
             lr, sparse_lr = self._learning_rates(step)
-            work.optimizer.step(lr=lr, sparse_lr=sparse_lr)
+            guard.check_finite(loss, 0.0, step + 1, self._last_good())
+            norm = work.optimizer.update(lr=lr, sparse_lr=sparse_lr, max_norm=train.max_grad_norm)
+            guard.check_finite(loss, norm, step + 1, self._last_good())
             memory = work.meter.peak()
         state.step += 1
         self._log_step(rows, supervised, loss, lr, norm, memory, phase, time.perf_counter() - begun)
@@ -202,11 +203,6 @@ class TrainingLoop:
             step, total, train.schedule, train.lr_warmup, self.work.state.selected_at or 0
         )
         return train.lr * low_rank, train.sparse_lr * sparse
-
-    def _reduce_gradients(self) -> None:
-        if self.work.accelerator.num_processes > 1:
-            for gradient in self.work.optimizer.gradients():
-                gradient.copy_(self.work.accelerator.reduce(gradient))
 
     def _sum(self, value: float) -> float:
         """The sum of a number over all processes."""

@@ -18,27 +18,29 @@ optimizer is used, which is what bitsandbytes falls back to there, and whose res
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from qrosa.errors import InputError, StorageError
+from qrosa.train.flat import LOW_RANK, SPARSE, FlatParameters, check_sparse, summed_norms
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-LOW_RANK, SPARSE = "low_rank", "sparse"
 PAGED = "paged-adamw8bit"
 
 _MakeOptimizer = Callable[[nn.Parameter], torch.optim.Optimizer]
 
 
-class FlatGroup:
-    """Parameters of one kind as one flat fp32 master with one flat fp32 gradient.
+class FlatGroup(FlatParameters):
+    """Parameters of one kind as one flat fp32 master, which their optimizer updates.
 
     Args:
         parameters: The model's parameters, in a fixed order.
@@ -47,47 +49,20 @@ class FlatGroup:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], make: _MakeOptimizer, *, views: bool) -> None:
-        self.parameters = list(parameters)
+        super().__init__(parameters)
         self.views = views
-        device = self.parameters[0].device
-        size = sum(p.numel() for p in self.parameters)
-        self.master = nn.Parameter(torch.empty(size, dtype=torch.float32, device=device))
-        self.gradient = torch.zeros_like(self.master, requires_grad=False)
+        self.master = nn.Parameter(self.flat())
         self.master.grad = self.gradient
         self._master_parts = self._parts(self.master.detach())
-        self._gradient_parts = self._parts(self.gradient)
-        self.read_model()
         if views:
-            for parameter, part in zip(self.parameters, self._master_parts, strict=True):
-                parameter.data = part
+            self.become_views(self.master.detach())
         self.optimizer = make(self.master)
-
-    def _parts(self, flat: Tensor) -> list[Tensor]:
-        parts, start = [], 0
-        for parameter in self.parameters:
-            parts.append(flat[start : start + parameter.numel()].view(parameter.shape))
-            start += parameter.numel()
-        return parts
-
-    @torch.no_grad()
-    def read_model(self) -> None:
-        """Set the master from the model's parameters (exact: bf16 and fp32 both fit fp32)."""
-        for parameter, part in zip(self.parameters, self._master_parts, strict=True):
-            part.copy_(parameter)
 
     @torch.no_grad()
     def write_model(self) -> None:
         """Round the master into the model's parameters; nothing to do where they are views of it."""
         if not self.views:
             torch._foreach_copy_([p.detach() for p in self.parameters], self._master_parts)
-
-    @torch.no_grad()
-    def accumulate(self) -> None:
-        """Add the parameters' gradients to the flat fp32 gradient and free them."""
-        for parameter, part in zip(self.parameters, self._gradient_parts, strict=True):
-            if parameter.grad is not None:
-                part.add_(parameter.grad)
-                parameter.grad = None
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -152,6 +127,7 @@ class AdapterOptimizer:
         sparse: Parameters of the sparse part, fp32; may be empty and may come later (``add_sparse``).
         kind: ``adamw``, ``adamw8bit`` or ``paged-adamw8bit``.
         weight_decay: Decoupled weight decay.
+        accelerator: The processes to sum gradients over; None for this one alone.
     """
 
     def __init__(
@@ -161,8 +137,10 @@ class AdapterOptimizer:
         *,
         kind: str = "adamw",
         weight_decay: float = 0.0,
+        accelerator: Accelerator | None = None,
     ) -> None:
         self.kind = kind
+        self.accelerator = accelerator
         self.weight_decay = weight_decay
         self.groups: dict[str, FlatGroup] = {}
         if low_rank:
@@ -170,16 +148,18 @@ class AdapterOptimizer:
         if sparse:
             self.add_sparse(sparse)
 
+    @property
+    def parts(self) -> Mapping[str, FlatParameters]:
+        """The parts that there are."""
+        return self.groups
+
     def add_sparse(self, parameters: Sequence[nn.Parameter]) -> None:
         """Take in the sparse part; its parameters become views of one flat fp32 tensor.
 
         Raises:
             InputError: There is a sparse part already, or its values are not fp32.
         """
-        if SPARSE in self.groups:
-            raise InputError("the optimizer has a sparse part already", "select masks once in a run")
-        if any(p.dtype != torch.float32 for p in parameters):
-            raise InputError("sparse values must be fp32", "do not cast the model after the masks are selected")
+        check_sparse(self.groups, parameters)
         if sum(p.numel() for p in parameters):
             self.groups[SPARSE] = FlatGroup(parameters, self._make, views=True)
 
@@ -209,13 +189,21 @@ class AdapterOptimizer:
     def zero_gradients(self) -> None:
         """Forget what was accumulated, and any ``.grad`` that a broken-off backward left behind."""
         for group in self.groups.values():
-            group.gradient.zero_()
-            for parameter in group.parameters:
-                parameter.grad = None
+            group.zero_gradients()
 
     def gradients(self) -> list[Tensor]:
-        """The flat fp32 gradients, to be summed over processes in place."""
+        """The flat fp32 gradients."""
         return [group.gradient for group in self.groups.values()]
+
+    def update(self, *, lr: float, sparse_lr: float, max_norm: float) -> float:
+        """Sum the gradients over the processes, clip them to ``max_norm`` and step; see ``Optimizer.update``."""
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            for gradient in self.gradients():
+                gradient.copy_(self.accelerator.reduce(gradient))
+        norm = self.clip(max_norm)
+        if math.isfinite(norm):
+            self.step(lr=lr, sparse_lr=sparse_lr)
+        return norm
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> float:
@@ -237,18 +225,12 @@ class AdapterOptimizer:
             group.step(sparse_lr if name == SPARSE else lr)
 
     def gradient_norms(self) -> dict[str, float]:
-        """Norm of what was accumulated, by part."""
-        return {name: float(torch.linalg.vector_norm(group.gradient)) for name, group in self.groups.items()}
+        """The sum over the processes of the norms of what each has accumulated, by part."""
+        return summed_norms(self.groups, self.accelerator)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the parameters as the model sees them, by part: the same as long as nothing was learnt."""
-        digests = {}
-        for name, group in self.groups.items():
-            digest = hashlib.sha256()
-            for parameter in group.parameters:
-                digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-            digests[name] = digest.hexdigest()
-        return digests
+        return {name: group.digest() for name, group in self.groups.items()}
 
     @property
     def nbytes(self) -> int:
@@ -259,8 +241,10 @@ class AdapterOptimizer:
             total += sum(t.nbytes for t in (group.master, group.gradient, *state))
         return total
 
-    def state_tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self, *, wanted: bool = True) -> dict[str, Tensor]:
         """Everything that a resumed run needs, by name: ``low_rank.master``, ``sparse.exp_avg``, ..."""
+        if not wanted:
+            return {}
         return {f"{name}.{key}": t for name, group in self.groups.items() for key, t in group.state_tensors().items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -275,3 +259,6 @@ class AdapterOptimizer:
         for name, group in self.groups.items():
             prefix = name + "."
             group.load_state_tensors({k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)})
+
+    def close(self) -> None:
+        """Nothing to give back."""

@@ -7,6 +7,7 @@ What comes out is all that the run needs, settings resolved: where the user left
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from qrosa.memory.hardware import card_memory
 from qrosa.memory.plan import Plan
 from qrosa.memory.shape import ModelShape
 from qrosa.memory.solve import plan as make_plan
+from qrosa.offload.zero import ZeroSettings, zero_settings
 from qrosa.quantities import parse_share, parse_size
 from qrosa.train.folder import check_output, check_room
 from qrosa.train.schedule import Phases, warmup_and_total
@@ -46,6 +48,7 @@ class Prepared:
         phases: Length of the phases.
         plan: Memory of each phase, and the settings that fit.
         cap: Hard cap on the card's memory in bytes, or None.
+        zero: What DeepSpeed is to do, or None for training without it.
     """
 
     config: RunConfig
@@ -57,6 +60,7 @@ class Prepared:
     phases: Phases
     plan: Plan
     cap: int | None
+    zero: ZeroSettings | None = None
 
     @property
     def pad_id(self) -> int:
@@ -89,6 +93,7 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
     if not dry_run:
         check_output(Path(config.output), resume=resume, force=force)
     check_trackers(config.train.log_to)
+    zero = _deepspeed(config, dry_run=dry_run)
     checkpoint = open_checkpoint(config.model)
     shape = ModelShape.from_source(config.model)
     allocation = allocate(config.adapter, shape.linears, shape.base_parameters)
@@ -104,7 +109,20 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
         plan.require_fit()
         check_room(Path(config.output), max(phase.disk for name, phase in plan.phases.items() if name != "export"))
     config = _resolve(config, seq_len, phases, plan)
-    return Prepared(config, checkpoint, tokenizer, train, heldout, allocation, phases, plan, cap)
+    return Prepared(config, checkpoint, tokenizer, train, heldout, allocation, phases, plan, cap, zero)
+
+
+def _deepspeed(config: RunConfig, *, dry_run: bool) -> ZeroSettings | None:
+    """What DeepSpeed is to do, which it is asked whether it can."""
+    settings = zero_settings(config.train)
+    if settings is not None and not dry_run:
+        import torch
+
+        from qrosa.offload.deepspeed import check_available
+
+        on_card = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+        check_available(settings, "cuda" if on_card else "cpu")
+    return settings
 
 
 def _plan(config: RunConfig, shape: ModelShape, allocation: Allocation, longest: int) -> tuple[Plan, int | None]:

@@ -21,6 +21,7 @@ from qrosa.quantities import parse_offload
 from qrosa.sparse.store import write_json, write_text
 from qrosa.train.checkpoint import Checkpoint, check_same_run, cut_back, latest
 from qrosa.train.facts import Facts, ModuleShare
+from qrosa.train.flat import Optimizer
 from qrosa.train.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, make_folder
 from qrosa.train.loop import TrainingLoop
 from qrosa.train.optim import PAGED, AdapterOptimizer
@@ -28,12 +29,13 @@ from qrosa.train.peak import MemoryMeter
 from qrosa.train.prepare import Prepared, prepare
 from qrosa.train.progress import Progress
 from qrosa.train.report import write_report
-from qrosa.train.selection import agree_on, sample_loss, selection_rows
+from qrosa.train.selection import agree_on, agree_on_values, sample_loss, selection_rows
 from qrosa.train.setup import hold_to_cap, load_planned
 from qrosa.train.state import RunState
 from qrosa.train.step import Limits, supervised_tokens
 from qrosa.train.trackers import check_trackers, make_accelerator, start_trackers
 from qrosa.train.work import Work
+from qrosa.train.zero import ZeroOptimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -94,8 +96,11 @@ class _Run:
         work = self._work(model, checkpoint)
         start_trackers(self.accelerator, self.identity["settings"])
         loop = TrainingLoop(work, self.progress)
-        loop.fit()
-        loop.evaluate()
+        try:
+            loop.fit()
+            loop.evaluate()
+        finally:
+            work.optimizer.close()
         return self._finish(work)
 
     def _found_checkpoint(self) -> Checkpoint | None:
@@ -151,8 +156,7 @@ class _Run:
         prepared, train = self.prepared, self.config.train
         if train.optimizer == PAGED and self.device.type == "cpu":
             self.progress.notice("there is nothing to page on the CPU: the plain 8-bit optimizer runs")
-        low_rank, sparse = _parameters(model)
-        optimizer = AdapterOptimizer(low_rank, sparse, kind=train.optimizer, weight_decay=train.weight_decay)
+        optimizer = self._optimizer(model)
         plan = prepared.plan.work
         state = RunState(Limits(plan.rows, plan.tokens), plan.eval_tokens, plan.loss_chunk_tokens)
         if checkpoint is not None:
@@ -178,7 +182,30 @@ class _Run:
             planned=prepared.plan.planned,
         )
 
-    def _select(self, model: nn.Module, optimizer: AdapterOptimizer) -> tuple[int, int]:
+    def _optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimizer of the parts that the model has: on the device, or DeepSpeed's."""
+        train, settings = self.config.train, self.prepared.zero
+        low_rank, sparse = _parameters(model)
+        agree_on_values(self.accelerator, [*low_rank, *sparse])
+        if settings is None:
+            return AdapterOptimizer(
+                low_rank,
+                sparse,
+                kind=train.optimizer,
+                weight_decay=train.weight_decay,
+                accelerator=self.accelerator,
+            )
+        self.progress.notice(f"DeepSpeed: {settings.words}, {self.accelerator.num_processes} processes")
+        return ZeroOptimizer(
+            low_rank,
+            sparse,
+            settings=settings,
+            weight_decay=train.weight_decay,
+            max_norm=train.max_grad_norm,
+            accelerator=self.accelerator,
+        )
+
+    def _select(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]:
         """Pick the masks and hand the new sparse part to the optimizer."""
         config, prepared = self.config, self.prepared
         rows = self._selection_rows()
@@ -203,7 +230,9 @@ class _Run:
         )
         for notice in notices:
             self.progress.notice(notice)
-        optimizer.add_sparse(_parameters(model)[1])
+        sparse = _parameters(model)[1]
+        agree_on_values(self.accelerator, sparse)
+        optimizer.add_sparse(sparse)
         return sum(len(row.input_ids) for row in rows), sum(supervised_tokens(row) for row in rows)
 
     def _selection_rows(self) -> list[Any]:
@@ -223,7 +252,7 @@ class _Run:
             planned=self.prepared.plan.planned,
             modules=module_shares(work.model),
             data=dataclasses.asdict(self.prepared.train.report),
-            trainable=sum(group.master.numel() for group in work.optimizer.groups.values()),
+            trainable=sum(part.size for part in work.optimizer.parts.values()),
         )
         report = write_report(self.folder, facts) if self.accelerator.is_main_process else {}
         self.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""Mask selection inside a run: which rows it reads, with which loss, and the same masks on every process."""
+"""Mask selection inside a run: which rows it reads, with which loss, and the same masks and values on every process."""
 
 from __future__ import annotations
 
@@ -64,3 +64,14 @@ def agree_on(accelerator: Accelerator, positions: dict[str, Tensor]) -> dict[str
         flat.copy_(torch.cat([chosen.to(torch.int64) for chosen in positions.values()]))
     parts = broadcast(flat).cpu().split(counts.tolist())
     return dict(zip(positions, parts, strict=True))
+
+
+@torch.no_grad()
+def agree_on_values(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
+    """Give every process the main process's values: where they are computed, cards may round differently."""
+    if accelerator.num_processes == 1:
+        return
+    from accelerate.utils import broadcast
+
+    for parameter in parameters:
+        parameter.copy_(broadcast(parameter.detach().clone()))

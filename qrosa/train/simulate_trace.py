@@ -25,8 +25,9 @@ from qrosa.offload.packing import FlatWeight, flat_layout
 from qrosa.offload.streaming import BaseStream
 from qrosa.quant.nf4 import NF4Weight
 from qrosa.sparse.csr import CsrDelta, column_dtype
+from qrosa.train.flat import SPARSE
 from qrosa.train.modes import offload_activations, set_attention, set_checkpointing
-from qrosa.train.optim import SPARSE, AdapterOptimizer
+from qrosa.train.optim import AdapterOptimizer
 from qrosa.train.selection import sample_loss
 from qrosa.train.simulate_card import CARD_GRANULE, hidden_bytes
 from qrosa.train.simulate_tracker import EVALUATION, FORWARD, UPDATE, Peak, StorageTracker

@@ -22,8 +22,8 @@ from torch import nn
 
 from qrosa.data.batching import MicroBatch, micro_batches
 from qrosa.errors import DoesNotFitError
+from qrosa.train.flat import Optimizer
 from qrosa.train.loss import CHUNK_TOKENS, IGNORED, model_loss
-from qrosa.train.optim import AdapterOptimizer
 
 if TYPE_CHECKING:
     from qrosa.data.template import EncodedRow
@@ -90,7 +90,7 @@ class StepRunner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: AdapterOptimizer,
+        optimizer: Optimizer,
         *,
         limits: Limits,
         pad_id: int,

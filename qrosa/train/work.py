@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qrosa.config import RunConfig
-from qrosa.train.optim import AdapterOptimizer
+from qrosa.train.flat import Optimizer
 from qrosa.train.peak import MemoryMeter
 from qrosa.train.schedule import Phases
 from qrosa.train.state import RunState
@@ -47,7 +47,7 @@ class Work:
     phases: Phases
     folder: Path
     model: nn.Module
-    optimizer: AdapterOptimizer
+    optimizer: Optimizer
     rows: Sequence[EncodedRow]
     heldout: Sequence[EncodedRow]
     pad_id: int
