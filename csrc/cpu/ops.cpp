@@ -14,7 +14,7 @@ namespace qrosa {
 namespace {
 
 constexpr int64_t kPackedBytes = 1 << 20;  // of a packed chunk of X: half of a common L2 cache
-constexpr int64_t kStripRows = 32;         // columns of dY packed at a time
+constexpr int64_t kStripRows = 256;        // columns of dY packed at a time
 constexpr int64_t kScoreRows = 256, kScoreColumns = 512, kScoreDepth = 512;  // of a tile of the mask statistic
 
 Float float_type(const Tensor& tensor) {

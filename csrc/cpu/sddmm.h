@@ -116,10 +116,11 @@ template <class T>
 static void pack_columns_as(const T* src, int64_t stride, int64_t rows, int64_t columns, uint32_t* packed,
                             int64_t words) {
   constexpr int kRows = Block<T>::kRows, kColumns = Block<T>::kColumns;
-  for (int64_t c = 0; c < columns; c += kColumns) {
-    const int64_t keep = lesser(kColumns, columns - c);
-    for (int64_t r = 0; r < rows; r += kRows) {
-      const int64_t height = lesser(kRows, rows - r);
+  // Along the rows first: a column of a wide matrix has a page, and one set of the nearest cache, for all its lines.
+  for (int64_t r = 0; r < rows; r += kRows) {
+    const int64_t height = lesser(kRows, rows - r);
+    for (int64_t c = 0; c < columns; c += kColumns) {
+      const int64_t keep = lesser(kColumns, columns - c);
       uint32_t* target = packed + c * words + r / (kRows / kLanes);
       if (height == kRows && keep == kColumns) {
         pack_block(src + r * stride + c, stride, target, words, keep);
@@ -145,17 +146,68 @@ static void pack_columns(Float type, const void* src, int64_t stride, int64_t ro
   });
 }
 
+constexpr int kTogether = 8;
+
+// out[i] (+)= sum(acc[i]) for the first kCount; the additions are those of `sum`, in the same order.
+template <int kCount>
+static inline void add_sums_of(const Vec* acc, bool first, float* out) {
+#if defined(__AVX512F__)
+  if constexpr (kCount > 2) {  // eight sums share their shuffles
+    Vec t[4], u[2];
+    for (int i = 0; i < 4; ++i) {
+      t[i] = add(_mm512_shuffle_f32x4(acc[i], acc[i + 4], 0x44), _mm512_shuffle_f32x4(acc[i], acc[i + 4], 0xEE));
+    }
+    for (int i = 0; i < 2; ++i) {
+      u[i] = add(_mm512_shuffle_f32x4(t[i], t[i + 2], 0x88), _mm512_shuffle_f32x4(t[i], t[i + 2], 0xDD));
+    }
+    const Vec halves = add(_mm512_unpacklo_ps(u[0], u[1]), _mm512_unpackhi_ps(u[0], u[1]));
+    const Vec sums = add(halves, _mm512_shuffle_ps(halves, halves, 0xEE));  // 0 1 . . 4 5 . . 2 3 . . 6 7 . .
+    const Vec ordered =
+        _mm512_permutexvar_ps(_mm512_set_epi32(13, 12, 5, 4, 9, 8, 1, 0, 13, 12, 5, 4, 9, 8, 1, 0), sums);
+    constexpr __mmask16 kMask = (1u << kCount) - 1;
+    const Vec before = first ? zero() : _mm512_maskz_loadu_ps(kMask, out);
+    _mm512_mask_storeu_ps(out, kMask, add(before, ordered));
+    return;
+  }
+#endif
+  for (int i = 0; i < kCount; ++i) out[i] = (first ? 0.0f : out[i]) + sum(acc[i]);
+}
+
 // kCount positions of one row at once: the words of dY are loaded once, and the sums are independent chains. Each
 // position has one chain whatever the grouping, so that grouping does not change a bit.
 template <bool kPairs, int kCount>
 static inline void dot_group(const uint32_t* dy, const uint32_t* const* x, int64_t words, bool first, float* out) {
-  Vec acc[kCount];
-  for (int i = 0; i < kCount; ++i) acc[i] = zero();
+  Vec acc[kTogether];
+  for (int i = 0; i < kTogether; ++i) acc[i] = zero();
   for (int64_t w = 0; w < words; w += kLanes) {
     const Words shared = load_words(dy + w);
     for (int i = 0; i < kCount; ++i) acc[i] = dot_words<kPairs>(acc[i], shared, load_words(x[i] + w));
   }
-  for (int i = 0; i < kCount; ++i) out[i] = (first ? 0.0f : out[i]) + sum(acc[i]);
+  add_sums_of<kCount>(acc, first, out);
+}
+
+// One instance for each count: a row's last few positions go together as well, not one by one.
+template <bool kPairs>
+static inline void dot_positions(int64_t count, const uint32_t* dy, const uint32_t* const* x, int64_t words, bool first,
+                                 float* out) {
+  switch (count) {
+    case 1:
+      return dot_group<kPairs, 1>(dy, x, words, first, out);
+    case 2:
+      return dot_group<kPairs, 2>(dy, x, words, first, out);
+    case 3:
+      return dot_group<kPairs, 3>(dy, x, words, first, out);
+    case 4:
+      return dot_group<kPairs, 4>(dy, x, words, first, out);
+    case 5:
+      return dot_group<kPairs, 5>(dy, x, words, first, out);
+    case 6:
+      return dot_group<kPairs, 6>(dy, x, words, first, out);
+    case 7:
+      return dot_group<kPairs, 7>(dy, x, words, first, out);
+    default:
+      return dot_group<kPairs, kTogether>(dy, x, words, first, out);
+  }
 }
 
 template <bool kPairs>
@@ -166,20 +218,14 @@ static bool sddmm_rows_as(const CsrView& csr, const uint32_t* packed_dy, const u
     const uint32_t* dy = packed_dy + (row - begin) * words;
     const int64_t stop = csr.row_ptr[row + 1];
     for (int64_t i = csr.row_ptr[row]; i < stop;) {
-      const uint32_t* x[8];
-      const int64_t count = stop - i >= 8 ? 8 : stop - i >= 4 ? 4 : 1;
+      const uint32_t* x[kTogether];
+      const int64_t count = lesser(kTogether, stop - i);
       for (int64_t j = 0; j < count; ++j) {
         const int64_t col = column(csr, i + j);
         if (!column_in_bounds(col, columns)) return false;
         x[j] = packed_x + col * words;
       }
-      if (count == 8) {
-        dot_group<kPairs, 8>(dy, x, words, first, out + i);
-      } else if (count == 4) {
-        dot_group<kPairs, 4>(dy, x, words, first, out + i);
-      } else {
-        dot_group<kPairs, 1>(dy, x, words, first, out + i);
-      }
+      dot_positions<kPairs>(count, dy, x, words, first, out + i);
       i += count;
     }
   }
