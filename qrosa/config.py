@@ -191,6 +191,9 @@ class TrainConfig:
         metavar="zero2|zero3|FILE.json",
     )
     vram: str | None = setting(None, "Hard cap on device memory, such as 24GB.  [default: the card's]", metavar="SIZE")
+    host_memory: str | None = setting(
+        None, "Host memory that a plan may count on, such as 32GB.  [default: what is free here]", metavar="SIZE"
+    )
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "lr", "sparse_lr", "max_grad_norm", "keep"):
@@ -208,6 +211,8 @@ class TrainConfig:
             raise InputError(f"--seed {self.seed} is out of range", "use a seed from 0 to 2147483647")
         if self.vram is not None:
             parse_size(self.vram, "--vram")
+        if self.host_memory is not None:
+            parse_size(self.host_memory, "--host-memory")
         chosen = parse_offload(self.offload)
         if chosen.base and self.checkpointing == "off":
             raise InputError(

@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 # Settings that change memory, or what the plan is made from; the rest of a config is read and passed over.
 _SETTINGS = (
     *("budget", "rank", "density", "sparse_per_layer", "sparse_share", "dropout"),
+    *("sparse_init", "low_rank_init"),
     *("mask_score", "mask_scope", "mask_memory"),
     *("data", "seq_len", "train_on"),
-    *("batch_size", "micro_batch", "optimizer", "checkpointing", "offload", "keep", "vram"),
+    *("batch_size", "micro_batch", "optimizer", "checkpointing", "offload", "keep", "vram", "host_memory"),
 )
 _EXAMPLES = """\b
 Examples:
@@ -95,15 +96,17 @@ def make_plan(source: str, values: dict[str, Any], machines: Machines | None = N
     adapter, masks = make_group(AdapterConfig, values), make_group(MaskConfig, values)
     data, train = make_group(DataConfig, values), make_group(TrainConfig, values)
     shape = ModelShape.from_source(source)
-    longest = None
+    longest, tokens = None, 0
     if data.data is not None:
         seq_len = data.seq_len or min(DEFAULT_SEQ_LEN, shape.dims.max_positions)
-        longest = longest_row(source, data, seq_len)
-    return plan(shape, adapter, masks, data, train, longest_row=longest, device=device, machines=machines)
+        longest, tokens = measure_rows(source, data, seq_len)
+    return plan(
+        shape, adapter, masks, data, train, longest_row=longest, device=device, machines=machines, row_tokens=tokens
+    )
 
 
-def longest_row(source: str, data: DataConfig, seq_len: int) -> int:
-    """Tokens of the longest training row, cut at ``seq_len``.
+def measure_rows(source: str, data: DataConfig, seq_len: int) -> tuple[int, int]:
+    """Tokens of the longest training row, cut at ``seq_len``, and of all rows.
 
     Raises:
         InputError: No usable tokenizer or rows.
@@ -113,7 +116,7 @@ def longest_row(source: str, data: DataConfig, seq_len: int) -> int:
     assert data.data is not None
     with progress_console().status("measuring the rows"):
         rows = load_rows(data.data, _tokenizer(source), seq_len=seq_len, train_on=data.train_on)
-    return rows.report.longest
+    return rows.report.longest, rows.report.tokens
 
 
 def _tokenizer(source: str) -> Any:

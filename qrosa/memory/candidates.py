@@ -106,6 +106,9 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         loss_chunk_tokens=LOSS_CHUNKS[0],
         mask_group_bytes=0,
         checkpoints=train.keep,
+        sparse_init=request.adapter.sparse_init,
+        low_rank_init=request.adapter.low_rank_init,
+        row_tokens=request.row_tokens,
     )
 
 

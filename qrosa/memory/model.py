@@ -92,8 +92,29 @@ def _load(work: Workload) -> PhaseMemory:
         Moment("quantising the largest matrix", {"base": base}, {"quantising": reading}),
         Moment("reading the largest embedding", {"base": base, "unquantised": rest}, {"quantising": converting}),
     ]
+    moments += _svd_moments(work)
     # Bytes of the checkpoint's memory-mapped file count as this process's while a tensor is copied out of it.
     return _peak(work, moments, {"staging": staging})
+
+
+def _svd_moments(work: Workload) -> list[Moment]:
+    """Starting the low-rank part at the quantisation error: rows weigh the inputs, then errors are decomposed."""
+    if work.low_rank_init != "svd" or not work.allocation.low_rank_parameters or not work.has_original:
+        return []
+    lasting = {
+        "base": _device_base(work),
+        "unquantised": parts.unquantised_bytes(work.shape),
+        "adapter": parts.low_rank_bytes(work.allocation),
+        "input_weights": FULL * sum(linear.in_features for linear in work.shape.linears),
+    }
+    layer, _ = forward_moments(work, micro_batch(work, work.length, 1), lasting)
+    squared = 2 * FULL * work.length * max(linear.in_features for linear in work.shape.linears)
+    rank = max(work.allocation.ranks.values())
+    decomposing = max(parts.error_bytes(work.shape), parts.factor_bytes(work.shape, rank))
+    return [
+        Moment("weighing the inputs", layer.lasting, layer.passing | {"squared_inputs": squared}),
+        Moment("decomposing the largest error", lasting, {"factors": decomposing}),
+    ]
 
 
 def _select(work: Workload) -> PhaseMemory:
@@ -101,15 +122,18 @@ def _select(work: Workload) -> PhaseMemory:
     lasting = _resident(work, sparse=False)
     disk, host = 0, {"positions": 8 * work.allocation.nnz_total}
     if work.offload_activations:
-        host["pinned_activations"] = boundary_bytes(work, work.length)
+        host["pinned_activations"] = _host_boundaries(work, work.length)
+    dense = parts.error_bytes(work.shape)
+    starts = []
+    if work.sparse_init == "residual" and work.has_original:
+        starts = [Moment("reading where values start", lasting, {"scores": dense})]
     if work.mask_score == "random":
-        return _peak(work, [Moment("drawing positions", lasting)], host, disk)
-    dense = (2 * FULL + work.shape.stored_bytes) * parts.largest(work.shape.linears)  # an error while it is read
+        return _peak(work, [Moment("drawing positions", lasting), *starts], host, disk)
     top_k = parts.top_k_bytes(work.allocation)
     if work.mask_score == "residual":
         return _peak(work, [Moment("reading an error", lasting, {"scores": max(dense, top_k)})], host, disk)
     sizes = parts.observed(work.allocation, work.mask_scope)
-    sample, moments = micro_batch(work, work.length, 1), []
+    sample, moments = micro_batch(work, work.length, 1), starts
     for group in parts.statistic_groups(work.allocation, work.mask_scope, work.mask_group_bytes):
         lasting = lasting | {"mask_statistics": parts.statistic_bytes(sizes, group)}
         layers = work.shape.dims.layers - min(x.layer for x in work.allocation.linears if x.path in group)
@@ -131,8 +155,14 @@ def _train(work: Workload) -> PhaseMemory:
     moments.append(Moment("the optimizer step", _resident(work), {"micro_batch_gradients": gradients}))
     host = {"paged_optimizer": _paged_bytes(work)}
     if work.offload_activations:
-        host["pinned_activations"] = boundary_bytes(work, work.tokens)
+        host["pinned_activations"] = _host_boundaries(work, work.tokens)
     return _peak(work, moments, host)
+
+
+def _host_boundaries(work: Workload, tokens: int) -> int:
+    """Offloaded boundaries in host memory, a buffer for each layer."""
+    size, layers = boundary_bytes(work, tokens), work.shape.dims.layers
+    return size if work.on_cpu else layers * parts.pinned_bytes(size // layers)
 
 
 def _paged_bytes(work: Workload) -> int:

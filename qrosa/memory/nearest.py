@@ -19,7 +19,7 @@ def nearest(plan: Plan) -> list[Suggestion]:
     """Single changes that make ``plan`` fit, the least painful first.
 
     Undoing a forced micro-batch, checkpointing or offload comes first, then 8-bit optimizer states, shorter rows, a
-    smaller budget, and a larger card, which always helps.
+    smaller budget, a base that is mapped from files, and more memory, which always helps.
     """
     return [suggestion for suggestion in _tries(plan) if suggestion is not None]
 
@@ -39,8 +39,33 @@ def _tries(plan: Plan) -> Iterator[Suggestion | None]:
             yield _if_fits(changed, name, free)
     yield _longest(request, plan.work.length)
     yield _smaller_budget(request)
-    needed = math.ceil(plan.peak / _GB_TENTH) / 10
-    yield Suggestion("vram", f"{needed:g}GB", plan.peak)
+    yield _on_disk(plan)
+    if not plan.fits_host:
+        yield _more("host_memory", plan.host_peak)
+    yield _larger_card(plan)
+
+
+def _on_disk(plan: Plan) -> Suggestion | None:
+    """A streamed base mapped from files, where it is the host that is too small."""
+    if plan.fits_host or not plan.work.streamed or plan.work.base_on_disk:
+        return None
+    value = plan.offload.replace("base", "base=disk:FOLDER")
+    train = dataclasses.replace(plan.request.train, offload=value)
+    return _if_fits(dataclasses.replace(plan.request, train=train), "offload", value)
+
+
+def _larger_card(plan: Plan) -> Suggestion | None:
+    """The smallest card that would do; where the host is too small, one that needs less of it."""
+    if plan.fits_host:
+        return _more("vram", plan.peak)
+    train = dataclasses.replace(plan.request.train, offload="none")
+    resident = solve_smallest(dataclasses.replace(plan.request, train=train))
+    return _more("vram", resident.peak) if resident.fits_host else None
+
+
+def _more(name: str, needed: int) -> Suggestion:
+    """More memory of a kind, in tenths of a gigabyte."""
+    return Suggestion(name, f"{math.ceil(needed / _GB_TENTH) / 10:g}GB", needed)
 
 
 def _if_fits(request: Request, name: str, value: str) -> Suggestion | None:

@@ -18,6 +18,7 @@ from qrosa.memory.shape import ModelShape
 _BLOCK, _NESTED_BLOCK, _CODE_TABLE = 64, 256, 1024
 _OPTIMIZER_BLOCK, _OPTIMIZER_MINIMUM = 256, 4096  # bitsandbytes' 8-bit AdamW; smaller tensors stay in fp32
 _ALIGNMENT, STREAM_SLOTS = 256, 2  # of qrosa.offload
+_FULL_SVD, _OVERSAMPLING = 256, 16  # of qrosa.masks.repair
 _TOP_K_CHUNK = 1 << 22  # values that top-k looks at together
 
 
@@ -43,9 +44,13 @@ def block_bytes(shape: ModelShape) -> int:
     """Packed bytes of the largest decoder block as it is streamed: each tensor is padded to 256 bytes."""
     blocks: dict[int, int] = {}
     for linear in shape.linears:
-        size = sum(-(-part // _ALIGNMENT) * _ALIGNMENT for part in _nf4_tensors(linear, shape.nested))
-        blocks[linear.layer] = blocks.get(linear.layer, 0) + size
+        blocks[linear.layer] = blocks.get(linear.layer, 0) + _flat_bytes(linear, shape.nested)
     return max(blocks.values())
+
+
+def _flat_bytes(linear: LinearShape, nested: bool) -> int:
+    """A packed matrix as one run of bytes, each of its tensors padded."""
+    return sum(-(-part // _ALIGNMENT) * _ALIGNMENT for part in _nf4_tensors(linear, nested))
 
 
 def _nf4_tensors(linear: LinearShape, nested: bool) -> list[int]:
@@ -59,6 +64,37 @@ def streamed_base_bytes(shape: ModelShape, resident: int) -> int:
     """What a streamed base has on the device: two slots, the resident blocks, and the one absmax table."""
     slots = min(STREAM_SLOTS, shape.dims.layers - resident)
     return (slots + resident) * block_bytes(shape) + (_CODE_TABLE if shape.nested else 0)
+
+
+def pinned_bytes(size: int) -> int:
+    """What torch's allocator of pinned host memory takes for ``size`` bytes: the next power of two."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def host_base_bytes(shape: ModelShape, *, pinned: bool) -> int:
+    """A streamed base in host memory, a buffer for each matrix (qrosa.offload.packing)."""
+    sizes = [_flat_bytes(linear, shape.nested) for linear in shape.linears]
+    return sum(pinned_bytes(size) if pinned else size for size in sizes)
+
+
+def error_bytes(shape: ModelShape) -> int:
+    """The quantisation error of the largest matrix while it is read: two fp32 matrices and one as stored."""
+    return (2 * FULL + shape.stored_bytes) * largest(shape.linears)
+
+
+def factor_bytes(shape: ModelShape, rank: int) -> int:
+    """An error while ``qrosa.masks.repair`` decomposes it, and some space to work in.
+
+    By a randomised method: the error and its weighted form, fp32 [N, K], and some six factors of N + K rows and rank +
+    16 columns. Small matrices are decomposed whole, with U, V^T, and LAPACK's copies of them.
+    """
+    most = 0
+    for linear in {(x.out_features, x.in_features) for x in shape.linears}:
+        size, side = linear[0] * linear[1], min(linear)
+        whole = side <= _FULL_SVD or 4 * rank > side
+        taken = 4 * size + 8 * side * side if whole else 2 * size + 6 * sum(linear) * (rank + _OVERSAMPLING)
+        most = max(most, FULL * taken)
+    return most
 
 
 def unquantised_bytes(shape: ModelShape) -> int:

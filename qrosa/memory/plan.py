@@ -38,6 +38,8 @@ class Request:
         cap: Bytes that may be used: of the card, or of the host.
         longest_row: Tokens of the longest row, None where no rows are known.
         machines: What to estimate the time of a step on, None for no estimate.
+        host_cap: Bytes of host memory beside a card; None where device and host are one, or the host is not known.
+        row_tokens: Tokens of all rows, 0 where no rows are known.
     """
 
     shape: ModelShape
@@ -49,6 +51,8 @@ class Request:
     cap: int
     longest_row: int | None
     machines: Machines | None = None
+    host_cap: int | None = None
+    row_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,9 +97,24 @@ class Plan:
         return max(self.bytes_of(memory) for memory in self.phases.values())
 
     @property
-    def fits(self) -> bool:
+    def host_peak(self) -> int:
+        """Most bytes that any phase takes of host memory beside the device's."""
+        return max(memory.host_total for memory in self.phases.values())
+
+    @property
+    def fits_device(self) -> bool:
         """The peak is within the cap."""
         return self.peak <= self.request.cap
+
+    @property
+    def fits_host(self) -> bool:
+        """So is the host's, where it is known."""
+        return self.request.host_cap is None or self.host_peak <= self.request.host_cap
+
+    @property
+    def fits(self) -> bool:
+        """Nothing runs out."""
+        return self.fits_device and self.fits_host
 
     def bytes_of(self, memory: PhaseMemory) -> int:
         """A phase's bytes of the memory that is capped: the card's, or on the CPU the whole process's."""
@@ -178,10 +197,10 @@ class Plan:
         """
         if self.fits:
             return
-        phase = max(self.phases, key=lambda name: self.bytes_of(self.phases[name]))
         ways = self.nearest()
+        phase, peak, cap, what = self._tightest()
         raise DoesNotFitError(
-            f"{phase} takes {size_text(self.peak)} at the least and {size_text(self.request.cap)} are there",
+            f"{phase} takes {size_text(peak)} of {what} at the least and {size_text(cap)} are there",
             "these would fit: " + ", or ".join(str(way) for way in ways) if ways else "use a smaller model",
         )
 
@@ -219,6 +238,8 @@ class Plan:
             "traffic_per_step": self.traffic,
             "peak": self.peak,
             "vram": self.request.cap,
+            "host_peak": self.host_peak,
+            "host_memory": self.request.host_cap,
             "fits": self.fits,
             "nearest": [{"setting": way.setting, "value": way.value, "peak": way.peak} for way in self.nearest()],
             "estimate": estimated.to_json() if estimated else None,
@@ -248,11 +269,19 @@ class Plan:
 
     def verdict(self) -> str:
         """One line: fits or not, in what, and where the peak is."""
-        phase = max(self.phases, key=lambda name: self.bytes_of(self.phases[name]))
+        phase, peak, cap, what = self._tightest()
         word = "fits" if self.fits else "does not fit"
-        what = "host memory" if self.work.on_cpu else "device memory"
         moment = self.phases[phase].moment
-        return f"{word}: {size_text(self.peak)} of {size_text(self.request.cap)} {what}, at {phase} ({moment})"
+        return f"{word}: {size_text(peak)} of {size_text(cap)} {what}, at {phase} ({moment})"
+
+    def _tightest(self) -> tuple[str, int, int, str]:
+        """Phase, peak, cap and name of the memory that runs out; of the device's where none does."""
+        host_cap = self.request.host_cap
+        if self.fits_device and host_cap is not None and not self.fits_host:
+            phase = max(self.phases, key=lambda name: self.phases[name].host_total)
+            return phase, self.host_peak, host_cap, "host memory"
+        phase = max(self.phases, key=lambda name: self.bytes_of(self.phases[name]))
+        return phase, self.peak, self.request.cap, "host memory" if self.work.on_cpu else "device memory"
 
 
 def size_text(size: int) -> str:

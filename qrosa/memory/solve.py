@@ -40,6 +40,7 @@ def plan(
     device: str | None = None,
     allocation: Allocation | None = None,
     machines: Machines | None = None,
+    row_tokens: int = 0,
 ) -> Plan:
     """Plan a run.
 
@@ -54,6 +55,7 @@ def plan(
         device: ``cuda`` or ``cpu``; default a card where ``vram`` is given or a card is found.
         allocation: Where the trained parameters are; default from the budget.
         machines: What to estimate the time of a step on; its card's memory is the cap where none is set.
+        row_tokens: Tokens of all rows, which lie encoded in host memory; 0 where no rows are known.
 
     Returns:
         The fastest settings that fit, or the smallest ones, with ``fits`` false.
@@ -66,12 +68,28 @@ def plan(
         vram = parse_size(train.vram, "--vram")
     if vram is None and machines is not None:
         vram = machines.card.memory
-    card = None if vram is not None and device is not None else card_memory()
+    card = card_memory()
     device = device or ("cuda" if vram is not None or card else "cpu")
-    cap = vram if vram is not None else card if device == "cuda" and card else host_memory()
-    seq_len = _seq_len(data, shape)
+    asked = parse_size(train.host_memory, "--host-memory") if train.host_memory is not None else None
+    if device == "cpu":
+        caps = [cap for cap in (vram, asked) if cap is not None]
+        cap, host_cap = min(caps) if caps else host_memory(), None
+    else:
+        cap = vram if vram is not None else card or host_memory()
+        # A card that is not here stands in a host that is not here either.
+        host_cap = asked if asked is not None else host_memory() if card else None
     request = Request(
-        shape, adapter, masks, dataclasses.replace(data, seq_len=seq_len), train, device, cap, longest_row, machines
+        shape,
+        adapter,
+        masks,
+        dataclasses.replace(data, seq_len=_seq_len(data, shape)),
+        train,
+        device,
+        cap,
+        longest_row,
+        machines,
+        host_cap,
+        row_tokens,
     )
     return solve(request, allocation)
 
@@ -142,7 +160,7 @@ def _with_group_bytes(work: Workload, request: Request) -> Workload:
     least, most = (4 * function(sizes.values()) for function in (max, sum))
     alone = dataclasses.replace(work, mask_group_bytes=least)
     memory = phases(alone)["select"]
-    taken = memory.device_total - memory.device["mask_statistics"] + (memory.host_total if work.on_cpu else 0)
+    taken = memory.device_total - memory.device.get("mask_statistics", 0) + (memory.host_total if work.on_cpu else 0)
     room = int(STATISTICS_SHARE * (request.cap - taken))
     if request.masks.mask_memory is not None:
         room = min(room, parse_size(request.masks.mask_memory, "--mask-memory"))

@@ -34,6 +34,9 @@ class Workload:
         offload_activations: Boundary activations are kept on the host.
         resident_blocks: Decoder blocks of the base that stay on the device; None where it is not streamed.
         base_on_disk: A streamed base is mapped from files.
+        sparse_init: Where sparse values start; ``residual`` reads the quantisation error of each matrix.
+        low_rank_init: Where the low-rank part starts; ``svd`` decomposes that error.
+        row_tokens: Tokens of all encoded rows, 0 where no rows are known.
     """
 
     shape: ModelShape
@@ -55,11 +58,19 @@ class Workload:
     offload_activations: bool = False
     resident_blocks: int | None = None
     base_on_disk: bool = False
+    sparse_init: str = "residual"
+    low_rank_init: str = "lora"
+    row_tokens: int = 0
 
     @property
     def streamed(self) -> bool:
         """The base visits the device block by block."""
         return self.resident_blocks is not None
+
+    @property
+    def has_original(self) -> bool:
+        """The 16-bit weights are there, so that a quantisation error can be read."""
+        return self.shape.kind != "nf4"
 
     @property
     def on_cpu(self) -> bool:

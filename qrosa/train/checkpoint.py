@@ -51,6 +51,7 @@ FREE_SETTINGS = frozenset(
         "eval_every",
         "log_to",
         "vram",
+        "host_memory",
         "micro_batch",
         "checkpointing",
         "offload",

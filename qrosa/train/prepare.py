@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qrosa.base.checkpoint import Checkpoint
-    from qrosa.data.dataset import Dataset
+    from qrosa.data.dataset import DataReport, Dataset
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -103,8 +103,8 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
     phases = warmup_and_total(
         config, len(train), low_rank=allocation.low_rank_parameters > 0, sparse=allocation.nnz_total > 0
     )
-    longest = max(train.report.longest, heldout.report.longest if heldout else 0)
-    plan, cap = _plan(config, shape, allocation, longest)
+    reports = [rows.report for rows in (train, heldout) if rows]
+    plan, cap = _plan(config, shape, allocation, reports)
     if not dry_run:
         plan.require_fit()
         check_room(Path(config.output), max(phase.disk for name, phase in plan.phases.items() if name != "export"))
@@ -125,7 +125,9 @@ def _deepspeed(config: RunConfig, *, dry_run: bool) -> ZeroSettings | None:
     return settings
 
 
-def _plan(config: RunConfig, shape: ModelShape, allocation: Allocation, longest: int) -> tuple[Plan, int | None]:
+def _plan(
+    config: RunConfig, shape: ModelShape, allocation: Allocation, reports: list[DataReport]
+) -> tuple[Plan, int | None]:
     """The plan for the device that the run will use, and the cap it holds itself to."""
     import torch
 
@@ -140,7 +142,8 @@ def _plan(config: RunConfig, shape: ModelShape, allocation: Allocation, longest:
         config.data,
         config.train,
         vram=cap,
-        longest_row=longest,
+        longest_row=max(report.longest for report in reports),
+        row_tokens=sum(report.tokens for report in reports),
         device="cuda" if on_card else "cpu",
         allocation=allocation,
     )

@@ -32,7 +32,7 @@ def made(shape: ModelShape, vram: int | None = 24 * GB, **changes: Any) -> Plan:
     """A plan with some settings changed, by name."""
     groups: list[Any] = [AdapterConfig(budget=changes.pop("budget", "0.3%")), MaskConfig(), DataConfig(), TrainConfig()]
     keys = {field.name: i for i, group in enumerate(groups) for field in dataclasses.fields(group)}
-    extra = {key: changes.pop(key) for key in ("longest_row", "device") if key in changes}
+    extra = {key: changes.pop(key) for key in ("longest_row", "device", "row_tokens") if key in changes}
     for key, value in changes.items():
         groups[keys[key]] = dataclasses.replace(groups[keys[key]], **{key: value})
     return plan(shape, *groups, vram=vram, **extra)
