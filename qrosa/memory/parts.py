@@ -8,6 +8,7 @@ what training keeps, ``qrosa.masks`` for selection.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from qrosa.adapters.budget import Allocation, LinearShape
 from qrosa.masks.groups import STATISTIC_BYTES, group_matrices
@@ -17,7 +18,7 @@ from qrosa.memory.shape import ModelShape
 
 _BLOCK, _NESTED_BLOCK, _CODE_TABLE = 64, 256, 1024
 _OPTIMIZER_BLOCK, _OPTIMIZER_MINIMUM = 256, 4096  # bitsandbytes' 8-bit AdamW; smaller tensors stay in fp32
-_ALIGNMENT, STREAM_SLOTS = 256, 2  # of qrosa.offload
+_ALIGNMENT, STREAM_SLOTS, _HOST_CHUNK = 256, 2, 1 << 28  # of qrosa.offload
 _FULL_SVD, _OVERSAMPLING = 256, 16  # of qrosa.masks.repair
 _TOP_K_CHUNK = 1 << 22  # values that top-k looks at together
 
@@ -72,9 +73,25 @@ def pinned_bytes(size: int) -> int:
 
 
 def host_base_bytes(shape: ModelShape, *, pinned: bool) -> int:
-    """A streamed base in host memory, a buffer for each matrix (qrosa.offload.packing)."""
-    sizes = [_flat_bytes(linear, shape.nested) for linear in shape.linears]
-    return sum(pinned_bytes(size) if pinned else size for size in sizes)
+    """A streamed base in host memory; of what is not pinned, pages that are not written to are not there."""
+    sizes = tuple(_flat_bytes(linear, shape.nested) for linear in shape.linears)
+    return _chunked_bytes(sizes) if pinned else sum(sizes)
+
+
+@lru_cache(maxsize=8)
+def _chunked_bytes(sizes: tuple[int, ...]) -> int:
+    """Chunks (qrosa.offload.pool) that matrices fill in order, each the first with room."""
+    room: list[int] = []
+    taken = 0
+    for size in sizes:
+        place = next((index for index, left in enumerate(room) if left >= size), None)
+        if place is None:
+            chunk = max(_HOST_CHUNK, pinned_bytes(size))
+            taken += chunk
+            room.append(chunk - size)
+        else:
+            room[place] -= size
+    return taken
 
 
 def error_bytes(shape: ModelShape) -> int:

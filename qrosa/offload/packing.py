@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qrosa.errors import InputError, StorageError
+from qrosa.offload.pool import HostPool
 from qrosa.quant.nf4 import NF4Weight
 from qrosa.sparse.store import read_safetensors_header, write_tensors
 
@@ -74,15 +75,15 @@ def flat_layout(weight: NF4Weight) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def to_host(weight: NF4Weight, *, pinned: bool) -> FlatWeight:
-    """Copy a layer into one buffer in host memory.
+def to_host(weight: NF4Weight, pool: HostPool) -> FlatWeight:
+    """Copy a layer into one run of bytes in host memory.
 
     Args:
         weight: On any device.
-        pinned: Lock the pages, so that a card can copy from them while it computes.
+        pool: Where the bytes come from; one for a whole base.
     """
     offsets, nbytes = flat_layout(weight)
-    data = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+    data = pool.take(nbytes)
     _write(weight, offsets, data)
     return FlatWeight(data, _template(weight), offsets)
 

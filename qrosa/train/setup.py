@@ -13,6 +13,7 @@ import torch
 
 from qrosa.base.load import Progress, load_base
 from qrosa.offload.packing import FlatWeight, to_disk, to_host
+from qrosa.offload.pool import HostPool
 from qrosa.offload.streaming import BaseStream
 from qrosa.quant.nf4 import NF4Weight
 from qrosa.train.modes import make_deterministic, offload_activations, set_attention, set_checkpointing
@@ -78,10 +79,11 @@ def load_streamed(
         progress: Called with (tensors done, tensors in all).
     """
     flats: dict[str, FlatWeight] = {}
+    pool = HostPool(pinned=device.type == "cuda")
 
     def keep_on_host(path: str, weight: NF4Weight) -> NF4Weight:
         if disk is None:
-            flats[path] = to_host(weight, pinned=device.type == "cuda")
+            flats[path] = to_host(weight, pool)
         else:
             flats[path] = to_disk(weight, Path(disk).expanduser() / checkpoint.fingerprint()[:16], path)
         return flats[path].weight()

@@ -12,6 +12,7 @@ import torch
 import qrosa
 from qrosa.adapters.inject import quantized_linears, trainable_parameters
 from qrosa.offload.packing import FlatWeight, to_disk, to_host
+from qrosa.offload.pool import HostPool
 from qrosa.offload.streaming import BaseStream, spread
 from tests.conftest import save_tiny_model
 
@@ -43,6 +44,11 @@ def step(model: Any) -> tuple[torch.Tensor, list[Any]]:
     return loss.detach(), [parameter.grad.clone() for parameter in trainable_parameters(model)]
 
 
+def on_host(chunk: int = 1 << 16) -> Callable[[str, Any], FlatWeight]:
+    pool = HostPool(pinned=False, chunk=chunk)
+    return lambda _, weight: to_host(weight, pool)
+
+
 def flatten(model: Any, place: Callable[[str, Any], FlatWeight]) -> dict[str, FlatWeight]:
     return {path: place(path, layer.weight) for path, layer in quantized_linears(model).items()}
 
@@ -50,7 +56,7 @@ def flatten(model: Any, place: Callable[[str, Any], FlatWeight]) -> dict[str, Fl
 @pytest.mark.parametrize("resident", [0, 1, 3, LAYERS - 1, LAYERS])
 def test_bit_equal_to_a_resident_base(deep: Path, resident: int) -> None:
     plain, streamed = load(deep), load(deep)
-    stream = BaseStream(streamed, flatten(streamed, lambda _, w: to_host(w, pinned=False)), "cpu", resident)
+    stream = BaseStream(streamed, flatten(streamed, on_host()), "cpu", resident)
     for _ in range(2):  # the second step starts where the first left the slots
         (expected_loss, expected), (loss, found) = step(plain), step(streamed)
         assert torch.equal(expected_loss, loss)
@@ -66,7 +72,7 @@ def test_bit_equal_to_a_resident_base(deep: Path, resident: int) -> None:
 
 def test_only_two_blocks_and_the_resident_ones_are_on_the_device(deep: Path) -> None:
     model = load(deep)
-    flats = flatten(model, lambda _, w: to_host(w, pinned=False))
+    flats = flatten(model, on_host())
     block = sum(flat.nbytes for flat in flats.values()) // LAYERS
     assert BaseStream(model, flats, "cpu", 0).device_bytes == 2 * block
     assert BaseStream(load(deep), flats, "cpu", 3).device_bytes == 5 * block
@@ -75,7 +81,7 @@ def test_only_two_blocks_and_the_resident_ones_are_on_the_device(deep: Path) -> 
 
 def test_each_block_is_fetched_once_a_pass(deep: Path) -> None:
     model = load(deep)
-    stream = BaseStream(model, flatten(model, lambda _, w: to_host(w, pinned=False)), "cpu", 0)
+    stream = BaseStream(model, flatten(model, on_host()), "cpu", 0)
     fetched: list[int] = []
     copy = stream._copy
 
@@ -95,7 +101,7 @@ def test_each_block_is_fetched_once_a_pass(deep: Path) -> None:
 def test_without_checkpointing_autograd_refuses(deep: Path) -> None:
     model = load(deep)
     model.activation_checkpointing_disable()
-    BaseStream(model, flatten(model, lambda _, w: to_host(w, pinned=False)), "cpu", 0)
+    BaseStream(model, flatten(model, on_host()), "cpu", 0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         step(model)
 
@@ -109,7 +115,7 @@ def test_mapped_files_hold_the_same_bits(deep: Path, tmp_path: Path) -> None:
 
 def test_flat_weights_keep_every_tensor(tmp_path: Path) -> None:
     weight = qrosa.QRosaLinear.from_linear(torch.nn.Linear(70, 33)).weight
-    for flat in (to_host(weight, pinned=False), to_disk(weight, tmp_path, "w")):
+    for flat in (to_host(weight, HostPool(pinned=False)), to_disk(weight, tmp_path, "w")):
         again = flat.weight()
         assert again.shape == weight.shape
         assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in weight.tensors().items())
