@@ -28,6 +28,19 @@ struct MatmulWork {
   void* out;          // [tokens, features] forward, [tokens, columns] backward
 };
 
+// A layer for few rows of x, y = x W_eff^T + scale (x A^T) B^T + bias (see dequant_spmm.h).
+struct DecodeWork {
+  Nf4View nf4;
+  CsrView csr;
+  int64_t tokens, features, columns, rank;
+  Float type, low_rank_type;
+  const void* x;      // [tokens, columns]
+  const void *a, *b;  // [rank, columns], [features, rank]; null at rank 0
+  float scale;
+  const void* bias;  // [features] in x's type, or null
+  void* y;           // [tokens, features] in x's type
+};
+
 struct Kernels {
   // out[row, :] = round(deq + S) for rows [begin, end); out is the whole [N, K].
   bool (*dequant_rows)(const Nf4View& nf4, const CsrView& csr, Float type, void* out, int64_t columns, int64_t begin,
@@ -41,12 +54,12 @@ struct Kernels {
   bool (*sddmm_rows)(Float type, const CsrView& csr, const uint32_t* packed_dy, const uint32_t* packed_x, int64_t words,
                      int64_t columns, int64_t begin, int64_t end, bool first, float* out);
 
-  // Floats of workspace that spmm_prepare writes for `rows` rows of x.
-  int64_t (*spmm_workspace)(int64_t rows, int64_t columns);
-  void (*spmm_prepare)(const Nf4View& nf4, Float type, const void* x, int64_t rows, int64_t columns, float* prepared);
-  // y[t, n] for n in [begin, end); y [rows, features]; tile: [columns + 64] floats of this thread's own.
-  bool (*spmm_rows)(const Nf4View& nf4, const CsrView& csr, Float type, const void* x, const float* prepared, void* y,
-                    int64_t rows, int64_t columns, int64_t features, int64_t begin, int64_t end, float* tile);
+  // Floats that decode_prepare writes, and that a thread needs for itself in decode_rows.
+  int64_t (*decode_workspace)(const DecodeWork& work);
+  int64_t (*decode_tile)(const DecodeWork& work);
+  void (*decode_prepare)(const DecodeWork& work, float* prepared);
+  // y[:, n] for n in [begin, end); begin is a multiple of 4.
+  bool (*decode_rows)(const DecodeWork& work, const float* prepared, int64_t begin, int64_t end, float* tile);
 
   // tile [n, k] += dY^T X over `depth` rows; packed_dy as by pack_columns, x rows `stride` elements apart.
   void (*score_tile)(Float type, const uint32_t* packed_dy, int64_t words, const void* x, int64_t stride, int64_t depth,

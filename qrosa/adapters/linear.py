@@ -37,6 +37,7 @@ class QRosaLinear(nn.Module):
         device: Where the layer computes. The packed base may lie elsewhere, when it is streamed.
     """
 
+    bias: nn.Parameter | None
     low_rank_A: nn.Parameter | None
     low_rank_B: nn.Parameter | None
     sparse_values: nn.Parameter | None
@@ -47,7 +48,7 @@ class QRosaLinear(nn.Module):
         super().__init__()
         self.weight = weight
         self.device = weight.device
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.register_parameter("low_rank_A", None)
         self.register_parameter("low_rank_B", None)
         self.register_parameter("sparse_values", None)
@@ -157,18 +158,21 @@ class QRosaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map X [..., K] to Y [..., N] in X's dtype."""
-        nf4 = self.weight.operands()
+        # The dictionaries: a Module's attributes cost more than all else here that is not arithmetic.
+        own, buffers, weight = self._parameters, self._buffers, self.weight
+        nf4, bias, features = weight.operands(), own["bias"], weight.shape[0]
         if not self.adapter_enabled:
-            return ops.linear(x, nf4, self.out_features, self.bias, None, None, None, 0.0, 0.0, 0)
-        csr = None
-        if self.sparse_values is not None and self.sparse_row_ptr is not None and self.sparse_col is not None:
-            csr = ops.CsrOperands(self.sparse_row_ptr, self.sparse_col, self.sparse_values)
-        dropout = self.dropout if self.training and self.rank else 0.0
+            return ops.linear(x, nf4, features, bias)
+        a, b, values, csr = own["low_rank_A"], own["low_rank_B"], own["sparse_values"], None
+        row_ptr, col = buffers["sparse_row_ptr"], buffers["sparse_col"]
+        if values is not None and row_ptr is not None and col is not None:
+            csr = ops.CsrOperands(row_ptr, col, values)
+        if a is None:
+            return ops.linear(x, nf4, features, bias, csr)
+        dropout = self.dropout if self.training else 0.0
         # Drawn from the CPU generator: no device sync, and checkpointing replays it with the RNG state.
         seed = int(torch.randint(2**31, ())) if dropout else 0
-        return ops.linear(
-            x, nf4, self.out_features, self.bias, csr, self.low_rank_A, self.low_rank_B, self.scale, dropout, seed
-        )
+        return ops.linear(x, nf4, features, bias, csr, a, b, self.alpha / a.shape[0], dropout, seed)
 
     @torch.no_grad()
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from qrosa.ops import autograd as autograd
 from qrosa.ops import library, reference
 from qrosa.ops.library import force_cpu_isa
-from qrosa.ops.linear import dropped, release_workspace
+from qrosa.ops.linear import release_workspace
 from qrosa.ops.operands import MAX_UINT16_COLUMNS, NESTED_BLOCK, NF4_TABLE, CsrOperands, NF4Operands
 
 __all__ = [
@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 library.load()
+
+_decode_linear = torch.ops.qrosa.decode_linear.default
 
 _DECODE_ROWS = {"cpu": 4, "cuda": 16}
 """Up to so many rows, multiplying straight from 4 bits beats dequantising first (``bench/bench_dequant_spmm.py``)."""
@@ -129,10 +131,11 @@ def linear(
     Returns:
         [..., N] in x's dtype.
     """
-    rows = x.numel() // max(x.shape[-1], 1)
-    if rows <= _DECODE_ROWS.get(x.device.type, 0) and not _needs_grad(x, bias, csr, a, b):
-        return _decode(x.reshape(rows, x.shape[-1]), nf4, out_features, bias, csr, a, b, scale, dropout_p, seed).view(
-            *x.shape[:-1], out_features
+    if x.numel() <= _DECODE_ROWS.get(x.device.type, 0) * x.shape[-1] and _decodes(x, bias, csr, a, b, dropout_p):
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return _decode_linear(  # type: ignore[no-any-return]
+            x.contiguous(), *nf4, out_features, bias, *(csr or _NO_DELTA), a, b, scale
         )
     y, _projected = torch.ops.qrosa.linear(
         x, *nf4, out_features, bias, *(csr or _NO_DELTA), a, b, scale, dropout_p, seed
@@ -140,35 +143,20 @@ def linear(
     return y  # type: ignore[no-any-return]
 
 
-def _needs_grad(
+def _decodes(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     csr: CsrOperands | None,
     a: torch.Tensor | None,
     b: torch.Tensor | None,
-) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(t is not None and t.requires_grad for t in (x, bias, a, b, csr.values if csr else None))
-
-
-def _decode(
-    x: torch.Tensor,
-    nf4: NF4Operands,
-    out_features: int,
-    bias: torch.Tensor | None,
-    csr: CsrOperands | None,
-    a: torch.Tensor | None,
-    b: torch.Tensor | None,
-    scale: float,
     dropout_p: float,
-    seed: int,
-) -> torch.Tensor:
-    """The layer for few rows and no gradient, [T, N]."""
-    y = dequant_spmm(x, nf4, csr, out_features)
-    if a is not None and b is not None:
-        y.addmm_(dropped(x, dropout_p, seed) @ a.to(x.dtype).t(), b.to(x.dtype).t(), alpha=scale)
-    return y if bias is None else y.add_(bias)
+) -> bool:
+    """Whether few rows may go through the op that has neither gradients nor dropout."""
+    if dropout_p or x.dtype == torch.float64:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not any(t is not None and t.requires_grad for t in (x, bias, a, b, csr.values if csr else None))
 
 
 def status() -> dict[str, dict[str, Any]]:

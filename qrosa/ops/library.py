@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qrosa.ops import dropout, linear, reference, schema
+from qrosa.ops import decode, dropout, linear, reference, schema
 from qrosa.ops.operands import CsrOperands, NF4Operands
 
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
@@ -109,6 +109,11 @@ def _flat_linear(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return linear.forward(x, nf4, out_features, bias, _csr(*args[9:12]), *args[12:])
 
 
+def _flat_decode_linear(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    schema.check_linear(x, *args[:13])
+    return decode.decode_linear(x, NF4Operands(*args[:6]), args[6], args[7], _csr(*args[8:11]), *args[11:])
+
+
 def _flat_linear_backward(dy: torch.Tensor, x: torch.Tensor, projected: torch.Tensor, *args: Any) -> linear.Gradients:
     return linear.backward(dy, x, projected, NF4Operands(*args[:6]), _csr(*args[6:9]), *args[9:])
 
@@ -117,6 +122,7 @@ def load() -> None:
     """Registers the layer for all devices, and per device a compiled library or the composition."""
     schema.LIBRARY.impl("linear", _flat_linear, "CompositeExplicitAutograd")
     schema.LIBRARY.impl("linear_backward", _flat_linear_backward, "CompositeExplicitAutograd")
+    schema.LIBRARY.impl("decode_linear", _flat_decode_linear, "CompositeExplicitAutograd")
     schema.LIBRARY.impl("dropout", dropout.dropout, "CompositeExplicitAutograd")
     _load("cpu", "CPU")
     if torch.cuda.is_available():

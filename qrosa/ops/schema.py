@@ -117,6 +117,22 @@ def _(x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, ro
 
 
 LIBRARY.define(
+    f"decode_linear(Tensor x, {_NF4}, int out_features, Tensor? bias, {_CSR}, Tensor? a, Tensor? b, float scale) "
+    "-> Tensor"
+)
+
+
+@torch.library.register_fake("qrosa::decode_linear", lib=LIBRARY)
+def _(  # type: ignore[no-untyped-def]
+    x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, out_features,
+    bias, row_ptr, col, values, a, b, scale,
+):  # fmt: skip
+    check_linear(x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, out_features,
+                 bias, row_ptr, col, values, a, b)  # fmt: skip
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+LIBRARY.define(
     f"dequant_matmul(Tensor x, {_NF4}, {_CSR}, int out_features, int in_features, bool forward, "
     "Tensor? left, Tensor? right, Tensor? bias) -> Tensor"
 )
