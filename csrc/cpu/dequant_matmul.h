@@ -86,16 +86,21 @@ static inline void pack_token_tile(bool forward, const Bf16* src, int64_t stride
   for (int i = 0; i < 16; ++i) _mm512_store_si512(tile + 32 * i, row[i]);
 }
 
-// Token tiles of the blocks [begin, end) of 16 tokens: [block, tile of depth].
-static void pack_tokens(bool forward, const void* src, int64_t tokens, int64_t depth, int64_t begin, int64_t end,
-                        void* packed) {
-  const int64_t depth_tiles = (depth + 31) / 32;
-  for (int64_t block = begin; block < end; ++block) {
-    for (int64_t d = 0; d < depth_tiles; ++d) {
-      pack_token_tile(forward, static_cast<const Bf16*>(src) + block * 16 * depth + 32 * d, depth, tokens - block * 16,
-                      depth - 32 * d, static_cast<Bf16*>(packed) + (block * depth_tiles + d) * kTile);
-    }
-  }
+// Which of the elements at 16 indices stay.
+static inline __mmask16 kept(__m512i index, const Dropout& dropout) {
+  __m512i hash = _mm512_xor_si512(index, splat_word(dropout.keys.first));
+  hash = _mm512_mullo_epi32(_mm512_xor_si512(hash, _mm512_srli_epi32(hash, 16)), splat_word(0x85EBCA6Bu));
+  hash = _mm512_add_epi32(hash, splat_word(dropout.keys.second));
+  hash = _mm512_mullo_epi32(_mm512_xor_si512(hash, _mm512_srli_epi32(hash, 13)), splat_word(0xC2B2AE35u));
+  hash = _mm512_xor_si512(hash, _mm512_srli_epi32(hash, 16));
+  return _mm512_cmpge_epu32_mask(hash, splat_word(dropout.threshold));
+}
+
+// Which of the 32 elements from `first` on stay.
+static inline __mmask32 kept_32(uint32_t first, const Dropout& dropout) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i low = _mm512_add_epi32(lane, splat_word(first)), high = _mm512_add_epi32(low, splat_word(16));
+  return _mm512_kunpackw(kept(high, dropout), kept(low, dropout));
 }
 
 // A position of a decoded piece in tile order: forward (row, depth), backward (depth, column).
@@ -274,13 +279,46 @@ static void write_forward(const MatmulWork& all, const float* sums, int64_t toke
   }
 }
 
-static void write_backward(const MatmulWork& all, const float* sums, int64_t token, int64_t column0) {
+// Sums of 32 tokens by 32 columns, plus the kept ones among `extra` (null: none).
+static void write_backward(const MatmulWork& all, const float* sums, const float* extra, int64_t token,
+                           int64_t column0) {
   const __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+  const __m512i place = _mm512_set_epi32(27, 26, 25, 24, 19, 18, 17, 16, 11, 10, 9, 8, 3, 2, 1, 0);
   for (int64_t i = 0; i < 32 && token + i < all.tokens; ++i) {
-    const float* low = sums + (i / 16) * kSum + (i % 16) * 16;
-    const auto both = _mm512_cvtne2ps_pbh(_mm512_load_ps(low + 2 * kSum), _mm512_load_ps(low));
+    const int64_t at = (i / 16) * kSum + (i % 16) * 16;
+    __m512 low = _mm512_load_ps(sums + at), high = _mm512_load_ps(sums + at + 2 * kSum);
+    if (extra != nullptr) {
+      const auto first = all.dropout.first + static_cast<uint32_t>((token + i) * all.columns + column0);
+      const __m512i index = _mm512_add_epi32(place, splat_word(first));
+      low = _mm512_mask_add_ps(low, kept(index, all.dropout), low, _mm512_load_ps(extra + at));
+      high = _mm512_mask_add_ps(high, kept(_mm512_add_epi32(index, splat_word(4)), all.dropout), high,
+                                _mm512_load_ps(extra + at + 2 * kSum));
+    }
+    const auto both = _mm512_cvtne2ps_pbh(high, low);
     _mm512_storeu_si512(static_cast<Bf16*>(all.out) + (token + i) * all.columns + column0,
                         _mm512_permutexvar_epi64(order, reinterpret_cast<__m512i>(both)));
+  }
+}
+
+// Writes a panel's sums. The low-rank product joins here where a dropout mask stands between it and dX.
+static void write_panel(const PanelWork& work, const void* packed_left, const float* sums) {
+  const MatmulWork& all = work.all;
+  const bool masked = all.rank > 0 && all.dropout.threshold != 0;
+  const int64_t steps = (all.rank + 31) / 32;
+  alignas(64) float extra[4 * kSum];
+  if (masked) copy_factor(work, 0, all.rank);
+  for (int64_t pair = 0; pair < (all.tokens + 31) / 32; ++pair) {
+    const Bf16* t0 = static_cast<const Bf16*>(packed_left) + 2 * pair * steps * kTile;
+    for (int64_t w = 0; w < work.wide / 32; ++w, sums += 4 * kSum) {
+      const int64_t token = 32 * pair, place = work.start + 32 * w;
+      if (all.forward) {
+        write_forward(all, sums, token, place);
+        continue;
+      }
+      const Bf16* w0 = work.piece + 2 * w * kDepthTiles * kTile;
+      if (masked) multiply_tiles<false>(w0, w0 + kDepthTiles * kTile, t0, t0 + steps * kTile, steps, extra, true);
+      write_backward(all, sums, masked ? extra : nullptr, token, place);
+    }
   }
 }
 
@@ -335,23 +373,22 @@ static bool matmul(const MatmulWork& all, const void* packed, const void* packed
   if (!place_cursors(all, begin * kUnit, end * kUnit, cursor)) return false;
   _tile_loadconfig(&shape);
   bool sound = true;
-  for (int64_t start = begin * kUnit; start < end * kUnit && sound; start += kPanel) {
-    const PanelWork work{all, start, lesser(kPanel, end * kUnit - start), piece, cursor};
+  const int64_t units = end - begin, panels = (units * kUnit + kPanel - 1) / kPanel;
+  for (int64_t panel = 0; panel < panels && sound; ++panel) {  // of equal width: a narrow last one would starve
+    const int64_t start = (begin + panel * units / panels) * kUnit;
+    const int64_t stop = (begin + (panel + 1) * units / panels) * kUnit;
+    const PanelWork work{all, start, stop - start, piece, cursor};
     for (int64_t from = 0; from < depth && sound; from += kDepth) {
       const int64_t deep = lesser(kDepth, depth - from);
       sound = all.forward ? decode_left(work, from, deep) : decode_right(work, from, deep);
       multiply_piece(work, packed, (depth + 31) / 32, from, deep, from == 0, sums);
     }
-    for (int64_t from = 0; from < all.rank; from += kDepth) {
+    for (int64_t from = 0; from < all.rank && all.dropout.threshold == 0; from += kDepth) {
       const int64_t deep = lesser(kDepth, all.rank - from);
       copy_factor(work, from, deep);
       multiply_piece(work, packed_left, (all.rank + 31) / 32, from, deep, false, sums);
     }
-    const int64_t across = work.wide / 32;
-    for (int64_t i = 0; i < (all.tokens + 31) / 32 * across; ++i) {
-      const int64_t token = i / across * 32, place = work.start + i % across * 32;
-      (all.forward ? write_forward : write_backward)(all, sums + 4 * i * kSum, token, place);
-    }
+    write_panel(work, packed_left, sums);
   }
   _tile_release();
   return sound && cursors_done(all, begin * kUnit, end * kUnit, cursor);

@@ -17,15 +17,45 @@ enum class Float { kBf16, kFp16, kFp32 };
 
 enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
+// Dropout of a matrix whose first element has the index `first`; threshold 0 keeps everything.
+struct Dropout {
+  DropoutKeys keys;
+  uint32_t threshold, first;
+};
+
 // A product with W_eff [features, columns] of NF4 and CSR, bf16 throughout (see dequant_matmul.h).
 struct MatmulWork {
-  bool forward;  // X W_eff^T + left right^T + bias, or dY W_eff + left right
+  bool forward;  // X W_eff^T + left right^T + bias, or dY W_eff + drop(left right)
   Nf4View nf4;
   CsrView csr;
   int64_t tokens, features, columns, rank;
   const void* right;  // [features, rank] forward, [rank, columns] backward; null at rank 0
   const float* bias;  // [features] or null
+  Dropout dropout;    // backward only, for ranks up to kMaskedRank
   void* out;          // [tokens, features] forward, [tokens, columns] backward
+};
+
+constexpr int64_t kMaskedRank = 256;
+
+// Tokens on their way into tiles, and their product with a thin factor (see low_rank.h).
+struct TokenWork {
+  bool forward;
+  const void* src;  // [tokens, depth]
+  int64_t tokens, depth, rank;
+  const void* factor;  // tiles, by pack_factor
+  Dropout dropout;     // of src, in the thin product only
+  float scale;         // projected = scale * (src factor), left = left_scale * projected
+  float left_scale;
+  void* projected;             // [tokens, rank]
+  void *packed, *packed_left;  // tiles; null: not wanted
+};
+
+// Packed columns of a chunk of tokens times a thin factor.
+struct ColumnWork {
+  int64_t columns, rank, words;
+  const void* factor;  // tiles, by pack_factor
+  Dropout dropout;     // of the columns; `first` is that of the chunk
+  bool first;          // the first chunk
 };
 
 // A layer for few rows of x, y = x W_eff^T + scale (x A^T) B^T + bias (see dequant_spmm.h).
@@ -75,9 +105,13 @@ struct Kernels {
   // Products that never write the dense weight; null where the processor has no matrix tiles.
   int64_t (*matmul_units)(const MatmulWork& work);
   int64_t (*matmul_workspace)(const MatmulWork& work);
-  // Tiles of src [tokens, depth], for the blocks [begin, end) of 16 tokens; blocks past the last token are zero.
-  void (*pack_tokens)(bool forward, const void* src, int64_t tokens, int64_t depth, int64_t begin, int64_t end,
-                      void* packed);
+  void (*pack_factor)(bool by_rows, const void* src, int64_t rank, int64_t depth, void* tiles);
+  int64_t (*token_workspace)(const TokenWork& work);
+  void (*pack_tokens)(const TokenWork& work, int64_t begin, int64_t end, void* space);
+  void (*column_products)(const ColumnWork& work, const uint32_t* packed, int64_t begin, int64_t end, float* sums,
+                          void* space);
+  void (*write_columns)(const ColumnWork& work, bool across, const float* sums, float scale, int64_t begin, int64_t end,
+                        void* out);
   bool (*matmul)(const MatmulWork& work, const void* packed, const void* packed_left, int64_t begin, int64_t end,
                  void* space);
 };

@@ -3,6 +3,7 @@
 #include "dequant_matmul.h"
 #include "dequant_spmm.h"
 #include "dropout_kernel.h"
+#include "low_rank.h"
 #include "score_amx.h"
 #include "sddmm.h"
 #include "table.h"

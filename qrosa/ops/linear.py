@@ -24,6 +24,8 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.
 compiled: set[str] = set()
 """Device types that a compiled library serves; ``library.py`` fills it."""
 
+_NO_DELTA = (None, None, None)
+
 _workspace = threading.local()
 _kept_on = {"cpu"}
 """Device types whose scratch outlives a call; on others the allocator is quick, and the memory is wanted back."""
@@ -66,7 +68,7 @@ def effective_weight(
     if like.dtype == torch.float64:  # kernels end at fp32; fp64 is for checking gradients
         return reference.effective_weight(nf4, csr, shape, like.dtype)
     out = _scratch(*shape, like)
-    torch.ops.qrosa.dequant_add(*nf4, *(csr or (None, None, None)), out)
+    torch.ops.qrosa.dequant_add(*nf4, *(csr or _NO_DELTA), out)
     return out
 
 
@@ -83,13 +85,17 @@ _AMX = 4
 """The code of AMX in ``qrosa::cpu_isa``."""
 _FUSED_TOKENS = 16
 """From so many tokens on, a product that decodes as it goes fills its tiles."""
+_MASKED_RANK = 256
+"""The highest rank whose product with a dropout mask the tiles hold (``kMaskedRank``)."""
 
 
-def _fuses(x: torch.Tensor, nf4: NF4Operands) -> bool:
-    """Whether the product with W_eff can run without writing W_eff down: bf16 on a CPU with matrix tiles."""
-    if x.device.type not in _kept_on or x.dtype != torch.bfloat16 or x.shape[0] < _FUSED_TOKENS:
+def _fuses(x: torch.Tensor, nf4: NF4Operands, a: torch.Tensor | None, dropout_p: float) -> bool:
+    """Whether one kernel can do the layer without writing W_eff down: bf16 on a CPU with matrix tiles."""
+    if x.dtype != torch.bfloat16 or x.device.type not in _kept_on or nf4.block_size != 64 or x.shape[-1] % 64:
         return False
-    return nf4.block_size == 64 and "cpu" in compiled and torch.ops.qrosa.cpu_isa(-1) == _AMX
+    if x.numel() < _FUSED_TOKENS * x.shape[-1] or (dropout_p and a is not None and a.shape[0] > _MASKED_RANK):
+        return False
+    return "cpu" in compiled and torch.ops.qrosa.cpu_isa(-1) == _AMX
 
 
 def product(
@@ -102,11 +108,6 @@ def product(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """x W_eff^T + left right^T + bias, [T, N]; x [T, K], left [T, r], right [N, r]."""
-    if shape[1] % 64 == 0 and _fuses(x, nf4):
-        wide_bias = None if bias is None else bias.float()
-        return torch.ops.qrosa.dequant_matmul(  # type: ignore[no-any-return]
-            x, *nf4, *(csr or (None, None, None)), *shape, True, left, right, wide_bias
-        )
     weight = effective_weight(nf4, csr, shape, x)
     y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
     return y if left is None or right is None else y.addmm_(left, right.t())
@@ -121,10 +122,6 @@ def product_backward(
     right: torch.Tensor | None,
 ) -> torch.Tensor:
     """dy W_eff + left right, [T, K]; dy [T, N], left [T, r], right [r, K]."""
-    if shape[1] % 64 == 0 and _fuses(dy, nf4):
-        return torch.ops.qrosa.dequant_matmul(  # type: ignore[no-any-return]
-            dy, *nf4, *(csr or (None, None, None)), *shape, False, left, right, None
-        )
     dx = dy @ effective_weight(nf4, csr, shape, dy)
     return dx if left is None or right is None else dx.addmm_(left, right)
 
@@ -143,12 +140,23 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Y [..., N] and the projected input drop(X) A^T [T, r] (empty without a low-rank part)."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    projected, left, right = x.new_empty((0,)), None, None
-    if a is not None and b is not None:
-        projected = dropped(rows, dropout_p, seed) @ a.to(x.dtype).t()
-        left, right = projected * scale, b.to(x.dtype)
-    y = product(rows, nf4, csr, (out_features, x.shape[-1]), left, right, bias)
+    a, b = _in(a, x.dtype), _in(b, x.dtype)
+    if _fuses(rows, nf4, a, dropout_p):
+        wide_bias = _in(bias, torch.float32)
+        y, projected = torch.ops.qrosa.linear_tiles(
+            rows, *nf4, out_features, wide_bias, *(csr or _NO_DELTA), a, b, scale, dropout_p, seed
+        )
+        return y.view(*x.shape[:-1], out_features), projected
+    projected, left = x.new_empty((0,)), None
+    if a is not None:
+        projected = dropped(rows, dropout_p, seed) @ a.t()
+        left = projected * scale
+    y = product(rows, nf4, csr, (out_features, x.shape[-1]), left, b, bias)
     return y.view(*x.shape[:-1], out_features), projected
+
+
+def _in(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
 
 
 def backward(
@@ -167,26 +175,56 @@ def backward(
     """Gradients of x, values, a, b and bias; an empty tensor for each one that ``needs`` does not ask for."""
     needs_x, needs_values, needs_a, needs_b, needs_bias = needs
     x_rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).contiguous()
-    dx = dvalues = da = db = dbias = x.new_empty((0,))
-    inner = right = None
-    if a is not None and b is not None:
-        right = a.to(x.dtype)
-        inner = (dy_rows @ b.to(x.dtype)).mul_(scale) if needs_x or needs_a else None  # [T, r]
+    left, right = _in(b, x.dtype), _in(a, x.dtype)
+    dbias = dy_rows.sum(0) if needs_bias else x.new_empty((0,))
+    if _fuses(x_rows, nf4, a, dropout_p):
+        dx, dvalues, da, db = torch.ops.qrosa.linear_tiles_backward(
+            dy_rows, x_rows.contiguous(), projected, *nf4, *(csr or _NO_DELTA), right, left, scale, dropout_p, seed,
+            needs_x, needs_values, needs_a, needs_b,
+        )  # fmt: skip
+    else:
+        dx, dvalues, da, db = _composed_backward(
+            dy_rows, x_rows, projected, nf4, csr, right, left, scale, dropout_p, seed, needs
+        )
+    if needs_a and a is not None:
+        da = da.to(a.dtype)
+    if needs_b and b is not None:
+        db = db.to(b.dtype)
+    return dx.view(x.shape) if needs_x else dx, dvalues, da, db, dbias
+
+
+def _composed_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    projected: torch.Tensor,
+    nf4: NF4Operands,
+    csr: CsrOperands | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+    needs: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x [T, K], values, a and b out of the other ops and PyTorch's products."""
+    needs_x, needs_values, needs_a, needs_b, _ = needs
+    dx = dvalues = da = db = x.new_empty((0,))
+    inner = None
+    if b is not None and (needs_x or needs_a):
+        inner = (dy @ b).mul_(scale)  # [T, r]
     if needs_x:
         fold = dropout_p == 0.0  # a mask stands between the low-rank part and dX
         shape = (dy.shape[-1], x.shape[-1])
-        dx = product_backward(dy_rows, nf4, csr, shape, inner if fold else None, right if fold else None)
-        if inner is not None and right is not None and not fold:
-            dx.add_(dropped(inner @ right, dropout_p, seed))
-    if needs_a and a is not None and inner is not None:
-        da = (inner.t() @ dropped(x_rows, dropout_p, seed)).to(a.dtype)
-    if needs_b and b is not None:
-        db = (dy_rows.t() @ projected).mul_(scale).to(b.dtype)
+        dx = product_backward(dy, nf4, csr, shape, inner if fold else None, a if fold else None)
+        if inner is not None and a is not None and not fold:
+            dx.add_(dropped(inner @ a, dropout_p, seed))
+    if needs_a and inner is not None:
+        da = inner.t() @ dropped(x, dropout_p, seed)
+    if needs_b:
+        db = (dy.t() @ projected).mul_(scale)
     if needs_values and csr is not None:
-        dvalues = _sparse_gradient(dy_rows, x_rows.contiguous(), csr)
-    if needs_bias:
-        dbias = dy_rows.sum(0)
-    return dx.view(x.shape) if needs_x else dx, dvalues, da, db, dbias
+        dvalues = _sparse_gradient(dy, x.contiguous(), csr)
+    return dx, dvalues, da, db
 
 
 def _sparse_gradient(dy: torch.Tensor, x: torch.Tensor, csr: CsrOperands) -> torch.Tensor:

@@ -116,6 +116,7 @@ def _(x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, ro
     return x.new_empty((x.shape[0], out_features))
 
 
+<<<<<<< qrosa/ops/schema.py
 LIBRARY.define(
     f"decode_linear(Tensor x, {_NF4}, int out_features, Tensor? bias, {_CSR}, Tensor? a, Tensor? b, float scale) "
     "-> Tensor"
@@ -150,6 +151,8 @@ def _(  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], out_features if forward else in_features))
 
 
+=======
+>>>>>>> /tmp/perf/q/qrosa/ops/schema.py
 LIBRARY.define("score_accumulate(Tensor dy, Tensor x, Tensor(a!) stat, bool square) -> ()")
 
 
@@ -226,3 +229,42 @@ def _(  # type: ignore[no-untyped-def]
         for like, need in zip(shapes, needs, strict=False)
     ]
     return (*gradients, dy.new_empty((dy.shape[-1],)) if needs[4] else x.new_empty((0,)))
+
+
+LIBRARY.define(
+    f"linear_tiles(Tensor x, {_NF4}, int out_features, Tensor? bias, {_CSR}, {_LOW_RANK}) "
+    "-> (Tensor y, Tensor projected)"
+)
+# On CPUs with matrix tiles: bf16, x [T, K] with T > 0, K a multiple of 64, an fp32 bias, a and b in bf16.
+
+
+@torch.library.register_fake("qrosa::linear_tiles", lib=LIBRARY)
+def _(  # type: ignore[no-untyped-def]
+    x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, out_features,
+    bias, row_ptr, col, values, a, b, scale, dropout_p, seed,
+):  # fmt: skip
+    _check_matrix("x", x)
+    check_linear(x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, out_features,
+                 bias, row_ptr, col, values, a, b)  # fmt: skip
+    return x.new_empty((x.shape[0], out_features)), x.new_empty((x.shape[0], a.shape[0]) if a is not None else (0,))
+
+
+LIBRARY.define(
+    f"linear_tiles_backward(Tensor dy, Tensor x, Tensor projected, {_NF4}, {_CSR}, {_LOW_RANK}, "
+    "bool needs_x, bool needs_values, bool needs_a, bool needs_b) "
+    "-> (Tensor dx, Tensor dvalues, Tensor da, Tensor db)"
+)
+
+
+@torch.library.register_fake("qrosa::linear_tiles_backward", lib=LIBRARY)
+def _(  # type: ignore[no-untyped-def]
+    dy, x, projected, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size,
+    row_ptr, col, values, a, b, scale, dropout_p, seed, needs_x, needs_values, needs_a, needs_b,
+):  # fmt: skip
+    _check_pair(dy, x)
+    check_nf4(codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, dy.shape[1], x.shape[1])
+    check_csr(row_ptr, col, values, dy.shape[1], x.shape[1])
+    wanted = ((x, needs_x), (values, needs_values), (a, needs_a), (b, needs_b))
+    return tuple(
+        like.new_empty(like.shape) if need and like is not None else x.new_empty((0,)) for like, need in wanted
+    )
