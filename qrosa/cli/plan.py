@@ -31,7 +31,7 @@ _SETTINGS = (
     *("sparse_init", "low_rank_init"),
     *("mask_score", "mask_scope", "mask_memory"),
     *("data", "seq_len", "train_on"),
-    *("batch_size", "micro_batch", "optimizer", "checkpointing", "offload", "keep", "vram", "host_memory"),
+    *("batch_size", "micro_batch", "optimizer", "checkpointing", "offload", "deepspeed", "keep", "vram", "host_memory"),
 )
 _EXAMPLES = """\b
 Examples:

@@ -1,9 +1,10 @@
-"""The settings that a plan may choose from, in the order in which its levers pay.
+"""The settings that a plan may choose from, in the order in which its levers usually pay.
 
 Smaller loss chunks are nearly free. Then activations are recomputed, which costs a third more arithmetic, but is better
 than micro-batches too small to keep the device busy. On a card, what recomputation keeps then moves to the host, and
 after it the base, of which as many blocks stay as fit: at a busy micro-batch their copies hide behind the arithmetic.
-Last, the micro-batch goes down to a single row. The effective batch never changes.
+Last, the micro-batch goes down to a single row. The effective batch never changes. On a card the order only breaks
+ties: the estimated time of a step decides (``solve``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from qrosa.adapters.budget import Allocation
+from qrosa.memory.deepspeed import processes_here
 from qrosa.memory.plan import Request
 from qrosa.memory.workload import Workload
 from qrosa.quantities import parse_offload
@@ -63,7 +65,7 @@ def candidates(request: Request, allocation: Allocation) -> Iterator[Workload]:
     first = _first(request, allocation)
     ways = _levers(request)
     for way in ways:
-        yield from _sized(request, first, way, down_to_one_row=False)
+        yield from _sized(request, first, way, down_to_one_row=request.device == "cuda")
     resident = [way for way in ways if way.checkpointing and not way.base]
     for way in dict.fromkeys([*resident[-1:], ways[-1]]):
         if way.checkpointing or request.train.checkpointing == "off":
@@ -109,6 +111,8 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         sparse_init=request.adapter.sparse_init,
         low_rank_init=request.adapter.low_rank_init,
         row_tokens=request.row_tokens,
+        zero=request.zero,
+        processes=processes_here() if request.machines is None else request.machines.cards,
     )
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qrosa.errors import InputError
-from qrosa.memory.activations import FULL
 from qrosa.memory.arithmetic import BANDWIDTH_SHARE, Cost, passes
 from qrosa.memory.cards import Card, Network
+from qrosa.memory.deepspeed import sent_bytes
 from qrosa.memory.model import traffic
 from qrosa.memory.workload import Workload
 
@@ -201,8 +201,11 @@ def _sized(work: Workload, rows: int) -> Workload:
 
 
 def all_reduce_bytes(work: Workload, cards: int) -> float:
-    """Bytes that each card sends, and receives, in a step: a ring's 2 (n - 1) / n of the flat fp32 gradients."""
-    return 2 * (cards - 1) / cards * FULL * work.allocation.trainable
+    """Bytes that each card sends, and receives, in a step: a ring's 2 (n - 1) / n of the flat fp32 gradients.
+
+    DeepSpeed sends the masters as well.
+    """
+    return sent_bytes(work, cards)
 
 
 def all_reduce_seconds(work: Workload, machines: Machines) -> float:

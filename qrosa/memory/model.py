@@ -6,7 +6,7 @@ takes is in ``parts`` and ``activations``, what the process takes beside its ten
 
 from __future__ import annotations
 
-from qrosa.memory import parts
+from qrosa.memory import deepspeed, parts
 from qrosa.memory.activations import FULL, HALF
 from qrosa.memory.host import CPU_RUNTIME, EXPORT_BUFFER, process_bytes
 from qrosa.memory.moments import (
@@ -44,13 +44,13 @@ def _resident(work: Workload, *, low_rank: bool = True, sparse: bool = True) -> 
     adapter = (parts.low_rank_bytes(work.allocation) if low_rank else 0) + (
         parts.sparse_bytes(work.allocation) if sparse else 0
     )
+    optimizer = 0 if _is_paged(work) else parts.optimizer_bytes(low, high, work.optimizer)
     return {
         "base": _device_base(work),
         "unquantised": parts.unquantised_bytes(work.shape),
         "adapter": adapter,
         "gradients": parts.flat_gradient_bytes(low, high),
-        "optimizer": 0 if _is_paged(work) else parts.optimizer_bytes(low, high, work.optimizer),
-    }
+    } | ({"optimizer": optimizer} if work.zero is None else deepspeed.resident_bytes(work, low, high))
 
 
 def _device_base(work: Workload) -> int:
@@ -152,8 +152,12 @@ def _train(work: Workload) -> PhaseMemory:
     gradients = parts.micro_batch_gradient_bytes(allocation.low_rank_parameters, allocation.sparse_parameters)
     batch = micro_batch(work, work.tokens, work.rows)
     moments = backward_moments(work, batch, _resident(work), work.dropout, gradients, work.shape.dims.layers)
-    moments.append(Moment("the optimizer step", _resident(work), {"micro_batch_gradients": gradients}))
-    host = {"paged_optimizer": _paged_bytes(work)}
+    if work.zero is None:
+        moments.append(Moment("the optimizer step", _resident(work), {"micro_batch_gradients": gradients}))
+    else:
+        low, high = allocation.low_rank_parameters, allocation.sparse_parameters
+        moments.append(Moment("the optimizer step", _resident(work), {"update": deepspeed.step_bytes(work, low, high)}))
+    host = _host_optimizer(work)
     if work.offload_activations:
         host["pinned_activations"] = _host_boundaries(work, work.tokens)
     return _peak(work, moments, host)
@@ -163,6 +167,14 @@ def _host_boundaries(work: Workload, tokens: int) -> int:
     """Offloaded boundaries in host memory, a buffer for each layer."""
     size, layers = boundary_bytes(work, tokens), work.shape.dims.layers
     return size if work.on_cpu else layers * parts.pinned_bytes(size // layers)
+
+
+def _host_optimizer(work: Workload) -> Components:
+    """Optimizer states in host memory: paged, or offloaded by DeepSpeed."""
+    if work.zero is None:
+        return {"paged_optimizer": _paged_bytes(work)}
+    low, high = work.allocation.low_rank_parameters, work.allocation.sparse_parameters
+    return deepspeed.host_bytes(work, low, high)
 
 
 def _paged_bytes(work: Workload) -> int:
@@ -177,7 +189,7 @@ def _eval(work: Workload) -> PhaseMemory:
     """Forward passes while training's state stays where it is."""
     batch = micro_batch(work, max(work.eval_tokens, work.length), 0)
     moments = forward_moments(work, batch, _resident(work))
-    return _peak(work, moments, {"paged_optimizer": _paged_bytes(work)})
+    return _peak(work, moments, _host_optimizer(work))
 
 
 def _state_bytes(work: Workload) -> tuple[int, int]:
@@ -191,7 +203,7 @@ def _state_bytes(work: Workload) -> tuple[int, int]:
 def _save(work: Workload) -> PhaseMemory:
     """A checkpoint: adapter and optimizer copied to the host, and once more as the bytes of a file."""
     adapter, optimizer = _state_bytes(work)
-    host = {"state": adapter + optimizer, "file": max(adapter, optimizer), "paged_optimizer": _paged_bytes(work)}
+    host = {"state": adapter + optimizer, "file": max(adapter, optimizer)} | _host_optimizer(work)
     disk = (work.checkpoints + 1) * (adapter + optimizer) + adapter
     lasting = _resident(work) | {"scratch": scratch_bytes(work)}
     return _peak(work, [Moment("copying the state", lasting)], host, disk)

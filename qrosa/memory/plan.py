@@ -15,6 +15,7 @@ from qrosa.memory.moments import PhaseMemory
 from qrosa.memory.parts import observed
 from qrosa.memory.shape import ModelShape
 from qrosa.memory.workload import GRADIENT_SCORES, Workload
+from qrosa.offload.zero import ZeroSettings
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +41,7 @@ class Request:
         machines: What to estimate the time of a step on, None for no estimate.
         host_cap: Bytes of host memory beside a card; None where device and host are one, or the host is not known.
         row_tokens: Tokens of all rows, 0 where no rows are known.
+        zero: What DeepSpeed is to do, None without it.
     """
 
     shape: ModelShape
@@ -53,6 +55,7 @@ class Request:
     machines: Machines | None = None
     host_cap: int | None = None
     row_tokens: int = 0
+    zero: ZeroSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -149,16 +152,23 @@ class Plan:
             "mask_group_bytes": work.mask_group_bytes,
             "mask_passes": self.mask_passes,
             "optimizer": work.optimizer,
+            "deepspeed": work.zero.words if work.zero is not None else None,
         }
 
     @property
     def offload(self) -> str:
         """What is kept on the host, as ``--offload`` would ask for it."""
+        optimizer = [part for part in self.request.train.offload.split(",") if part.strip().startswith("optimizer")]
+        layers = [] if self.layer_offload == "none" else [self.layer_offload]
+        return ",".join(layers + optimizer) or "none"
+
+    @property
+    def layer_offload(self) -> str:
+        """The same without the optimizer, which no plan moves by itself."""
         work = self.work
         base = self.request.train.offload if work.base_on_disk else "base"
         base = next(part for part in base.split(",") if part.startswith("base"))
-        optimizer = [part for part in self.request.train.offload.split(",") if part.strip().startswith("optimizer")]
-        return ",".join(["activations"] * work.offload_activations + [base] * work.streamed + optimizer) or "none"
+        return ",".join(["activations"] * work.offload_activations + [base] * work.streamed) or "none"
 
     @property
     def mask_passes(self) -> int:

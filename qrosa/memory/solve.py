@@ -1,7 +1,9 @@
 """From a memory cap to settings: the fastest candidate that fits.
 
-``candidates`` lists the settings in the order in which the levers pay, and the first that fits is taken. Mask
-statistics take most of what memory is left in their own phase: fewer bytes mean more passes, not other masks.
+``candidates`` lists the settings in the order in which the levers usually pay. On a CPU the first that fits is taken.
+On a card the estimated time of a step (``estimate``) decides between those that fit, say between recomputation with a
+busy micro-batch and a smaller one without; the order decides where estimates are too close to tell. Mask statistics
+take most of what memory is left in their own phase: fewer bytes mean more passes, not other masks.
 
 Checking a candidate is arithmetic, so all of them together cost milliseconds.
 """
@@ -15,16 +17,19 @@ from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
 from qrosa.errors import InputError
 from qrosa.memory import parts
 from qrosa.memory.candidates import DEFAULT_SEQ_LEN, candidates
-from qrosa.memory.estimate import Machines
+from qrosa.memory.cards import LARGEST, smallest_card
+from qrosa.memory.estimate import Machines, estimate
 from qrosa.memory.hardware import card_memory, host_memory
 from qrosa.memory.model import phases
 from qrosa.memory.plan import Plan, Request
-from qrosa.memory.reasons import reasons
+from qrosa.memory.reasons import Choice, Timed, reasons
 from qrosa.memory.shape import ModelShape
 from qrosa.memory.workload import GRADIENT_SCORES, Workload
+from qrosa.offload.zero import zero_settings
 from qrosa.quantities import parse_size
 
 EVAL_TOKENS = 4096
+TIE = 1.05  # estimates closer than this say nothing
 STATISTICS_SHARE = 0.9  # of the memory that selection leaves: one more pass is cheaper than running out
 
 
@@ -90,6 +95,7 @@ def plan(
         machines,
         host_cap,
         row_tokens,
+        zero_settings(train),
     )
     return solve(request, allocation)
 
@@ -106,12 +112,39 @@ def _seq_len(data: DataConfig, shape: ModelShape) -> int:
 def solve(request: Request, allocation: Allocation | None = None) -> Plan:
     """Choose the settings of a request whose device and cap are known: the fastest that fit, else the smallest."""
     allocation = allocation or allocate(request.adapter, request.shape.linears, request.shape.base_parameters)
-    for candidate in candidates(request, allocation):
-        if _bare(request, candidate).fits:
-            made = _made(request, candidate)
-            if made.fits:
-                return made
-    return _made(request, candidate)
+    if request.device == "cuda":
+        ranked = _fastest_first(request, allocation)
+    else:
+        ranked = [(work, None) for work in candidates(request, allocation) if _bare(request, work).fits]
+    for candidate, choice in ranked:
+        made = _made(request, candidate, choice)
+        if made.fits:
+            return made
+    return _made(request, _smallest(request, allocation))
+
+
+def _fastest_first(request: Request, allocation: Allocation) -> list[tuple[Workload, Choice | None]]:
+    """What fits, the fastest first, and what each was chosen over; of near ties the one that is tried first.
+
+    Of candidates with micro-batches of one size, the first that fits stands for all: each lever costs time.
+    """
+    found: dict[int, Workload] = {}
+    for work in candidates(request, allocation):
+        if work.tokens not in found and _bare(request, work).fits:
+            found[work.tokens] = work
+    fitting = list(found.values())
+    if len(fitting) < 2:
+        return [(work, None) for work in fitting]
+    card = request.machines.card if request.machines else smallest_card(request.cap) or LARGEST
+    batch = request.train.batch_size
+    timed = [
+        Timed(work, estimate(_with_resident_blocks(work, request), batch, Machines(card)).step_seconds)
+        for work in fitting
+    ]
+    close = TIE * min(each.seconds for each in timed)
+    # Sorting keeps the order of equals: near ties stay as they are tried.
+    ranked = sorted(timed, key=lambda each: max(each.seconds, close))
+    return [(each.work, Choice(card.name, each, timed)) for each in ranked]
 
 
 def solve_smallest(request: Request) -> Plan:
@@ -135,11 +168,11 @@ def _bare(request: Request, candidate: Workload) -> Plan:
     return Plan(request, candidate, candidate.allocation, phases(candidate), {})
 
 
-def _made(request: Request, candidate: Workload) -> Plan:
+def _made(request: Request, candidate: Workload, choice: Choice | None = None) -> Plan:
     """The plan of a candidate: what depends on the memory that is left is filled in."""
     work = _with_resident_blocks(candidate, request)
     work = _with_eval_tokens(_with_group_bytes(work, request), request)
-    return Plan(request, work, work.allocation, phases(work), reasons(request, work))
+    return Plan(request, work, work.allocation, phases(work), reasons(request, work, choice))
 
 
 def _with_resident_blocks(work: Workload, request: Request) -> Workload:

@@ -88,7 +88,7 @@ def _row(plan: Plan, checkpointing: str, offload: str) -> WhatIf:
     return WhatIf(
         checkpointing=checkpointing == "on",
         offload=offload,
-        planned=plan.work.checkpointing == (checkpointing == "on") and plan.offload == offload,
+        planned=plan.work.checkpointing == (checkpointing == "on") and plan.layer_offload == offload,
         longest_seq_len=_longest(request, allocation),
         largest_micro_batch=_largest(request, allocation, plan.work.length),
         smallest_card=int(math.ceil(smallest.peak / MEMORY_STEP) * MEMORY_STEP),

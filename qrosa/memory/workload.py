@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from qrosa.adapters.budget import Allocation
 from qrosa.memory.shape import ModelShape
+from qrosa.offload.zero import ZeroSettings
 
 GRADIENT_SCORES = ("squared", "mean", "repair")  # mask scores that need statistics of gradients
 
@@ -37,6 +38,8 @@ class Workload:
         sparse_init: Where sparse values start; ``residual`` reads the quantisation error of each matrix.
         low_rank_init: Where the low-rank part starts; ``svd`` decomposes that error.
         row_tokens: Tokens of all encoded rows, 0 where no rows are known.
+        zero: What DeepSpeed does with the optimizer, None without it.
+        processes: Cards that share the optimizer.
     """
 
     shape: ModelShape
@@ -61,6 +64,8 @@ class Workload:
     sparse_init: str = "residual"
     low_rank_init: str = "lora"
     row_tokens: int = 0
+    zero: ZeroSettings | None = None
+    processes: int = 1
 
     @property
     def streamed(self) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qrosa.adapters.budget import Allocation, allocate
 from qrosa.config import RunConfig
 from qrosa.errors import InputError
+from qrosa.memory.deepspeed import drive_bytes
 from qrosa.memory.hardware import card_memory
 from qrosa.memory.plan import Plan
 from qrosa.memory.shape import ModelShape
@@ -108,6 +109,8 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
     if not dry_run:
         plan.require_fit()
         check_room(Path(config.output), max(phase.disk for name, phase in plan.phases.items() if name != "export"))
+        if zero is not None and zero.nvme is not None:
+            check_room(Path(zero.nvme).expanduser(), drive_bytes(plan.work))
     config = _resolve(config, seq_len, phases, plan)
     return Prepared(config, checkpoint, tokenizer, train, heldout, allocation, phases, plan, cap, zero)
 

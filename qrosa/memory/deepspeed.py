@@ -1,0 +1,150 @@
+"""What ZeRO takes on the card and the host, what it sends, and whether optimizer offload pays.
+
+``qrosa.offload.deepspeed`` gives DeepSpeed the flat fp32 masters in pieces of a bucket; each of p processes owns the
+masters and AdamW's two states of a share of them, 1 / p. Beside what plain training has:
+
+    stage 2   an fp32 copy of the low-rank masters on every card (the sparse part's is the model's own values);
+              in a step a bucket, a piece and, unless offloaded, the share's gradients twice
+    stage 3   a share of that copy instead, the share's gradients, a bucket that stays; in a step two gathered pieces
+
+With offload the share's masters and states, its gradients and (stage 2) a copy of its masters on their way back are on
+the host, or all but a few buffers of a sub-group on a drive.
+
+Offload *loses* where it frees memory that nothing needs: the same settings fit without it, and every step pays for
+copies over PCIe and an AdamW at the host's bandwidth. For budgets near 0.3% that is the rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+from qrosa.memory.activations import FULL
+from qrosa.memory.arithmetic import BANDWIDTH_SHARE
+from qrosa.memory.workload import Workload
+
+if TYPE_CHECKING:
+    from qrosa.memory.plan import Plan, Request
+
+ALIGNED = 1024  # elements that a process's share of a piece is a multiple of (qrosa.offload.deepspeed)
+HOST_RATE = 10e9  # bytes a second that AdamW moves on a desktop's two memory channels; 6.5e9 on one busy core
+LINK_RATE = 12e9  # bytes a second over PCIe where no card is named: generation 4 on 8 lanes, or 3 on 16
+_STEP_BYTES = 28  # gradient in; master and two states in and out
+_SENT = {None: 2, 2: 3, 3: 4}  # shares of (p - 1) / p: all-reduce; that and a gather; reduce-scatter and three gathers
+
+
+def processes_here() -> int:
+    """Processes that this run is started in, as its launcher says."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdigit() and int(text) > 0 else 1
+
+
+def _share(work: Workload, parameters: int) -> int:
+    """Masters of ``parameters`` that a process owns."""
+    multiple = work.processes * ALIGNED
+    return -(-parameters // multiple) * ALIGNED
+
+
+def _piece(work: Workload) -> int:
+    assert work.zero is not None
+    multiple = work.processes * ALIGNED
+    return max(multiple, work.zero.bucket // multiple * multiple)
+
+
+def resident_bytes(work: Workload, low: int, high: int) -> dict[str, int]:
+    """Component -> bytes that last on the device, in place of plain training's optimizer."""
+    assert work.zero is not None
+    share = _share(work, low) + _share(work, high)
+    owned = 0 if work.zero.offload else 3 * FULL * share
+    if work.zero.stage == 2:
+        bucket = FULL * min(_piece(work), max(low, high)) if work.zero.offload else 0
+        return {"optimizer": FULL * low + owned, "deepspeed_buckets": bucket}
+    gradients = 0 if work.zero.offload else FULL * share
+    return {"optimizer": FULL * share + gradients + owned, "deepspeed_buckets": FULL * work.zero.bucket}
+
+
+def step_bytes(work: Workload, low: int, high: int) -> int:
+    """Bytes that come and go in an update, on the device."""
+    assert work.zero is not None
+    piece, share = min(_piece(work), max(low, high)), _share(work, low) + _share(work, high)
+    if work.zero.stage == 3:
+        return FULL * 4 * piece  # two that are gathered, a gradient, and its reduced share
+    return FULL * (work.zero.bucket + 2 * piece + (0 if work.zero.offload else 2 * share))
+
+
+def host_bytes(work: Workload, low: int, high: int) -> dict[str, int]:
+    """Component -> bytes in host memory, for this process."""
+    assert work.zero is not None
+    zero, share = work.zero, _share(work, low) + _share(work, high)
+    if zero.offload is None:
+        return {}
+    if zero.offload == "cpu":
+        copies = 5 if zero.stage == 2 else 4
+        return {"offloaded_optimizer": FULL * copies * share + FULL * _piece(work)}
+    buffers = int(zero.zero["offload_optimizer"]["buffer_count"])
+    return {"offloaded_optimizer": FULL * buffers * min(share, zero.sub_group) + 2 * FULL * share}
+
+
+def drive_bytes(work: Workload) -> int:
+    """Bytes on the NVMe drive: masters, states and gradients of this process's share."""
+    if work.zero is None or work.zero.offload != "nvme":
+        return 0
+    allocation = work.allocation
+    return 4 * FULL * (_share(work, allocation.low_rank_parameters) + _share(work, allocation.sparse_parameters))
+
+
+def sent_bytes(work: Workload, cards: int) -> float:
+    """Bytes that each card sends, and receives, in a step."""
+    times = _SENT[work.zero.stage if work.zero is not None else None]
+    return times * (cards - 1) / cards * FULL * work.allocation.trainable
+
+
+def offload_seconds(work: Workload, link: float, bandwidth: float) -> float:
+    """Time that an offloaded step takes beyond one on the card: both ways over PCIe, and AdamW at the host's rate."""
+    share = work.allocation.trainable / work.processes
+    on_card = _STEP_BYTES * share / bandwidth if bandwidth else 0.0
+    return 2 * FULL * share / link + _STEP_BYTES * share / HOST_RATE - on_card
+
+
+def optimizer_reason(request: Request, work: Workload) -> str | None:
+    """Whether optimizer offload pays, in words; None where there is none."""
+    if work.zero is None or work.zero.offload is None:
+        return None
+    if work.on_cpu and work.zero.offload == "cpu":
+        return "loses: device and host are one memory, so nothing is saved"
+    from qrosa.memory.plan import size_text
+    from qrosa.memory.solve import solve
+
+    stays = dataclasses.replace(work.zero, offload=None)
+    without = solve(dataclasses.replace(request, zero=stays), work.allocation)
+    low, high = work.allocation.low_rank_parameters, work.allocation.sparse_parameters
+    kept, moved = (sum(resident_bytes(one, low, high).values()) for one in (without.work, work))
+    cost = f"{_seconds(request, work):.2f} s a step"
+    if work.zero.offload == "nvme":
+        cost += f", the drive's time, and {size_text(drive_bytes(work))} on it"
+    if kept <= moved:
+        return f"loses: its buckets take {size_text(moved - kept)} more than it frees, for {cost}"
+    if without.fits and _same_settings(without, work):
+        return f"loses: the same settings fit without; it frees {size_text(kept - moved)} for {cost}"
+    return f"frees {size_text(kept - moved)} of the card for {cost}; without it {_otherwise(without, work)}"
+
+
+def _seconds(request: Request, work: Workload) -> float:
+    card = request.machines.card if request.machines is not None else None
+    return offload_seconds(work, card.link if card else LINK_RATE, BANDWIDTH_SHARE * card.bandwidth if card else 0.0)
+
+
+_SETTINGS = ("tokens", "rows", "checkpointing", "offload_activations", "resident_blocks", "loss_chunk_tokens")
+
+
+def _same_settings(without: Plan, work: Workload) -> bool:
+    return all(getattr(without.work, name) == getattr(work, name) for name in _SETTINGS)
+
+
+def _otherwise(without: Plan, work: Workload) -> str:
+    if not without.fits:
+        return "nothing fits"
+    if without.work.tokens != work.tokens:
+        return f"micro-batches have {without.work.tokens} tokens"
+    return "more is recomputed or moved to the host"

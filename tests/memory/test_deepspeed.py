@@ -1,0 +1,121 @@
+"""What a plan says of ZeRO: its memory on card and host, what it sends, and when optimizer offload loses."""
+
+import dataclasses
+
+import pytest
+
+from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
+from qrosa.memory.cards import find_card, find_network
+from qrosa.memory.deepspeed import drive_bytes, host_bytes, offload_seconds, resident_bytes, step_bytes
+from qrosa.memory.estimate import Machines, all_reduce_bytes
+from qrosa.memory.shape import from_config
+from qrosa.memory.solve import plan
+from tests.memory.memory_cases import MODELS
+
+LLAMA = from_config("Llama-3.1-8B", MODELS["Llama-3.1-8B"].config)
+MIB = 2**20
+
+
+def planned(vram="24GB", budget="0.3%", machines=None, seq_len=2048, **train):
+    settings = TrainConfig(vram=vram, **train)
+    adapter, data = AdapterConfig(budget=budget), DataConfig(seq_len=seq_len)
+    return plan(LLAMA, adapter, MaskConfig(), data, settings, device="cuda", machines=machines)
+
+
+def parameters(made):
+    return made.allocation.low_rank_parameters, made.allocation.sparse_parameters
+
+
+def test_one_process_keeps_all_of_it():
+    made = planned(deepspeed="zero2")
+    low, high = parameters(made)
+    device = resident_bytes(made.work, low, high)
+    # Low-rank masters once as DeepSpeed's working copy; then masters and two states of everything.
+    assert device["optimizer"] == pytest.approx(4 * low + 12 * (low + high), rel=1e-3)
+    assert host_bytes(made.work, low, high) == {}
+    assert made.phases["train"].device["optimizer"] == device["optimizer"]
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_processes_have_half_each(stage):
+    work = planned(deepspeed=stage).work
+    low, high = work.allocation.low_rank_parameters, work.allocation.sparse_parameters
+    one, two = (resident_bytes(dataclasses.replace(work, processes=n), low, high)["optimizer"] for n in (1, 2))
+    whole = 4 * low if stage == "zero2" else 0
+    assert two - whole == pytest.approx((one - whole) / 2, rel=1e-3)
+
+
+def test_offload_moves_states_to_the_host():
+    here, there = planned(deepspeed="zero2"), planned(offload="auto,optimizer")
+    low, high = parameters(here)
+    freed = sum(resident_bytes(here.work, low, high).values()) - sum(resident_bytes(there.work, low, high).values())
+    assert freed == pytest.approx(12 * (low + high) - 16 * MIB, rel=0.01)  # less the bucket that comes with it
+    host = there.phases["train"].host["offloaded_optimizer"]
+    assert host == pytest.approx(20 * (low + high) + 16 * MIB, rel=0.01)
+    assert step_bytes(there.work, low, high) < step_bytes(here.work, low, high)
+
+
+def test_a_drive_leaves_buffers_on_the_host():
+    made = planned(offload="auto,optimizer=nvme:/mnt/drive", budget="2%")
+    low, high = parameters(made)
+    host = host_bytes(made.work, low, high)["offloaded_optimizer"]
+    assert host < 0.75 * 16 * (low + high)
+    assert drive_bytes(made.work) == pytest.approx(16 * (low + high), rel=1e-3)
+
+
+def test_large_buckets_are_counted(tmp_path):
+    """DeepSpeed's default bucket of 5e8 elements would take 2 GB."""
+    path = tmp_path / "zero.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8}}')
+    small, large = planned(deepspeed="zero3"), planned(deepspeed=str(path))
+    name = "deepspeed_buckets"
+    more = large.phases["train"].device[name] - small.phases["train"].device[name]
+    assert more == 4 * (500_000_000 - 4_194_304)
+
+
+def test_offload_loses_where_nothing_needs_the_memory():
+    made = planned(offload="auto,optimizer")
+    assert made.reasons["deepspeed"].startswith("loses: the same settings fit without")
+    assert made.settings["deepspeed"] == "ZeRO-2, optimizer in host memory"
+
+
+def test_offload_pays_where_it_lets_more_fit():
+    """A large budget on a card that is nearly full without it."""
+    budget = "3%"
+    full = next(gb for gb in range(8, 40) if planned(f"{gb}GB", budget, offload="optimizer", micro_batch="1").fits)
+    made = planned(f"{full}GB", budget, offload="optimizer", micro_batch="1")
+    assert not planned(f"{full}GB", budget, deepspeed="zero2", offload="none", micro_batch="1").fits
+    assert made.reasons["deepspeed"].endswith("without it nothing fits")
+
+
+def test_offload_on_a_cpu_loses():
+    made = plan(
+        LLAMA, AdapterConfig(budget="0.3%"), MaskConfig(), DataConfig(seq_len=512),
+        TrainConfig(vram="64GB", offload="optimizer"), device="cpu",
+    )  # fmt: skip
+    assert "one memory" in made.reasons["deepspeed"]
+
+
+def test_a_step_with_offload_takes_longer_by_copy_and_adam():
+    work = planned(offload="optimizer").work
+    card = find_card("rtx4090")
+    trained = work.allocation.trainable
+    seconds = offload_seconds(work, card.link, card.bandwidth)
+    assert seconds > 8 * trained / card.link
+    assert seconds < 0.2  # 24M parameters
+
+
+def test_every_card_sends_masters_too():
+    machines = Machines(find_card("rtx4090"), 1, 4, find_network("10gbe"))
+    plain, zero2, zero3 = (
+        all_reduce_bytes(planned(machines=machines, deepspeed=stage).work, 4) for stage in (None, "zero2", "zero3")
+    )
+    assert zero2 == pytest.approx(1.5 * plain)
+    assert zero3 == pytest.approx(2 * plain)
+    assert planned(machines=machines, deepspeed="zero2").work.processes == 4
+
+
+def test_suggestions_and_what_if_rows_keep_the_optimizer_where_it_is():
+    made = planned(offload="auto,optimizer")
+    assert made.offload.endswith("optimizer")
+    assert any(row.planned for row in made.what_if())
