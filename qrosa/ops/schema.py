@@ -116,7 +116,6 @@ def _(x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, ro
     return x.new_empty((x.shape[0], out_features))
 
 
-<<<<<<< qrosa/ops/schema.py
 LIBRARY.define(
     f"decode_linear(Tensor x, {_NF4}, int out_features, Tensor? bias, {_CSR}, Tensor? a, Tensor? b, float scale) "
     "-> Tensor"
@@ -133,26 +132,6 @@ def _(  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-LIBRARY.define(
-    f"dequant_matmul(Tensor x, {_NF4}, {_CSR}, int out_features, int in_features, bool forward, "
-    "Tensor? left, Tensor? right, Tensor? bias) -> Tensor"
-)
-
-
-@torch.library.register_fake("qrosa::dequant_matmul", lib=LIBRARY)
-def _(  # type: ignore[no-untyped-def]
-    x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, row_ptr, col, values,
-    out_features, in_features, forward, left, right, bias,
-):  # fmt: skip
-    _check_matrix("x", x)
-    check_nf4(codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, out_features, in_features)
-    check_csr(row_ptr, col, values, out_features, in_features)
-    torch._check((left is None) == (right is None), lambda: "left and right come together or not at all")
-    return x.new_empty((x.shape[0], out_features if forward else in_features))
-
-
-=======
->>>>>>> /tmp/perf/q/qrosa/ops/schema.py
 LIBRARY.define("score_accumulate(Tensor dy, Tensor x, Tensor(a!) stat, bool square) -> ()")
 
 
