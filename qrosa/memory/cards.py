@@ -111,6 +111,7 @@ CARDS = {
         Card("h200", 139, 132, 1830, 4800e9, 5, per_clock=HOPPER),  # sold as 141; what the driver reports
     )
 }
+LARGEST = max(CARDS.values(), key=lambda card: card.memory)
 NETWORKS = {
     network.name: network for network in (Network("1gbe", 0.125e9), Network("10gbe", 1.25e9), Network("100gbe", 12.5e9))
 }
