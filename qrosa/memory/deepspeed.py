@@ -7,8 +7,8 @@ masters and AdamW's two states of a share of them, 1 / p. Beside what plain trai
               in a step a bucket, a piece and, unless offloaded, the share's gradients twice
     stage 3   a share of that copy instead, the share's gradients, a bucket that stays; in a step two gathered pieces
 
-With offload the share's masters and states, its gradients and (stage 2) a copy of its masters on their way back are on
-the host, or all but a few buffers of a sub-group on a drive.
+With offload the share's masters and states, its gradients and one more copy (stage 2: of the masters, on their way back;
+stage 3: of the gradients) are on the host; or on a drive, but for that copy and a few buffers of a sub-group.
 
 Offload *loses* where it frees memory that nothing needs: the same settings fit without it, and every step pays for
 copies over PCIe and an AdamW at the host's bandwidth. For budgets near 0.3% that is the rule.
@@ -80,10 +80,10 @@ def host_bytes(work: Workload, low: int, high: int) -> dict[str, int]:
     if zero.offload is None:
         return {}
     if zero.offload == "cpu":
-        copies = 5 if zero.stage == 2 else 4
-        return {"offloaded_optimizer": FULL * copies * share + FULL * _piece(work)}
+        piece = min(_piece(work), max(low, high)) if zero.stage == 2 else 0
+        return {"offloaded_optimizer": FULL * (5 * share + piece)}
     buffers = int(zero.zero["offload_optimizer"]["buffer_count"])
-    return {"offloaded_optimizer": FULL * buffers * min(share, zero.sub_group) + 2 * FULL * share}
+    return {"offloaded_optimizer": FULL * buffers * min(share, zero.sub_group) + FULL * share}
 
 
 def drive_bytes(work: Workload) -> int:
