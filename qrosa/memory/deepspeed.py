@@ -7,8 +7,8 @@ masters and AdamW's two states of a share of them, 1 / p. Beside what plain trai
               in a step a bucket, a piece and, unless offloaded, the share's gradients twice
     stage 3   a share of that copy instead, the share's gradients, a bucket that stays; in a step two gathered pieces
 
-With offload the share's masters and states, its gradients and one more copy (stage 2: of the masters, on their way back;
-stage 3: of the gradients) are on the host; or on a drive, but for that copy and a few buffers of a sub-group.
+With offload the share's masters and states, its gradients and one more copy (stage 2: of the masters, on their way
+back; stage 3: of the gradients) are on the host; or on a drive, but for that copy and a few buffers of a sub-group.
 
 Offload *loses* where it frees memory that nothing needs: the same settings fit without it, and every step pays for
 copies over PCIe and an AdamW at the host's bandwidth. For budgets near 0.3% that is the rule.
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from qrosa.memory.activations import FULL
 from qrosa.memory.arithmetic import BANDWIDTH_SHARE
+from qrosa.memory.parts import pinned_bytes
 from qrosa.memory.workload import Workload
 
 if TYPE_CHECKING:
@@ -76,14 +77,25 @@ def step_bytes(work: Workload, low: int, high: int) -> int:
 def host_bytes(work: Workload, low: int, high: int) -> dict[str, int]:
     """Component -> bytes in host memory, for this process."""
     assert work.zero is not None
-    zero, share = work.zero, _share(work, low) + _share(work, high)
+    zero, shares = work.zero, [_share(work, low), _share(work, high)]
     if zero.offload is None:
         return {}
-    if zero.offload == "cpu":
-        piece = min(_piece(work), max(low, high)) if zero.stage == 2 else 0
-        return {"offloaded_optimizer": FULL * (5 * share + piece)}
-    buffers = int(zero.zero["offload_optimizer"]["buffer_count"])
-    return {"offloaded_optimizer": FULL * buffers * min(share, zero.sub_group) + FULL * share}
+    if zero.offload == "nvme":
+        buffers = int(zero.zero["offload_optimizer"]["buffer_count"])
+        each = _pinned(work, min(max(shares), zero.sub_group))
+        return {"offloaded_optimizer": buffers * each + _pinned(work, sum(shares))}
+    states = 2 * FULL * sum(shares)
+    if zero.stage == 2:  # masters, gradients and the copy, a buffer for each part; and a piece
+        pinned = sum(3 * _pinned(work, share) for share in shares) + _pinned(work, min(_piece(work), max(low, high)))
+    else:  # masters are not pinned, gradients are in buffers of a sub-group, and once more in one
+        groups = [min(zero.sub_group, share - start) for share in shares for start in range(0, share, zero.sub_group)]
+        pinned = FULL * sum(shares) + sum(_pinned(work, group) for group in groups) + _pinned(work, sum(shares))
+    return {"offloaded_optimizer": states + pinned}
+
+
+def _pinned(work: Workload, elements: int) -> int:
+    """A pinned fp32 buffer, as torch allocates it."""
+    return FULL * elements if work.on_cpu else pinned_bytes(FULL * elements)
 
 
 def drive_bytes(work: Workload) -> int:
