@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrosa.cli.loading import base_option, choose_device, load, open_source, progress_bar
+from qrosa.cli.loading import base_option, choose_device, load, offload_option, open_source, progress_bar
 from qrosa.cli.options import (
     device_option,
     emit_json,
@@ -45,6 +45,7 @@ _PERCENT = ("accuracy", "exact_match")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score the first N rows only.")
 @base_option
 @device_option
+@offload_option
 @json_option
 def command(
     source: str,
@@ -52,6 +53,7 @@ def command(
     limit: int | None,
     base_model: str | None,
     device: str | None,
+    offload: str,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -76,7 +78,7 @@ def command(
         data.data, opened.checkpoint.tokenizer(), seq_len=seq_len, train_on=data.train_on, limit=limit, split=split
     )
     _say_losses(console, found.report, seq_len)
-    model, tokenizer = load(opened, place, console)
+    model, tokenizer = load(opened, place, console, offload)
     with progress_bar(console, f"scoring {len(found)} rows") as advance:
         result = evaluate_tasks(model, tokenizer, found.rows, progress=advance)
     if as_json:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrosa.cli.loading import base_option, load, open_source
+from qrosa.cli.loading import base_option, load, offload_option, open_source
 from qrosa.cli.options import device_option, emit_json, json_option, progress_console
 from qrosa.errors import InputError
 
@@ -43,6 +43,7 @@ _CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C st
 @click.option("--seed", type=int, metavar="N", help="Makes sampling repeatable.")
 @base_option
 @device_option
+@offload_option
 @json_option
 def command(
     source: str,
@@ -56,6 +57,7 @@ def command(
     seed: int | None,
     base_model: str | None,
     device: str | None,
+    offload: str,
     as_json: bool,
 ) -> None:
     """Answer a prompt, or chat.
@@ -68,7 +70,7 @@ def command(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     console = progress_console()
-    model, tokenizer = load(open_source(source, base_model), device, console)
+    model, tokenizer = load(open_source(source, base_model), device, console, offload)
     if chat:
         _talk(generate.Chat(model, tokenizer, sampling, system), console)
         return

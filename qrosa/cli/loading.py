@@ -119,19 +119,66 @@ def open_source(source: str, base_model: str | None = None) -> Opened:
     return Opened(source, open_checkpoint(source), None)
 
 
-def load(opened: Opened, device: str | None, console: Console) -> tuple[Any, Any]:
+def offload_option(function: _Function) -> _Function:
+    """``--offload`` -> ``offload``: where the base lies while the model is used."""
+    return click.option(
+        "--offload",
+        metavar="auto|none|base",
+        default="auto",
+        show_default=True,
+        help="Keep the base in host memory and stream it: base, base=disk:FOLDER (mapped from files), none, or auto, "
+        "as far as it does not fit the card.",
+    )(function)
+
+
+def load(opened: Opened, device: str | None, console: Console, offload: str = "auto") -> tuple[Any, Any]:
     """Load what was found, with a bar: the model in eval mode, and the tokenizer.
 
     Raises:
-        InputError: The adapter is not of this base.
+        InputError: The adapter is not of this base, or no such offload.
         StorageError: Damaged files.
     """
+    import torch
+
     from qrosa.base.adapter_io import load_adapter
     from qrosa.base.load import load_base
+    from qrosa.train.setup import load_streamed
 
     place = choose_device(device)
+    resident, disk = _streaming(opened, place, offload)
+    if resident is not None and offload == "auto":
+        console.print(f"the base does not fit the card: {resident} of its blocks stay, the others are streamed")
     with progress_bar(console, f"loading {opened.source}") as advance:
-        model, tokenizer = load_base(opened.checkpoint, place, progress=advance)
+        if resident is None:
+            model, tokenizer = load_base(opened.checkpoint, place, progress=advance)
+        else:
+            model = load_streamed(opened.checkpoint, torch.device(place), resident, disk, advance)
+            tokenizer = opened.checkpoint.tokenizer()
     if opened.adapter is not None:
         load_adapter(model, opened.adapter)
     return model.eval(), tokenizer
+
+
+def _streaming(opened: Opened, place: str, offload: str) -> tuple[int | None, str | None]:
+    """Decoder blocks that stay on the device (None for all, unstreamed), and the folder to map the others from."""
+    from qrosa.quantities import parse_offload
+
+    asked = parse_offload(offload)
+    if asked.activations or asked.optimizer:
+        raise InputError(f"--offload {offload} is for training", "use auto, none, base or base=disk:FOLDER")
+    if asked.base is False or (asked.base is None and not place.startswith("cuda")):
+        return None, None
+    import torch
+
+    from qrosa.memory.inference import resident_blocks
+    from qrosa.memory.shape import ModelShape
+
+    if not place.startswith("cuda"):
+        return 0, asked.disk
+    shape = ModelShape.from_source(opened.checkpoint.source)
+    adapter = sum(file.stat().st_size for file in opened.adapter.glob("*.safetensors")) if opened.adapter else 0
+    free, _ = torch.cuda.mem_get_info(torch.device(place))
+    resident = resident_blocks(shape, free, adapter)
+    if resident is None and asked.base:
+        resident = shape.dims.layers - 1
+    return resident, asked.disk
