@@ -30,6 +30,7 @@ from qrosa.base.adapter_io import attach_adapter
 from qrosa.base.load import load_base
 from qrosa.config import AdapterConfig
 from qrosa.data.batching import MicroBatch
+from qrosa.eval.generate import continue_ids
 from qrosa.sparse.csr import CsrDelta
 from qrosa.train.loss import model_loss
 from qrosa.train.modes import set_attention, set_checkpointing
@@ -115,14 +116,17 @@ def peer_step(model: Any, batch: MicroBatch) -> Callable[[], object]:
 
 
 def generation(model: Any, tokens: int) -> Callable[[], object]:
-    """Greedy generation of ``tokens`` tokens after a prompt of 32."""
+    """Greedy generation of ``tokens`` tokens after 32: by transformers, or by the engine if the model is its own."""
+    from transformers import GenerationConfig
+
     prompt = batch_of(1, 32).input_ids
+    config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2)
 
-    def generate() -> None:
+    def theirs() -> object:
         with torch.no_grad():
-            model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2)
+            return model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
 
-    return generate
+    return (lambda: continue_ids(model, prompt, config)) if quantized_linears(model) else theirs
 
 
 def measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qrosa.adapters.inject import quantized_linears, replace_module, target_linears
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.checkpoint import Checkpoint, SafetensorsCheckpoint, first_line, open_checkpoint
+from qrosa.base.head import OutputHead
 from qrosa.errors import InputError, StorageError
 from qrosa.quant.nf4 import NF4Weight
 
@@ -101,9 +102,18 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -
     for path, linear in target_linears(model).items():
         weight = NF4Weight.meta((linear.out_features, linear.in_features), dtype)
         replace_module(model, path, QRosaLinear(weight, linear.bias))
+    _turn_head(model)
     model.tie_weights()  # making parameters meta one by one has untied them
     model.requires_grad_(False)
     return model
+
+
+def _turn_head(model: PreTrainedModel) -> None:
+    """Put a head that is quick for few rows in the place of a plain one."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        path = next(path for path, module in model.named_modules() if module is head)
+        replace_module(model, path, OutputHead.of(head))
 
 
 def quantize_weight(checkpoint: Checkpoint, path: str, device: torch.device | str = "cpu") -> NF4Weight:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qrosa.data.template import encode_prompt
 from qrosa.errors import InputError
-from qrosa.eval.head import evaluating, model_device
+from qrosa.eval.head import generating, model_device
 
 Message = dict[str, Any]
 OnText = Callable[[str], None]
@@ -182,16 +182,34 @@ def generate_ids(
     made = _Collector(tokenizer, on_text)
     interrupted = False
     config = _generation_config(model, tokenizer, sampling, room)
-    with evaluating(model):
-        try:
-            torch.seed() if sampling.seed is None else torch.manual_seed(sampling.seed)
-            cast(Any, model).generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=made)
-        except KeyboardInterrupt:
-            interrupted = True
-            made.end()
+    torch.seed() if sampling.seed is None else torch.manual_seed(sampling.seed)
+    try:
+        continue_ids(model, ids, config, made)
+    except KeyboardInterrupt:
+        interrupted = True
+        made.end()
     finished = bool(made.tokens) and made.tokens[-1] in end_tokens(model, tokenizer)
     text = _decode(tokenizer, made.tokens).strip()
     return Answer(text, len(made.tokens), len(input_ids), finished and not interrupted, interrupted)
+
+
+def continue_ids(model: nn.Module, ids: Tensor, config: Any, streamer: Any = None) -> Tensor:
+    """transformers' generation as the engine runs it: no gradients, no dropout, the attention that is quick here.
+
+    Args:
+        model: A transformers causal language model.
+        ids: int64 [B, L], no padding.
+        config: A transformers ``GenerationConfig``.
+        streamer: Gets the prompt, then each token.
+
+    Returns:
+        int64 [B, L + new].
+    """
+    with generating(model):
+        found = cast(Any, model).generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer
+        )
+    return cast(Tensor, found)
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:

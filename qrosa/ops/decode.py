@@ -1,7 +1,7 @@
 """The layer for few rows and no gradient out of other ops: what ``qrosa::decode_linear`` is where no kernel fuses it.
 
-The CPU kernel (``csrc/cpu/dequant_spmm.h``) sums the base, both adapters and the bias in fp32 and rounds once; here each
-part is rounded as it is added.
+The CPU kernel (``csrc/cpu/dequant_spmm.h``) sums the base, both adapters and the bias in fp32 and rounds once; here
+each part is rounded as it is added.
 """
 
 from __future__ import annotations
