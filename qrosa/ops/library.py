@@ -104,7 +104,6 @@ def _load(device: str, key: str) -> None:
 
 
 def _flat_linear(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    schema.check_linear(*args[:14])
     x, nf4, out_features, bias = args[0], NF4Operands(*args[1:7]), args[7], args[8]
     return linear.forward(x, nf4, out_features, bias, _csr(*args[9:12]), *args[12:])
 

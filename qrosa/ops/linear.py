@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from qrosa.ops import dropout, reference
+from qrosa.ops import dropout, reference, schema
 from qrosa.ops.operands import CsrOperands, NF4Operands
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -147,6 +147,8 @@ def forward(
             rows, *nf4, out_features, wide_bias, *(csr or _NO_DELTA), a, b, scale, dropout_p, seed
         )
         return y.view(*x.shape[:-1], out_features), projected
+    row_ptr, col, values = csr or _NO_DELTA
+    schema.check_linear(x, *nf4, out_features, bias, row_ptr, col, values, a, b)
     projected, left = x.new_empty((0,)), None
     if a is not None:
         projected = dropped(rows, dropout_p, seed) @ a.t()
