@@ -6,9 +6,11 @@ takes is in ``parts`` and ``activations``, what the process takes beside its ten
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qrosa.memory import deepspeed, parts
 from qrosa.memory.activations import FULL, HALF
-from qrosa.memory.host import CPU_RUNTIME, EXPORT_BUFFER, process_bytes
+from qrosa.memory.host import CPU_RUNTIME, EXPORT_BUFFER, kept_bytes, process_bytes
 from qrosa.memory.moments import (
     Components,
     Moment,
@@ -27,14 +29,26 @@ def phases(work: Workload) -> dict[str, PhaseMemory]:
     found = {"load": _load(work)}
     if work.allocation.nnz_total:
         found["select"] = _select(work)
-    return found | {"train": _train(work), "eval": _eval(work), "save": _save(work), "export": _export(work)}
+    found |= {"train": _train(work), "eval": _eval(work), "save": _save(work), "export": _export(work)}
+    return _with_kept_heap(found) if work.on_cpu else found
+
+
+def _with_kept_heap(found: dict[str, PhaseMemory]) -> dict[str, PhaseMemory]:
+    """Phases on the CPU with what the heap keeps in each."""
+    training = found["train"].passing
+    return {
+        name: replace(memory, host=memory.host | {"kept_heap": kept_bytes(name, memory.passing, training)})
+        if name != "export"
+        else memory
+        for name, memory in found.items()
+    }
 
 
 def _peak(work: Workload, moments: list[Moment], host: Components | None = None, disk: int = 0) -> PhaseMemory:
     highest = max(moments, key=lambda moment: sum(moment.components(work).values()))
-    made = process_bytes(work, sum(highest.passing.values())) | (host or {})
+    made = process_bytes(work) | (host or {})
     kept = {component: size for component, size in made.items() if size}
-    return PhaseMemory(highest.components(work), kept, disk, highest.name)
+    return PhaseMemory(highest.components(work), kept, disk, highest.name, sum(highest.passing.values()))
 
 
 def _resident(work: Workload, *, low_rank: bool = True, sparse: bool = True) -> Components:

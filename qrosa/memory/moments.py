@@ -46,12 +46,14 @@ class PhaseMemory:
         host: Component -> bytes in host memory beside it.
         disk: Bytes on disk that the phase writes.
         moment: When the peak comes, in words.
+        passing: Bytes on the device that come and go around the peak.
     """
 
     device: Components
     host: Components
     disk: int = 0
     moment: str = ""
+    passing: int = 0
 
     @property
     def device_total(self) -> int:
@@ -79,7 +81,7 @@ class Moment:
 
     def components(self, work: Workload) -> Components:
         """All components with the device's own costs; those of 0 bytes are left out."""
-        slack = round(ALLOCATOR_SLACK * sum(self.passing.values()))
+        slack = 0 if work.on_cpu else round(ALLOCATOR_SLACK * sum(self.passing.values()))
         overhead = {} if work.on_cpu else {"cuda_context": CUDA_CONTEXT, "cublas_workspace": CUBLAS_WORKSPACE}
         made = {**self.lasting, **self.passing, **overhead, "allocator_slack": slack}
         return {name: size for name, size in made.items() if size}
