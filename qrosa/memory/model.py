@@ -19,6 +19,7 @@ from qrosa.memory.moments import (
     boundary_bytes,
     forward_moments,
     micro_batch,
+    recomputed_bytes,
     scratch_bytes,
 )
 from qrosa.memory.workload import Workload
@@ -30,18 +31,19 @@ def phases(work: Workload) -> dict[str, PhaseMemory]:
     if work.allocation.nnz_total:
         found["select"] = _select(work)
     found |= {"train": _train(work), "eval": _eval(work), "save": _save(work), "export": _export(work)}
-    return _with_kept_heap(found) if work.on_cpu else found
+    return _with_kept_heap(work, found) if work.on_cpu else found
 
 
-def _with_kept_heap(found: dict[str, PhaseMemory]) -> dict[str, PhaseMemory]:
-    """Phases on the CPU with what the heap keeps in each."""
+def _with_kept_heap(work: Workload, found: dict[str, PhaseMemory]) -> dict[str, PhaseMemory]:
+    """Phases on the CPU with what the heap keeps in each; export is a process of its own and frees little."""
     training = found["train"].passing
-    return {
-        name: replace(memory, host=memory.host | {"kept_heap": kept_bytes(name, memory.passing, training)})
-        if name != "export"
-        else memory
+    recomputed = recomputed_bytes(work, micro_batch(work, work.tokens, work.rows)) if work.checkpointing else 0
+    kept = {
+        name: replace(memory, host=memory.host | {"kept_heap": kept_bytes(name, memory.passing, training, recomputed)})
         for name, memory in found.items()
+        if name != "export"
     }
+    return found | kept
 
 
 def _peak(work: Workload, moments: list[Moment], host: Components | None = None, disk: int = 0) -> PhaseMemory:

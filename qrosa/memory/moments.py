@@ -147,17 +147,26 @@ def backward_moments(
 def _saved(work: Workload, batch: MicroBatch, layers: int) -> tuple[int, int]:
     """What one layer saves again when it is recomputed, and what ``layers`` layers save in the forward pass."""
     dims = work.shape.dims
-    ranks: dict[int, int] = {}
-    for linear in work.allocation.linears:
-        ranks[linear.layer] = ranks.get(linear.layer, 0) + work.allocation.ranks[linear.path]
     if work.checkpointing:
         kept = min(layers, LIVE_BOUNDARIES) if work.offload_activations else layers
-        recomputed = sum(saved_by_layer(dims, batch, work.attention, max(ranks.values())).values())
-        return recomputed, kept * _boundary(work, batch) + rotary_bytes(dims, batch)
-    mean_rank = sum(ranks.values()) / dims.layers
+        return recomputed_bytes(work, batch), kept * _boundary(work, batch) + rotary_bytes(dims, batch)
+    mean_rank = sum(_rank_sums(work).values()) / dims.layers
     saved = layers * sum(saved_by_layer(dims, batch, work.attention, mean_rank).values())
     # The first norm reads the embeddings, which need no gradient.
     return 0, saved - first_norm_bytes(dims, batch) + rotary_bytes(dims, batch)
+
+
+def recomputed_bytes(work: Workload, batch: MicroBatch) -> int:
+    """What the layer with the most low-rank parameters saves."""
+    return sum(saved_by_layer(work.shape.dims, batch, work.attention, max(_rank_sums(work).values())).values())
+
+
+def _rank_sums(work: Workload) -> dict[int, int]:
+    """Layer -> sum of the ranks of its matrices."""
+    ranks: dict[int, int] = {}
+    for linear in work.allocation.linears:
+        ranks[linear.layer] = ranks.get(linear.layer, 0) + work.allocation.ranks[linear.path]
+    return ranks
 
 
 def _boundary(work: Workload, batch: MicroBatch) -> int:

@@ -10,6 +10,7 @@ from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
 from qrosa.errors import DoesNotFitError
 from qrosa.masks.groups import group_matrices
 from qrosa.memory.estimate import Estimate, Machines, estimate, micro_batch_rows, step_traffic
+from qrosa.memory.inference import verify_bytes
 from qrosa.memory.model import traffic
 from qrosa.memory.moments import PhaseMemory
 from qrosa.memory.parts import observed
@@ -244,6 +245,7 @@ class Plan:
                 }
                 for name, memory in self.phases.items()
             },
+            "verify": verify_bytes(self.work),
             "traffic": traffic(self.work),
             "traffic_per_step": self.traffic,
             "peak": self.peak,
