@@ -176,8 +176,10 @@ def plot(rows: list[dict[str, Any]]) -> str:
     for percent in (-2, -1, 0, 1, 2):
         y = upwards(percent)
         parts.append(f'<line x1="{left}" x2="{width - 20}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ccc"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{percent:+d}%</text>')
-    for size in (2, 4, 8, 16, 32, 64, 128):
+        parts.append(
+            f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{f"{percent:+d}" if percent else "0"}%</text>'
+        )
+    for size in (2, 4, 8, 16, 32, 64, 128, 256):
         if first < size < last:
             parts.append(
                 f'<text x="{across(size):.1f}" y="{height - bottom + 18}" text-anchor="middle">{size} GB</text>'

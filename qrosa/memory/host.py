@@ -17,8 +17,8 @@ CPU_RUNTIME = 440 * MIB  # resident Python, torch, transformers, bitsandbytes an
 # and by phase a share of what comes and goes. It grows with the number of different sizes, so long training on rows of
 # many lengths keeps as much as it frees; recomputation, which makes and frees a layer's activations over and over, some
 # layers more. Evaluation finds the heap that training left cut up, and touches it again.
-KEPT_HEAP = 224 * MIB
-KEPT_OF_SELECTION, KEPT_OF_TRAINING, KEPT_IN_EVALUATION = 0.65, 1.0, 0.65
+KEPT_HEAP = 264 * MIB
+KEPT_SHARE = {"select": 0.65, "train": 1.0, "eval": 0.65}  # evaluation: of training's
 KEPT_LAYERS = 5
 CUDA_RUNTIME = 2048 * MIB  # the same with a CUDA build and its context's host side
 ROW_BYTES = 20  # of an encoded token: places in two lists, and its share of the row; counted, and 18 seen resident
@@ -29,22 +29,19 @@ def process_bytes(work: Workload) -> dict[str, int]:
     """The process itself, its encoded rows, and its streamed base."""
     made = {"runtime": CPU_RUNTIME if work.on_cpu else CUDA_RUNTIME}
     if work.streamed and not work.base_on_disk:
-        made["pinned_base"] = parts.host_base_bytes(work.shape, pinned=not work.on_cpu)
+        held = parts.host_base_bytes if work.on_cpu else parts.pinned_base_bytes
+        made["pinned_base"] = held(work.shape)
     if work.row_tokens:
         made["rows"] = ROW_BYTES * work.row_tokens
     return made
 
 
-def kept_bytes(phase: str, passing: int, training: int, recomputed: int) -> int:
+def kept_bytes(phase: str, passing: int, recomputed: int) -> int:
     """What the C library's heap keeps of freed tensors while a phase runs on the CPU, at the most.
 
     Args:
         phase: Name of the phase.
-        passing: Bytes that come and go in it.
-        training: The same in training.
-        recomputed: Activations of a layer that is recomputed in training, 0 where none is.
+        passing: Bytes that come and go; for evaluation, in the training before it.
+        recomputed: Activations of a layer that is recomputed, 0 where none is.
     """
-    cut_up = training + KEPT_LAYERS * recomputed
-    shares = {"select": KEPT_OF_SELECTION * passing, "train": KEPT_OF_TRAINING * cut_up}
-    shares["eval"] = KEPT_IN_EVALUATION * cut_up
-    return KEPT_HEAP + round(shares.get(phase, 0.0))
+    return KEPT_HEAP + round(KEPT_SHARE.get(phase, 0.0) * (passing + KEPT_LAYERS * recomputed))

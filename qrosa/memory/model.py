@@ -36,13 +36,14 @@ def phases(work: Workload) -> dict[str, PhaseMemory]:
 
 def _with_kept_heap(work: Workload, found: dict[str, PhaseMemory]) -> dict[str, PhaseMemory]:
     """Phases on the CPU with what the heap keeps in each; export is a process of its own and frees little."""
-    training = found["train"].passing
-    recomputed = recomputed_bytes(work, micro_batch(work, work.tokens, work.rows)) if work.checkpointing else 0
-    kept = {
-        name: replace(memory, host=memory.host | {"kept_heap": kept_bytes(name, memory.passing, training, recomputed)})
-        for name, memory in found.items()
-        if name != "export"
-    }
+    longest = {"select": micro_batch(work, work.length, 1), "train": micro_batch(work, work.tokens, work.rows)}
+    kept = {}
+    for name, memory in found.items():
+        of = "train" if name == "eval" else name
+        recomputed = recomputed_bytes(work, longest[of]) if work.checkpointing and of in longest else 0
+        heap = {"kept_heap": kept_bytes(name, found[of].passing, recomputed)}
+        if name != "export":
+            kept[name] = replace(memory, host=memory.host | heap)
     return found | kept
 
 

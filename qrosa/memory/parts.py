@@ -7,8 +7,8 @@ what training keeps, ``qrosa.masks`` for selection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from functools import wraps
 
 from qrosa.adapters.budget import Allocation, LinearShape
 from qrosa.masks.groups import STATISTIC_BYTES, group_matrices
@@ -23,6 +23,18 @@ _FULL_SVD, _OVERSAMPLING = 256, 16  # of qrosa.masks.repair
 _TOP_K_CHUNK = 1 << 22  # values that top-k looks at together
 
 
+def _once(function: Callable[[ModelShape], int]) -> Callable[[ModelShape], int]:
+    """Compute a figure of a shape once: choosing settings asks hundreds of times."""
+
+    @wraps(function)
+    def known(shape: ModelShape) -> int:
+        if function.__name__ not in shape.known:
+            shape.known[function.__name__] = function(shape)
+        return shape.known[function.__name__]
+
+    return known
+
+
 def nf4_bytes(out_features: int, in_features: int, nested: bool = True) -> int:
     """A packed matrix: half a byte a weight, and an absmax for each block of 64.
 
@@ -35,12 +47,14 @@ def nf4_bytes(out_features: int, in_features: int, nested: bool = True) -> int:
     return -(-size // 2) + absmax
 
 
+@_once
 def base_bytes(shape: ModelShape) -> int:
     """All packed matrices and the one shared table of nested absmax values."""
     packed = sum(nf4_bytes(x.out_features, x.in_features, shape.nested) for x in shape.linears)
     return packed + (_CODE_TABLE if shape.nested else 0)
 
 
+@_once
 def block_bytes(shape: ModelShape) -> int:
     """Packed bytes of the largest decoder block as it is streamed: each tensor is padded to 256 bytes."""
     blocks: dict[int, int] = {}
@@ -72,18 +86,19 @@ def pinned_bytes(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def host_base_bytes(shape: ModelShape, *, pinned: bool) -> int:
-    """A streamed base in host memory; of what is not pinned, pages that are not written to are not there."""
-    sizes = tuple(_flat_bytes(linear, shape.nested) for linear in shape.linears)
-    return _chunked_bytes(sizes) if pinned else sum(sizes)
+@_once
+def host_base_bytes(shape: ModelShape) -> int:
+    """A streamed base in host memory, every byte of it written to."""
+    return sum(_flat_bytes(linear, shape.nested) for linear in shape.linears)
 
 
-@lru_cache(maxsize=8)
-def _chunked_bytes(sizes: tuple[int, ...]) -> int:
-    """Chunks (qrosa.offload.pool) that matrices fill in order, each the first with room."""
+@_once
+def pinned_base_bytes(shape: ModelShape) -> int:
+    """The same pinned: chunks (qrosa.offload.pool) that matrices fill in order, each the first with room."""
     room: list[int] = []
     taken = 0
-    for size in sizes:
+    for linear in shape.linears:
+        size = _flat_bytes(linear, shape.nested)
         place = next((index for index, left in enumerate(room) if left >= size), None)
         if place is None:
             chunk = max(_HOST_CHUNK, pinned_bytes(size))
@@ -94,6 +109,7 @@ def _chunked_bytes(sizes: tuple[int, ...]) -> int:
     return taken
 
 
+@_once
 def error_bytes(shape: ModelShape) -> int:
     """The quantisation error of the largest matrix while it is read: two fp32 matrices and one as stored."""
     return (2 * FULL + shape.stored_bytes) * largest(shape.linears)
@@ -114,6 +130,7 @@ def factor_bytes(shape: ModelShape, rank: int) -> int:
     return most
 
 
+@_once
 def unquantised_bytes(shape: ModelShape) -> int:
     """Embeddings, norms, biases and an untied head, in bf16."""
     return HALF * sum(shape.unquantised.values())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class ModelShape:
         unquantised: Name -> number of elements of everything else (embeddings, norms, biases, an untied head).
         stored_bytes: Bytes an element in the checkpoint as it is read for quantising.
         nested: The absmax values are quantised too (always, when qrosa quantises).
+        known: Figures that ``parts`` has derived from all of this, each computed once.
     """
 
     source: str
@@ -49,6 +50,7 @@ class ModelShape:
     unquantised: dict[str, int]
     stored_bytes: int = 2
     nested: bool = True
+    known: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def base_parameters(self) -> int:

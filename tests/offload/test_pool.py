@@ -45,4 +45,4 @@ def test_the_plan_counts_the_same_chunks(name: str, monkeypatch: pytest.MonkeyPa
     made = HostPool(pinned=False)
     for size in sizes:
         made.take(size)
-    assert parts.host_base_bytes(shape, pinned=True) == made.nbytes < 1.1 * parts.base_bytes(shape)
+    assert parts.pinned_base_bytes(shape) == made.nbytes < 1.1 * parts.base_bytes(shape)
