@@ -197,7 +197,7 @@ def check_extras() -> Check:
 
 
 def check_deepspeed() -> Check:
-    """DeepSpeed, and the tools that it compiles its optimizers with."""
+    """DeepSpeed, and the tools that it compiles its access to drives with."""
     found = _version("deepspeed")
     tools = {tool: shutil.which(tool) for tool in ("g++", "ninja")}
     facts = {"version": found, "tools": tools}
@@ -206,7 +206,7 @@ def check_deepspeed() -> Check:
         return Check("deepspeed", "note", "not installed", hint, facts)
     absent = [tool for tool, path in tools.items() if path is None]
     if absent:
-        hint = f"its CPU optimizer is compiled on first use and needs {' and '.join(absent)}"
+        hint = f"only NVMe offload needs {' and '.join(absent)}: its access to drives is compiled on first use"
         return Check("deepspeed", "note", f"{found}, without {', '.join(absent)}", hint, facts)
     return Check("deepspeed", "ok", found, facts=facts)
 

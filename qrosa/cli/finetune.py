@@ -48,6 +48,8 @@ Examples:
   qrosa finetune --config recipe.yaml --seed 1 --output run-1
   qrosa finetune --model M --data rows.jsonl --budget 0.3% --dry-run       # the plan and three rows, nothing else
   qrosa finetune --resume --output run                                     # goes on, bit for bit
+  torchrun --nproc-per-node 2 --no-python qrosa finetune --config recipe.yaml --deepspeed zero2      # two cards
+  qrosa finetune --config recipe.yaml --offload auto,optimizer             # masters and AdamW in host memory
 """
 
 
@@ -77,6 +79,8 @@ def command(
 
     console = progress_console()
     report = finetune(config, resume=resume, force=force, progress=make_progress(console))
+    if not report:  # not the main process: that one speaks for all
+        return
     if as_json:
         emit_json(report)
     else:

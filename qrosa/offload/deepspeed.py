@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -80,6 +81,12 @@ def _check_drive(folder: Path) -> None:
         raise InputError(f"the NVMe folder {folder} cannot be written", "give another folder")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
+    absent = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if absent:
+        raise InputError(
+            f"NVMe offload needs DeepSpeed's async_io, compiled on first use, and {' and '.join(absent)} is missing",
+            "install it (apt install g++; pip install ninja), or use --offload optimizer for host memory",
+        )
     with _quiet():
         found = AsyncIOBuilder().is_compatible(verbose=False)
     if not found:

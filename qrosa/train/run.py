@@ -54,7 +54,7 @@ def finetune(
         progress: Told of everything that people may want to see.
 
     Returns:
-        The contents of ``report.json``.
+        The contents of ``report.json``; empty on all processes but the main one.
 
     Raises:
         InputError: Bad settings, base, rows or output; a run to resume that is not the same run.
@@ -66,6 +66,9 @@ def finetune(
     progress = progress or Progress()
     check_trackers(config.train.log_to)
     accelerator = make_accelerator(config.train.log_to, Path(config.output))
+    if not accelerator.is_main_process:  # one process speaks for all
+        progress.close()
+        progress = Progress()
     try:
         prepared = prepare(config, resume=resume, force=force)
         accelerator.wait_for_everyone()  # no process makes the folder before every one has found it free

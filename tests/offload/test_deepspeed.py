@@ -205,7 +205,7 @@ def test_an_old_deepspeed_is_refused(monkeypatch):
     from qrosa.offload.deepspeed import check_available
 
     monkeypatch.setattr(deepspeed, "__version__", "0.19.7+abc")
-    with pytest.raises(InputError, match="0.19.7\\+abc is too old"):
+    with pytest.raises(InputError, match="abc is too old"):
         check_available(settings(), "cpu")
 
 
