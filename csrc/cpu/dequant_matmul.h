@@ -15,6 +15,8 @@
 // decoded rows interleaved.
 #pragma once
 
+#include <type_traits>
+
 #include "dequant_add.h"
 #include "sddmm.h"
 
@@ -121,16 +123,49 @@ static inline void store_pair(Bf16* piece, int64_t depth, int64_t half, __m512i 
 
 static inline __m128i load_codes(const uint8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
 
+// Stored values of the delta, an array a field.
+struct Patches {
+  int32_t *row, *column;
+  float* value;
+};
+
 // What one thread works on.
 struct PanelWork {
   const MatmulWork& all;
   int64_t start, wide;  // first row (forward) or column (backward) of the panel, and how many; wide is a multiple of 64
   Bf16* piece;          // [kPanel * kDepth]
-  int32_t* cursor;      // per row of W_eff: the next stored value, as panels and pieces are visited in order
 };
 
+// Sorts the stored values of the rows [begin, end) by key(column) in [0, keys), rows ascending within a key: ends[i] is
+// where key i's patches end. A piece then takes its values in one run; looking for each row's few values in each piece
+// would cost a mispredicted branch a row. False: an index lies outside the matrix.
+template <class Key>
+static bool sort_patches(const MatmulWork& all, int64_t begin, int64_t end, int64_t keys, Key key, int64_t* ends,
+                         const Patches& patches) {
+  for (int64_t i = 0; i <= keys; ++i) ends[i] = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    if (!row_in_bounds(all.csr, row)) return false;
+    for (int64_t i = all.csr.row_ptr[row]; i < all.csr.row_ptr[row + 1]; ++i) {
+      const int64_t col = column(all.csr, i);
+      if (!column_in_bounds(col, all.columns)) return false;
+      ++ends[key(col) + 1];
+    }
+  }
+  for (int64_t i = 0; i < keys; ++i) ends[i + 1] += ends[i];
+  for (int64_t row = begin; row < end; ++row) {  // moves each key's begin to its end
+    for (int64_t i = all.csr.row_ptr[row]; i < all.csr.row_ptr[row + 1]; ++i) {
+      const int64_t col = column(all.csr, i);
+      const int64_t at = ends[key(col)]++;
+      patches.row[at] = static_cast<int32_t>(row);
+      patches.column[at] = static_cast<int32_t>(col);
+      patches.value[at] = all.csr.values[i];
+    }
+  }
+  return true;
+}
+
 // Rows of the panel, `depth` columns of them from `from` on, into left tiles.
-static bool decode_left(const PanelWork& work, int64_t from, int64_t depth) {
+static void decode_left(const PanelWork& work, int64_t from, int64_t depth) {
   const MatmulWork& all = work.all;
   for (int64_t n = 0; n < work.wide; ++n) {
     const int64_t row = work.start + n;
@@ -148,20 +183,6 @@ static bool decode_left(const PanelWork& work, int64_t from, int64_t depth) {
       _mm512_store_si512(target + kTile, lut.look_up(load_codes(codes + 16)));
     }
   }
-  if (all.csr.row_ptr == nullptr) return true;
-  for (int64_t n = 0; n < work.wide && work.start + n < all.features; ++n) {
-    const int64_t row = work.start + n;
-    int32_t& at = work.cursor[row];
-    for (; at < all.csr.row_ptr[row + 1]; ++at) {
-      const int64_t k = column(all.csr, at) - from;
-      if (k >= depth) break;
-      if (k < 0) return false;
-      const int64_t element = row * all.columns + from + k;
-      const float dense = kTable[nibble(all.nf4.codes, element)] * block_absmax(all.nf4, element >> 6);
-      narrow(dense + all.csr.values[at], work.piece + left_place(n, k));
-    }
-  }
-  return true;
 }
 
 static inline void decode_64(const MatmulWork& all, int64_t row, int64_t column0, __m512i* out) {
@@ -176,7 +197,7 @@ static inline void decode_64(const MatmulWork& all, int64_t row, int64_t column0
 }
 
 // Columns of the panel, `depth` rows of them from `from` on, into right tiles; depth is padded to 32 with zeros.
-static bool decode_right(const PanelWork& work, int64_t from, int64_t depth) {
+static void decode_right(const PanelWork& work, int64_t from, int64_t depth) {
   const MatmulWork& all = work.all;
   for (int64_t n = 0; n < round_up(depth, 32); n += 2) {
     for (int64_t k = 0; k < work.wide; k += 64) {
@@ -187,20 +208,48 @@ static bool decode_right(const PanelWork& work, int64_t from, int64_t depth) {
       store_pair(work.piece, n, k / 32 + 1, upper[1], lower[1]);
     }
   }
-  if (all.csr.row_ptr == nullptr) return true;
-  for (int64_t n = 0; n < depth; ++n) {
-    const int64_t row = from + n;
-    int32_t& at = work.cursor[row];
-    for (; at < all.csr.row_ptr[row + 1]; ++at) {
-      const int64_t k = column(all.csr, at) - work.start;
-      if (k >= work.wide) break;
-      if (k < 0) return false;
-      const int64_t element = row * all.columns + work.start + k;
-      const float dense = kTable[nibble(all.nf4.codes, element)] * block_absmax(all.nf4, element >> 6);
-      narrow(dense + all.csr.values[at], work.piece + right_place(n, k));
-    }
+}
+
+// Bytes of an array at 16 places, as words; reads whole aligned words, so nothing beyond a page of the array.
+static inline __m512i gather_bytes(const uint8_t* bytes, __m512i place) {
+  const auto address = reinterpret_cast<uintptr_t>(bytes);
+  const __m512i at = _mm512_add_epi32(place, splat_word(static_cast<uint32_t>(address % 4)));
+  const __m512i words =
+      _mm512_i32gather_epi32(_mm512_srli_epi32(at, 2), reinterpret_cast<const int*>(address / 4 * 4), 4);
+  const __m512i shift = _mm512_slli_epi32(_mm512_and_si512(at, splat_word(3)), 3);
+  return _mm512_and_si512(_mm512_srlv_epi32(words, shift), splat_word(255));
+}
+
+// The absmax of 16 blocks, in the same two roundings as block_absmax.
+static inline __m512 gather_absmax(const Nf4View& nf4, __m512i block) {
+  if (nf4.absmax != nullptr) return _mm512_i32gather_ps(block, nf4.absmax, 4);
+  const __m512 code = _mm512_i32gather_ps(gather_bytes(nf4.absmax_q, block), nf4.absmax_code, 4);
+  const __m512 scale = _mm512_i32gather_ps(_mm512_srli_epi32(block, kNestedShift), nf4.absmax_scale, 4);
+  return _mm512_add_ps(_mm512_mul_ps(code, scale), splat(*nf4.absmax_offset));
+}
+
+// Writes deq + S, rounded once, for up to 16 patches from `at` on into a piece that begins at (row0, column0).
+static inline void apply_patches(const MatmulWork& all, const Patches& patches, int64_t at, int64_t count, int64_t row0,
+                                 int64_t column0, Bf16* piece) {
+  const auto mask = static_cast<__mmask16>(count >= 16 ? 0xFFFF : (1u << count) - 1);
+  const __m512i row = _mm512_maskz_loadu_epi32(mask, patches.row + at);
+  const __m512i col = _mm512_maskz_loadu_epi32(mask, patches.column + at);
+  const __m512i element =
+      _mm512_add_epi32(_mm512_mullo_epi32(row, splat_word(static_cast<uint32_t>(all.columns))), col);
+  const __m512i byte = gather_bytes(all.nf4.codes, _mm512_srli_epi32(element, 1));
+  const __m512i low = _mm512_slli_epi32(_mm512_andnot_si512(element, splat_word(1)), 2);  // the even one lies high
+  const __m512i code = _mm512_and_si512(_mm512_srlv_epi32(byte, low), splat_word(15));
+  const __m512 dense = _mm512_mul_ps(_mm512_permutexvar_ps(code, _mm512_load_ps(kTable)),
+                                     gather_absmax(all.nf4, _mm512_srli_epi32(element, 6)));
+  alignas(64) int32_t n[16], k[16];
+  alignas(32) uint16_t bits[16];
+  const __m512 sum = _mm512_add_ps(dense, _mm512_maskz_loadu_ps(mask, patches.value + at));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(bits), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(sum)));
+  _mm512_store_si512(n, _mm512_sub_epi32(row, splat_word(static_cast<uint32_t>(row0))));
+  _mm512_store_si512(k, _mm512_sub_epi32(col, splat_word(static_cast<uint32_t>(column0))));
+  for (int64_t i = 0; i < lesser(16, count); ++i) {
+    piece[all.forward ? left_place(n[i], k[i]) : right_place(n[i], k[i])].bits = bits[i];
   }
-  return true;
 }
 
 // A piece of the low-rank factor: rows of B [N, r] forward, columns of A [r, K] backward.
@@ -326,72 +375,109 @@ static int64_t matmul_units(const MatmulWork& all) {
   return ((all.forward ? all.features : all.columns) + kUnit - 1) / kUnit;
 }
 
-// Bytes of a thread's own memory: piece, sums, cursors.
-static int64_t matmul_workspace(const MatmulWork& all) {
-  return kPanel * kDepth * 2 + round_up(all.tokens, 32) * kPanel * 4 + round_up(all.features, 16) * 4;
-}
+// A thread's own memory.
+struct MatmulSpace {
+  Bf16* piece;        // [kPanel * kDepth]
+  float* sums;        // [tokens, kPanel] in tiles
+  int64_t* ends;      // of the keys of the patches
+  int32_t* panel_of;  // [units]: the panel that a unit of columns belongs to, or the number of panels
+  Patches patches;    // [nnz]
 
-// Where the stored values of the first unit begin in each row (columns ascend within a row).
-static bool place_cursors(const MatmulWork& all, int64_t first, int64_t last, int32_t* cursor) {
+  // Lays the parts out from `base` on; returns the bytes.
+  int64_t lay_out(const MatmulWork& all, char* base) {
+    int64_t at = 0;
+    const auto take = [&](auto*& part, int64_t count) {
+      part = reinterpret_cast<std::remove_reference_t<decltype(part)>>(base + at);
+      at += round_up(count * static_cast<int64_t>(sizeof(*part)), 64);
+    };
+    take(piece, kPanel * kDepth);
+    take(sums, round_up(all.tokens, 32) * kPanel);
+    take(ends, all.columns / kUnit + 2);
+    take(panel_of, all.columns / kUnit);
+    take(patches.row, all.csr.nnz);
+    take(patches.column, all.csr.nnz);
+    take(patches.value, all.csr.nnz);
+    return at;
+  }
+};
+
+static int64_t matmul_workspace(const MatmulWork& all) { return MatmulSpace{}.lay_out(all, nullptr); }
+
+// The panels of the units [begin, end), of equal width: a narrow last one would starve.
+struct Panels {
+  int64_t begin, units, count;
+  Panels(int64_t first, int64_t last)
+      : begin(first), units(last - first), count((units * kUnit + kPanel - 1) / kPanel) {}
+  int64_t unit(int64_t panel) const { return begin + panel * units / count; }  // the first one
+};
+
+// The delta inside a panel's pieces: a key is a piece of columns (forward) or a panel (backward).
+static bool sort_forward(const MatmulWork& all, int64_t start, int64_t wide, const MatmulSpace& space) {
   if (all.csr.row_ptr == nullptr) return true;
-  const int64_t begin = all.forward ? first : 0, end = all.forward ? lesser(last, all.features) : all.features;
-  for (int64_t row = begin; row < end; ++row) {
-    if (!row_in_bounds(all.csr, row)) return false;
-    int64_t low = all.csr.row_ptr[row], high = all.csr.row_ptr[row + 1];
-    while (!all.forward && first > 0 && low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (column(all.csr, middle) < first) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
+  return sort_patches(
+      all, start, lesser(start + wide, all.features), (all.columns + kDepth - 1) / kDepth,
+      [](int64_t col) { return col / kDepth; }, space.ends, space.patches);
+}
+static bool sort_backward(const MatmulWork& all, const Panels& panels, const MatmulSpace& space) {
+  if (all.csr.row_ptr == nullptr) return true;
+  for (int64_t unit = 0; unit < all.columns / kUnit; ++unit) space.panel_of[unit] = static_cast<int32_t>(panels.count);
+  for (int64_t panel = 0; panel < panels.count; ++panel) {
+    for (int64_t unit = panels.unit(panel); unit < panels.unit(panel + 1); ++unit) {
+      space.panel_of[unit] = static_cast<int32_t>(panel);
     }
-    cursor[row] = static_cast<int32_t>(low);
   }
-  return true;
+  return sort_patches(
+      all, 0, all.features, panels.count + 1, [&](int64_t col) { return space.panel_of[col / kUnit]; }, space.ends,
+      space.patches);
 }
 
-// Whether the values of the units from `first` to `last` were all met: a column that is too large or out of order stays
-// behind.
-static bool cursors_done(const MatmulWork& all, int64_t first, int64_t last, const int32_t* cursor) {
-  if (all.csr.row_ptr == nullptr || (!all.forward && last < all.columns)) return true;
-  const int64_t begin = all.forward ? first : 0, end = all.forward ? lesser(last, all.features) : all.features;
-  for (int64_t row = begin; row < end; ++row) {
-    if (cursor[row] != all.csr.row_ptr[row + 1]) return false;
-  }
-  return true;
-}
-
-// The units [begin, end), with `space` of matmul_workspace() bytes; false: a bad index.
-static bool matmul(const MatmulWork& all, const void* packed, const void* packed_left, int64_t begin, int64_t end,
-                   void* space) {
-  const TileShape shape;
-  auto* piece = static_cast<Bf16*>(space);
-  auto* sums = reinterpret_cast<float*>(piece + kPanel * kDepth);
-  auto* cursor = reinterpret_cast<int32_t*>(sums + round_up(all.tokens, 32) * kPanel);
+// One panel: decode a piece, add the delta, multiply it with all tokens.
+static void multiply_panel(const PanelWork& work, const void* packed, const void* packed_left, int64_t panel,
+                           const MatmulSpace& space) {
+  const MatmulWork& all = work.all;
+  const bool delta = all.csr.row_ptr != nullptr;
   const int64_t depth = all.forward ? all.columns : all.features;
-  if (!place_cursors(all, begin * kUnit, end * kUnit, cursor)) return false;
+  int64_t at = delta && !all.forward && panel > 0 ? space.ends[panel - 1] : 0;  // forward sorts for each panel
+  for (int64_t from = 0; from < depth; from += kDepth) {
+    const int64_t deep = lesser(kDepth, depth - from);
+    int64_t stop = at;  // the patches of this piece: [at, stop)
+    if (all.forward) {
+      decode_left(work, from, deep);
+      if (delta) stop = space.ends[from / kDepth];
+    } else {
+      decode_right(work, from, deep);
+      while (delta && stop < space.ends[panel] && space.patches.row[stop] < from + deep) ++stop;
+    }
+    for (; at < stop; at += lesser(16, stop - at)) {
+      apply_patches(all, space.patches, at, stop - at, all.forward ? work.start : from, all.forward ? from : work.start,
+                    work.piece);
+    }
+    multiply_piece(work, packed, (depth + 31) / 32, from, deep, from == 0, space.sums);
+  }
+  for (int64_t from = 0; from < all.rank && all.dropout.threshold == 0; from += kDepth) {
+    const int64_t deep = lesser(kDepth, all.rank - from);
+    copy_factor(work, from, deep);
+    multiply_piece(work, packed_left, (all.rank + 31) / 32, from, deep, false, space.sums);
+  }
+  write_panel(work, packed_left, space.sums);
+}
+
+// The units [begin, end), with `base` of matmul_workspace() bytes; false: a bad index.
+static bool matmul(const MatmulWork& all, const void* packed, const void* packed_left, int64_t begin, int64_t end,
+                   void* base) {
+  const TileShape shape;
+  const Panels panels(begin, end);
+  MatmulSpace space;
+  space.lay_out(all, static_cast<char*>(base));
+  bool sound = all.forward || sort_backward(all, panels, space);
   _tile_loadconfig(&shape);
-  bool sound = true;
-  const int64_t units = end - begin, panels = (units * kUnit + kPanel - 1) / kPanel;
-  for (int64_t panel = 0; panel < panels && sound; ++panel) {  // of equal width: a narrow last one would starve
-    const int64_t start = (begin + panel * units / panels) * kUnit;
-    const int64_t stop = (begin + (panel + 1) * units / panels) * kUnit;
-    const PanelWork work{all, start, stop - start, piece, cursor};
-    for (int64_t from = 0; from < depth && sound; from += kDepth) {
-      const int64_t deep = lesser(kDepth, depth - from);
-      sound = all.forward ? decode_left(work, from, deep) : decode_right(work, from, deep);
-      multiply_piece(work, packed, (depth + 31) / 32, from, deep, from == 0, sums);
-    }
-    for (int64_t from = 0; from < all.rank && all.dropout.threshold == 0; from += kDepth) {
-      const int64_t deep = lesser(kDepth, all.rank - from);
-      copy_factor(work, from, deep);
-      multiply_piece(work, packed_left, (all.rank + 31) / 32, from, deep, false, sums);
-    }
-    write_panel(work, packed_left, sums);
+  for (int64_t panel = 0; panel < panels.count && sound; ++panel) {
+    const int64_t start = panels.unit(panel) * kUnit, wide = panels.unit(panel + 1) * kUnit - start;
+    sound = !all.forward || sort_forward(all, start, wide, space);
+    if (sound) multiply_panel({all, start, wide, space.piece}, packed, packed_left, panel, space);
   }
   _tile_release();
-  return sound && cursors_done(all, begin * kUnit, end * kUnit, cursor);
+  return sound;
 }
 
 }  // namespace qrosa::QROSA_ISA

@@ -150,6 +150,7 @@ int64_t check_layer(const Tensor& x, int64_t block_size, int64_t features, const
   STD_TORCH_CHECK(block_size == 64 && columns % 64 == 0, "linear_tiles needs blocks of 64 that do not cross rows");
   check_bf16(x, x.size(0), columns, "x");
   STD_TORCH_CHECK(x.size(0) > 0, "there are no tokens");
+  STD_TORCH_CHECK(features * columns <= int64_t{1} << 31, "linear_tiles counts the weight's elements in 32 bits");
   STD_TORCH_CHECK(a.has_value() == b.has_value(), "a and b come together or not at all");
   STD_TORCH_CHECK(dropout_p >= 0.0 && dropout_p < 1.0, "dropout must be in [0, 1), got ", dropout_p);
   if (!a.has_value()) return 0;

@@ -127,10 +127,8 @@ def test_only_the_gradients_asked_for(needed: int) -> None:
 
 def test_damaged_indices_are_refused() -> None:
     (x, dy), nf4, csr, _ = layer(40, 96, 640, 0)
-    columns = csr.col.to(torch.int32)
     for bad in (
         csr._replace(col=torch.full_like(csr.col, 640)),
-        csr._replace(col=columns.flip(0).to(torch.uint16)),
         csr._replace(row_ptr=csr.row_ptr + 100000),
         csr._replace(row_ptr=-csr.row_ptr),
     ):
