@@ -148,6 +148,9 @@ class ZeroEngine:
         self._gathered = deepspeed.zero.GatheredParameters
         self.settings = settings
         self.sizes = {name: flat.numel() for name, flat in masters.items()}
+        # DeepSpeed insists on LOCAL_RANK. Left behind, accelerate would take this process for one of several.
+        self._owns_rank = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", "0")
         self._owns_group = _join(deepspeed, device)
         self.processes = torch.distributed.get_world_size()
         multiple = self.processes * _ALIGNED
@@ -326,6 +329,8 @@ class ZeroEngine:
         with _quiet():
             self.engine.destroy()
         del self.engine
+        if self._owns_rank:
+            os.environ.pop("LOCAL_RANK", None)
         if self._owns_group:
             import deepspeed.comm
 
@@ -338,7 +343,6 @@ def _join(deepspeed: Any, device: torch.device) -> bool:
     Returns:
         Whether a group was made here.
     """
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     alone = not torch.distributed.is_initialized()
     if alone:
         from torch.distributed import HashStore  # type: ignore[attr-defined]

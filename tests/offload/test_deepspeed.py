@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import gc
+import os
 import sys
 
 import pytest
@@ -29,9 +30,13 @@ def settings(stage="zero2", offload="none", bucket=BUCKET):
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    """DeepSpeed reads and writes the environment."""
-    for name in ("LOCAL_RANK", "DS_ACCELERATOR"):
-        monkeypatch.delenv(name, raising=False)
+    """An engine leaves the environment as it was; the kind of device is DeepSpeed's for good."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    before = dict(os.environ)
+    yield
+    assert {name: os.environ.get(name) for name in ("LOCAL_RANK", "RANK")} == {
+        name: before.get(name) for name in ("LOCAL_RANK", "RANK")
+    }
 
 
 def masters(scale=BUCKET):

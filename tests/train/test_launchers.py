@@ -35,8 +35,8 @@ def start(command, tmp_path, settings):
     ("name", "command"),
     [
         ("torchrun", ["--standalone", "--nproc-per-node", "2", *QROSA]),
-        ("accelerate", ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-                        "--dynamo_backend", "no", "--module", *QROSA[1:]]),
+        ("accelerate", ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                        "--mixed_precision", "no", "--dynamo_backend", "no", "--module", *QROSA[1:]]),
         ("deepspeed", ["--num_gpus", "2", "--no_local_rank", "--module", *QROSA[1:]]),
     ],
     ids=["torchrun", "accelerate", "deepspeed"],
