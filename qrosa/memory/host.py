@@ -3,7 +3,7 @@
 On the CPU the largest part is what the C library's heap keeps of freed tensors. It could be had back: blocks above a
 threshold come from the system one by one and return to it (``mallopt``). Then resident memory is what tensors take, and
 pages of zeros for every new tensor take a third of a training step (measured with a threshold of 1 MiB: system time six
-times as high), so the heap stays as it is, and the plan counts a bound.
+times as high), so the heap stays as it is, and the plan counts a bound that a run holds itself to.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from qrosa.memory.workload import Workload
 MIB = 2**20
 CPU_RUNTIME = 440 * MIB  # resident Python, torch, transformers, bitsandbytes and datasets, measured on Linux x86-64
 # What the C library keeps of freed tensors on the CPU, as bounds (bench/bench_host_memory.py): something in any phase,
-# and by phase a share of what comes and goes. It grows with the number of different sizes, so long training on rows of
-# many lengths keeps as much as it frees; recomputation, which makes and frees a layer's activations over and over, some
-# layers more. Evaluation finds the heap that training left cut up, and touches it again.
+# and by phase a share of what comes and goes. Recomputation makes and frees a layer's activations over and over, which
+# cuts the heap up by some layers more. Evaluation finds the heap as training left it, and touches it again. Over many
+# steps on rows of many lengths it would grow further: a run gives it back when it nears the plan (qrosa.train.peak).
 KEPT_HEAP = 264 * MIB
-KEPT_SHARE = {"select": 0.65, "train": 1.0, "eval": 0.65}  # evaluation: of training's
+KEPT_SHARE = {"select": 0.4, "train": 0.4, "eval": 0.45}  # evaluation: of training's
 KEPT_LAYERS = 5
 CUDA_RUNTIME = 2048 * MIB  # the same with a CUDA build and its context's host side
 ROW_BYTES = 20  # of an encoded token: places in two lists, and its share of the row; counted, and 18 seen resident
@@ -44,4 +44,8 @@ def kept_bytes(phase: str, passing: int, recomputed: int) -> int:
         passing: Bytes that come and go; for evaluation, in the training before it.
         recomputed: Activations of a layer that is recomputed, 0 where none is.
     """
-    return KEPT_HEAP + round(KEPT_SHARE.get(phase, 0.0) * (passing + KEPT_LAYERS * recomputed))
+    if phase not in KEPT_SHARE:
+        return KEPT_HEAP
+    layers = KEPT_LAYERS * recomputed
+    shared = passing + layers if phase == "eval" else passing
+    return KEPT_HEAP + round(KEPT_SHARE[phase] * shared) + (layers if phase != "eval" else 0)

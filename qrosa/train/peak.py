@@ -3,30 +3,42 @@
 On a card the allocator keeps the count. On the CPU the kernel does: ``VmHWM`` of ``/proc/self/status`` is the
 highest resident size since it was last reset, and writing ``5`` to ``/proc/self/clear_refs`` resets it, so a phase's
 peak is exact, not sampled. glibc keeps freed memory resident for later, which would count one phase's memory towards
-the next: where one phase follows another it is asked to give it back first. Where the file cannot be written the peak
-since the process started stands in; elsewhere than on Linux the current size does, which is a lower bound.
+the next: where one phase follows another it is asked to give it back first. Steps on rows of many lengths cut the heap
+up, and it grows: when a step begins near its planned bytes, the same is asked. (At every step it would cost some 5%.)
+Where the file cannot be written the peak since the process started stands in; elsewhere than on Linux the current size
+does, which is a lower bound.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
+NEAR = 0.95  # of the planned bytes, at the start of a step: some of what comes next is not in the heap yet
+
 
 class MemoryMeter:
     """Peak bytes of each phase of a run on one device.
+
+    Args:
+        device: Whose memory is meant.
+        peaks: Peaks of an earlier part of the run.
+        planned: Phase -> bytes that the phase is to stay within on the CPU.
 
     Attributes:
         peaks: Phase -> highest bytes: allocated by torch on a card, resident in the process on the CPU.
         reserved: Phase -> highest bytes that torch's allocator took from a card; empty on the CPU.
     """
 
-    def __init__(self, device: torch.device, peaks: dict[str, int] | None = None) -> None:
+    def __init__(
+        self, device: torch.device, peaks: dict[str, int] | None = None, planned: Mapping[str, int] | None = None
+    ) -> None:
         self.device = device
+        self.planned: Mapping[str, int] = planned or {}
         self.peaks: dict[str, int] = dict(peaks or {})
         self.reserved: dict[str, int] = {}
         self._last = ""
@@ -34,7 +46,7 @@ class MemoryMeter:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the block towards ``name``; phases may come back, and do not nest."""
-        self._reset(changed=name != self._last)
+        self._reset(give_back=name != self._last or self._near_plan(name))
         self._last = name
         try:
             yield
@@ -56,11 +68,15 @@ class MemoryMeter:
             return torch.cuda.memory_allocated(self.device)
         return resident("VmRSS")
 
-    def _reset(self, *, changed: bool) -> None:
+    def _near_plan(self, name: str) -> bool:
+        planned = self.planned.get(name)
+        return planned is not None and self.device.type == "cpu" and self.now() > NEAR * planned
+
+    def _reset(self, *, give_back: bool) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        if changed:
+        if give_back:
             give_back_free_memory()
         try:
             with open("/proc/self/clear_refs", "w") as file:

@@ -142,7 +142,7 @@ class _Probing:
     def __init__(self, checkpoint: Checkpoint, made: Plan, seed: int, stage: Callable[[str, int, int], None]) -> None:
         self.checkpoint, self.made, self.work, self.seed, self.stage = checkpoint, made, made.work, seed, stage
         self.device = torch.device(made.work.device)
-        self.meter = MemoryMeter(self.device)
+        self.meter = MemoryMeter(self.device, planned=made.planned)
         self.failed: str | None = None
         self.rows = worst_rows(made.work, self.vocabulary, seed)
         self.times: dict[str, float] = {}

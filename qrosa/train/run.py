@@ -87,7 +87,7 @@ class _Run:
         self.folder = Path(self.config.output)
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
-        self.meter = MemoryMeter(self.device)
+        self.meter = MemoryMeter(self.device, planned=prepared.plan.planned)
         self.identity = {"settings": to_flat(self.config), "fingerprints": prepared.fingerprints()}
 
     def go(self, *, resume: bool, force: bool) -> dict[str, Any]:

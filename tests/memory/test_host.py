@@ -25,7 +25,7 @@ def test_pinned_memory_comes_in_powers_of_two(size: int, taken: int) -> None:
 
 
 def test_a_pinned_base_takes_more_than_its_bytes() -> None:
-    exact, pinned = (parts.host_base_bytes(LLAMA, pinned=pinned) for pinned in (False, True))
+    exact, pinned = (parts.host_base_bytes(LLAMA), parts.pinned_base_bytes(LLAMA))
     assert parts.base_bytes(LLAMA) <= exact < 1.01 * parts.base_bytes(LLAMA)
     assert exact < pinned < 1.1 * exact
 
@@ -109,3 +109,21 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert result.exit_code == 3 and document["host_memory"] == 4 * GB < document["host_peak"]
     assert "host memory" in result.stderr
     assert CliRunner().invoke(cli, [*asked[:7], "--host-memory", "much"]).exit_code == 2
+
+
+def test_the_kept_heap_is_a_bound_over_what_was_seen() -> None:
+    """Resident bytes of a whole process, less those of its tensors (bench/results/host-memory-cpu.json)."""
+    results = Path(__file__).parents[2] / "bench" / "results" / "host-memory-cpu.json"
+    rows = [row for row in json.loads(results.read_text())["rows"] if row["phase"] != "save"]
+    assert {row["phase"] for row in rows} == {"load", "select", "train", "eval"}
+    assert all(row["percent"] >= -1 for row in rows)
+
+
+def test_evaluation_finds_the_heap_that_training_left() -> None:
+    small, large = (made(SMOL, 16 * GB, device="cpu", seq_len=256, micro_batch=rows).phases for rows in ("1", "4"))
+    assert large["eval"].device == small["eval"].device
+    assert large["eval"].host["kept_heap"] > small["eval"].host["kept_heap"]
+    assert large["train"].host["kept_heap"] > large["eval"].host["kept_heap"] - large["train"].passing
+    recompute = made(SMOL, 16 * GB, device="cpu", seq_len=256, micro_batch="4", checkpointing="on").phases["train"]
+    assert recompute.host["kept_heap"] > recompute.passing
+    assert "kept_heap" not in made(SMOL, 16 * GB, seq_len=256).phases["train"].host
