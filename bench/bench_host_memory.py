@@ -5,7 +5,7 @@
 
 Each setting runs in a process of its own: ``qrosa plan --probe`` on SmolLM2-135M, real steps at the largest micro-batch
 of rows that are all as long as the longest. Two settings are whole runs of ``qrosa finetune`` on film reviews, whose
-rows differ in length, so that the heap is cut up as it is in use. Writes bench/results/host-memory.json.
+rows differ in length, so that the heap is cut up as it is in use. Writes bench/results/host-memory-cpu.json.
 """
 
 from __future__ import annotations

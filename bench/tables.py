@@ -154,6 +154,22 @@ def plan() -> str:
     return "\n".join(table) + "\n\n" + counted + "\n"
 
 
+def host_memory() -> str:
+    """Planned against resident memory of runs on the CPU: training by setting, and the span of every phase."""
+    found = read("host-memory-cpu")["rows"]
+    rows = [
+        [row["setting"], *(f"{row[key] / 2**20:,.0f}" for key in ("planned", "measured")), f"{row['percent']:+.1f}%"]
+        for row in found
+        if row["phase"] == "train"
+    ]
+    spans = []
+    for phase in dict.fromkeys(row["phase"] for row in found):
+        apart = [row["percent"] for row in found if row["phase"] == phase]
+        spans.append(f"{phase} {min(apart):+.1f}% to {max(apart):+.1f}%")
+    text = f"\nDifference by phase: {', '.join(spans)}. Reproduce: `python bench/bench_host_memory.py`\n"
+    return markdown(["training", "planned MB", "measured MB", "difference"], rows) + text
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-ops": cpu_ops,
     "cpu-layer": cpu_layer,
@@ -161,6 +177,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "repair": repair,
     "recipes": recipes,
     "plan": plan,
+    "host-memory": host_memory,
 }
 
 
