@@ -107,23 +107,17 @@ def product(
     right: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """x W_eff^T + left right^T + bias, [T, N]; x [T, K], left [T, r], right [N, r]."""
+    """x W_eff^T + left right^T + bias, [T, N]; x [T, K], left [T, r], right [N, r].
+
+    The wide product is added to the thin one, not the other way round: libraries add before they round, so small
+    updates are rounded to their own size first, and not lost in a rounded y.
+    """
     weight = effective_weight(nf4, csr, shape, x)
-    y = torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return y if left is None or right is None else y.addmm_(left, right.t())
-
-
-def product_backward(
-    dy: torch.Tensor,
-    nf4: NF4Operands,
-    csr: CsrOperands | None,
-    shape: tuple[int, int],
-    left: torch.Tensor | None,
-    right: torch.Tensor | None,
-) -> torch.Tensor:
-    """dy W_eff + left right, [T, K]; dy [T, N], left [T, r], right [r, K]."""
-    dx = dy @ effective_weight(nf4, csr, shape, dy)
-    return dx if left is None or right is None else dx.addmm_(left, right)
+    near = None if bias is None else bias.to(x.dtype)
+    if left is None or right is None:
+        return torch.nn.functional.linear(x, weight, near)
+    thin = left @ right.t() if near is None else torch.addmm(near, left, right.t())
+    return thin.addmm_(x, weight.t())
 
 
 def forward(
@@ -215,11 +209,11 @@ def _composed_backward(
     if b is not None and (needs_x or needs_a):
         inner = (dy @ b).mul_(scale)  # [T, r]
     if needs_x:
-        fold = dropout_p == 0.0  # a mask stands between the low-rank part and dX
-        shape = (dy.shape[-1], x.shape[-1])
-        dx = product_backward(dy, nf4, csr, shape, inner if fold else None, a if fold else None)
-        if inner is not None and a is not None and not fold:
-            dx.add_(dropped(inner @ a, dropout_p, seed))
+        weight = effective_weight(nf4, csr, (dy.shape[-1], x.shape[-1]), dy)
+        if inner is None or a is None:
+            dx = dy @ weight
+        else:  # as in product()
+            dx = dropped(inner @ a, dropout_p, seed).addmm_(dy, weight)
     if needs_a and inner is not None:
         da = inner.t() @ dropped(x, dropout_p, seed)
     if needs_b:

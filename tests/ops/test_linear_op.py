@@ -111,6 +111,24 @@ def test_gradcheck_in_fp64(p: float) -> None:
     assert torch.autograd.gradcheck(layer, tuple(given[name] for name in NAMES))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_small_low_rank_parts_are_not_lost_in_rounding(isa: str, p: float) -> None:
+    """A part far below half a unit in the last place of y, or of dX, still moves it as often as it should."""
+    given = inputs(512, 64, 128, 4, 0.05, torch.bfloat16)
+    given["b"] = (given["b"].detach() * 2.0**-7).requires_grad_()
+    given["bias"] = torch.zeros_like(given["bias"]).requires_grad_()
+    y = fused(given, 0.5, p)
+    (dx,) = torch.autograd.grad(y, given["x"], given["dy"])
+    want_y, want = exact(given, 0.5, p)
+    csr = CsrOperands(*given["positions"], given["values"].detach())
+    base = reference.effective_weight(given["nf4"], csr, (64, 128), torch.bfloat16).double()
+    for got, full, alone in ((y, want_y, given["x"].double() @ base.t()), (dx, want[0], given["dy"].double() @ base)):
+        bare = reference.effective_weight(given["nf4"], csr, (64, 128), torch.float64)
+        part = full - (given["x"].double() @ bare.t() if got is y else given["dy"].double() @ bare)
+        found = ((got.double() - alone) * part).sum() / part.square().sum()
+        assert 0.85 < found < 1.15
+
+
 @pytest.mark.parametrize("needed", list(itertools.product((False, True), repeat=5))[1:])
 def test_only_the_gradients_asked_for(needed: tuple[bool, ...]) -> None:
     given = inputs(9, 24, 64, 3, 0.1, torch.bfloat16)
