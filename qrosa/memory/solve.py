@@ -69,20 +69,7 @@ def plan(
         InputError: A model, a budget or a setting that cannot be.
     """
     shape = ModelShape.from_source(model) if isinstance(model, str) else model
-    if vram is None and train.vram is not None:
-        vram = parse_size(train.vram, "--vram")
-    if vram is None and machines is not None:
-        vram = machines.card.memory
-    card = card_memory()
-    device = device or ("cuda" if vram is not None or card else "cpu")
-    asked = parse_size(train.host_memory, "--host-memory") if train.host_memory is not None else None
-    if device == "cpu":
-        caps = [cap for cap in (vram, asked) if cap is not None]
-        cap, host_cap = min(caps) if caps else host_memory(), None
-    else:
-        cap = vram if vram is not None else card or host_memory()
-        # A card that is not here stands in a host that is not here either.
-        host_cap = asked if asked is not None else host_memory() if card else None
+    device, cap, host_cap = _device_and_caps(train, vram, device, machines)
     request = Request(
         shape,
         adapter,
@@ -98,6 +85,25 @@ def plan(
         zero_settings(train),
     )
     return solve(request, allocation)
+
+
+def _device_and_caps(
+    train: TrainConfig, vram: int | None, device: str | None, machines: Machines | None
+) -> tuple[str, int, int | None]:
+    """Where the run goes, the bytes that it may use there, and of host memory beside it (None: not known)."""
+    if vram is None and train.vram is not None:
+        vram = parse_size(train.vram, "--vram")
+    if vram is None and machines is not None:
+        vram = machines.card.memory
+    card = card_memory()
+    device = device or ("cuda" if vram is not None or card else "cpu")
+    asked = parse_size(train.host_memory, "--host-memory") if train.host_memory is not None else None
+    if device == "cpu":
+        caps = [cap for cap in (vram, asked) if cap is not None]
+        return device, min(caps) if caps else host_memory(), None
+    # A card that is not here stands in a host that is not here either.
+    here = card is not None and machines is None
+    return device, vram or card or host_memory(), asked if asked is not None else host_memory() if here else None
 
 
 def _seq_len(data: DataConfig, shape: ModelShape) -> int:

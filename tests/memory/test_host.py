@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from qrosa.cli.main import cli
 from qrosa.errors import DoesNotFitError
 from qrosa.memory import parts, solve
+from qrosa.memory.cards import find_card
+from qrosa.memory.estimate import Machines
 from qrosa.memory.host import ROW_BYTES
 from tests.memory.memory_cases import write_config
 from tests.memory.test_solve import GB, SHAPES, SMOL, made
@@ -66,6 +68,8 @@ def test_the_host_is_known_where_the_card_is(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(solve, "card_memory", lambda: 8 * GB)
     here = made(LLAMA, **STREAMED)
     assert here.request.host_cap == 6 * GB and not here.fits
+    another = made(LLAMA, **STREAMED, machines=Machines(find_card("rtx4060")))
+    assert another.request.host_cap is None and another.fits
 
 
 def test_on_the_cpu_host_memory_is_the_cap() -> None:

@@ -32,7 +32,7 @@ def made(shape: ModelShape, vram: int | None = 24 * GB, **changes: Any) -> Plan:
     """A plan with some settings changed, by name."""
     groups: list[Any] = [AdapterConfig(budget=changes.pop("budget", "0.3%")), MaskConfig(), DataConfig(), TrainConfig()]
     keys = {field.name: i for i, group in enumerate(groups) for field in dataclasses.fields(group)}
-    extra = {key: changes.pop(key) for key in ("longest_row", "device", "row_tokens") if key in changes}
+    extra = {key: changes.pop(key) for key in ("longest_row", "device", "row_tokens", "machines") if key in changes}
     for key, value in changes.items():
         groups[keys[key]] = dataclasses.replace(groups[keys[key]], **{key: value})
     return plan(shape, *groups, vram=vram, **extra)
@@ -209,3 +209,30 @@ def test_more_than_the_model_reads() -> None:
 def test_capped_scores_need_plain_attention() -> None:
     assert made(SHAPES["Gemma-2-9B"], 48 * GB).work.attention == "eager"
     assert made(SHAPES["Qwen3-8B"]).work.attention == "sdpa"
+
+
+def test_the_fastest_that_fits_is_chosen_and_the_reason_says_over_what() -> None:
+    from qrosa.memory.cards import find_card
+    from qrosa.memory.estimate import Machines, estimate
+
+    card = Machines(find_card("rtx4060"))
+    free = made(SHAPES["Llama-3.1-8B"], 7 * GB, seq_len=512, machines=card)
+    times = []
+    for offload in ("none", "activations", "activations,base"):
+        for rows in ("1", "2", "4", "8", "16"):
+            forced = made(SHAPES["Llama-3.1-8B"], 7 * GB, seq_len=512, machines=card, offload=offload, micro_batch=rows)
+            if forced.fits:
+                times.append(estimate(forced.work, 32, card).step_seconds)
+    chosen = estimate(free.work, 32, card).step_seconds
+    assert free.fits and times and chosen <= solve.TIE * min(times)
+
+
+def test_a_lever_that_is_pulled_for_speed_says_so() -> None:
+    said = [
+        reason
+        for name in ("Llama-3.1-8B", "Qwen2.5-14B", "Mistral-Nemo-12B")
+        for cap in range(5, 25)
+        for setting, reason in made(SHAPES[name], cap * GB, seq_len=512).reasons.items()
+        if setting in ("checkpointing", "offload") and "faster than" in reason
+    ]
+    assert said and all("s a step against" in reason and "estimated on rtx" in reason for reason in said)
