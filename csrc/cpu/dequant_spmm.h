@@ -17,7 +17,7 @@ namespace qrosa::QROSA_ISA {
 constexpr int64_t kGroup = 8 * kLanes;         // weights of one vector of words: two blocks with AVX-512, one with AVX2
 constexpr int64_t kXPadding = 128;             // rows of prepared x are padded to as many
 constexpr int64_t kTileAbsmax = 1024;          // decoded at a time
-constexpr int64_t kAheadBytes = 3072;          // how far before their use codes are asked for
+constexpr int64_t kAheadBytes = 6144;          // how far before their use codes are asked for
 constexpr int kMostRows = 4, kMostTokens = 4;  // of one step
 
 // What decode_prepare writes, in this order; all in fp32, padded with zeros.
@@ -207,7 +207,7 @@ static inline void rows_times(const DecodeRow* rows, int64_t ahead, const float*
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
       words[r] = load_words(reinterpret_cast<const uint32_t*>(rows[r].codes + at / 2));
-      _mm_prefetch(reinterpret_cast<const char*>(rows[r].codes + at / 2 + ahead), _MM_HINT_T0);
+      __builtin_prefetch(rows[r].codes + at / 2 + ahead, 0, 2);  // into L2
     }
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {

@@ -35,10 +35,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def generating(model: nn.Module) -> Iterator[None]:
-    """``evaluating``, with fused attention where the model has it; what it had is put back afterwards.
+    """``evaluating`` for one token after another: what a call costs besides its arithmetic counts here.
 
-    Training on a CPU prefers eager attention, whose backward is the quicker one there. Without a backward, and with one
-    query at a time, it only costs copies of the keys and values.
+    Inference mode saves the bookkeeping of autograd, whose part in a small op is large. Attention is fused where the
+    model has that: training on a CPU prefers the eager kind, whose backward is the quicker one there, but with one
+    query at a time it only costs copies of the keys and values. What the model had is put back afterwards.
     """
     hf = cast(Any, model)
     kind = getattr(hf.config, "_attn_implementation", None)
@@ -46,7 +47,7 @@ def generating(model: nn.Module) -> Iterator[None]:
     if turn:
         hf.set_attn_implementation("sdpa")
     try:
-        with evaluating(model):
+        with evaluating(model), torch.inference_mode():
             yield
     finally:
         if turn:

@@ -37,7 +37,7 @@ library.load()
 
 _decode_linear = torch.ops.qrosa.decode_linear.default
 
-_DECODE_ROWS = {"cpu": 4, "cuda": 16}
+_DECODE_ROWS = {"cpu": 15, "cuda": 16}
 """Up to so many rows, multiplying straight from 4 bits beats dequantising first (``bench/bench_dequant_spmm.py``)."""
 
 _NO_DELTA = (None, None, None)

@@ -8,9 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from qrosa.adapters.inject import quantized_linears
+from qrosa.base.adapter_io import attach_adapter
+from qrosa.base.load import load_base
+from qrosa.config import AdapterConfig
 from qrosa.data.template import encode_prompt
 from qrosa.errors import InputError
 from qrosa.eval.generate import Answer, Chat, Sampling, encode_messages, end_tokens, generate, generate_ids
+from qrosa.eval.head import generating
+from qrosa.sparse.csr import CsrDelta
 from tests.conftest import TINY_FAMILIES
 from tests.eval.conftest import LoadTiny
 
@@ -181,3 +187,46 @@ def test_answers_stay_within_the_context(tiny_model: LoadTiny, tiny_tokenizer: A
 def test_bad_sampling(settings: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"range|above zero"):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_attention_is_put_back(family: str, tiny_model: LoadTiny) -> None:
+    """Fused while generating where the model has it (Gemma-2 caps its scores: it has not), as it was afterwards."""
+    model = copy.deepcopy(tiny_model(family)).train()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ZeroDivisionError), generating(model):
+        assert model.config._attn_implementation == ("sdpa" if model._supports_sdpa else "eager")
+        assert torch.is_inference_mode_enabled() and not model.training
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == "eager" and model.training and not torch.is_inference_mode_enabled()
+
+
+def test_a_quantised_model_decodes_what_it_computes_at_once(tiny_model_dir: Any, tiny_tokenizer: Any) -> None:
+    """Token by token (few rows, cached keys) and all tokens at once give the same logits, within bf16's rounding."""
+    model, _ = load_base(str(tiny_model_dir()))
+    attach_adapter(model, AdapterConfig(rank=4, density=0.0))
+    generator = torch.Generator().manual_seed(0)
+    for layer in quantized_linears(model).values():
+        layer.low_rank_B.data.normal_(0, 0.02, generator=generator)
+        layer.set_sparse(CsrDelta.from_mask(torch.rand(layer.weight.shape, generator=generator) < 0.01))
+        layer.sparse_values.data.normal_(0, 0.02, generator=generator)
+    ids = torch.arange(20, 60)[None]
+    with generating(model):
+        whole = model(ids).logits[0].float()
+        cache, parts = None, []
+        for token in ids[0]:
+            output = model(token.view(1, 1), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits[0, 0].float())
+    assert (torch.stack(parts) - whole).abs().max() <= 0.03 * whole.abs().max()
+    answer = generate_ids(model, tiny_tokenizer, ids[0].tolist(), SHORT)
+    assert answer.tokens > 0 and next(model.parameters()).is_inference() is False
+
+
+def test_training_goes_on_after_generating(tiny_model_dir: Any, tiny_tokenizer: Any) -> None:
+    model, _ = load_base(str(tiny_model_dir()))
+    attach_adapter(model, AdapterConfig(rank=4, density=0.0))
+    generate_ids(model, tiny_tokenizer, list(range(20, 40)), SHORT)
+    ids = torch.arange(20, 60)[None]
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(layer.low_rank_B.grad.abs().sum() > 0 for layer in quantized_linears(model).values())
