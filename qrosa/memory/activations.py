@@ -118,13 +118,13 @@ def rotary_bytes(dims: Dimensions, batch: MicroBatch) -> int:
     return 2 * HALF * batch.length * dims.head_dim
 
 
-def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, dropout: float, keeps_scratch: bool) -> int:
+def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps_scratch: bool) -> int:
     """What the backward pass of one layer holds at its peak, over what the layer saved.
 
     Backward may peak at any of these, the first for most models. *Entry*, in the down projection: the gradient of the
-    layer's output [T, d], of the projection's input [T, f], then the largest of the dense weight, the two gradients
-    that the product of gate and up gives [T, f] (by when its own value is free), and, with dropout, the low-rank
-    part's term [T, f] before and after its mask. *Gate and up*, where they are one matrix twice as large: when it is
+    layer's output [T, d], of the projection's input [T, f], then the larger of the dense weight and another [T, f]:
+    with dropout the low-rank part's term before its mask, or the second of the gradients that the product of gate and
+    up gives (by when its own value is free). *Gate and up*, where they are one matrix twice as large: when it is
     decoded in the forward pass, embeddings, layer input and residual [T, d] are there, and neither activation nor
     product. *Scores* of eager attention: their gradient in fp32 before and after the softmax, by when what came after
     is free. Families with norms after their blocks have backed through the last one at entry, which took five fp32
@@ -134,12 +134,11 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, drop
         dims: The decoder's sizes.
         batch: The micro-batch.
         attention: ``sdpa`` or ``eager``.
-        dropout: Of the low-rank part.
         keeps_scratch: The dense weight's scratch outlives the call (on the CPU) and is counted by itself.
     """
     stream, inner = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.intermediate
     down = 0 if keeps_scratch else HALF * dims.hidden * dims.intermediate
-    entry = stream + inner + max(down, (2 if dropout > 0 else 1) * inner)
+    entry = stream + inner + max(down, inner)
     moments = [entry]
     if dims.wide_norms == 4:
         moments = [entry + stream - _norm_bytes(dims, batch), stream + 5 * FULL * batch.tokens * dims.hidden]

@@ -154,7 +154,7 @@ def _select(work: Workload) -> PhaseMemory:
     for group in parts.statistic_groups(work.allocation, work.mask_scope, work.mask_group_bytes):
         lasting = lasting | {"mask_statistics": parts.statistic_bytes(sizes, group)}
         layers = work.shape.dims.layers - min(x.layer for x in work.allocation.linears if x.path in group)
-        moments += backward_moments(work, sample, lasting, 0.0, 0, layers)
+        moments += backward_moments(work, sample, lasting, 0, layers)
     moments.append(Moment("picking positions", lasting, {"top_k": top_k}))
     if work.mask_score == "repair":
         moments.append(Moment("reading an error", lasting, {"scores": dense}))
@@ -168,7 +168,7 @@ def _train(work: Workload) -> PhaseMemory:
     allocation = work.allocation
     gradients = parts.micro_batch_gradient_bytes(allocation.low_rank_parameters, allocation.sparse_parameters)
     batch = micro_batch(work, work.tokens, work.rows)
-    moments = backward_moments(work, batch, _resident(work), work.dropout, gradients, work.shape.dims.layers)
+    moments = backward_moments(work, batch, _resident(work), gradients, work.shape.dims.layers)
     if work.zero is None:
         moments.append(Moment("the optimizer step", _resident(work), {"micro_batch_gradients": gradients}))
     else:

@@ -107,7 +107,6 @@ def backward_moments(
     work: Workload,
     batch: MicroBatch,
     lasting: Components,
-    dropout: float,
     micro_batch_gradients: int,
     layers: int,
 ) -> list[Moment]:
@@ -117,7 +116,7 @@ def backward_moments(
     # Kept for recomputation only: neither adding a mask nor making one of another dtype saves it.
     masks = mask_bytes(dims, batch, work.attention) if work.checkpointing else 0
     lasting = lasting | {"scratch": scratch_bytes(work)}
-    workspace = backward_workspace(dims, batch, work.attention, dropout, work.on_cpu)
+    workspace = backward_workspace(dims, batch, work.attention, work.on_cpu)
     held = {"activations": saved, "masks": masks}
     moments = [
         Moment(

@@ -112,12 +112,11 @@ def product(
     The wide product is added to the thin one, not the other way round: libraries add before they round, so small
     updates are rounded to their own size first, and not lost in a rounded y.
     """
-    weight = effective_weight(nf4, csr, shape, x)
     near = None if bias is None else bias.to(x.dtype)
     if left is None or right is None:
-        return torch.nn.functional.linear(x, weight, near)
+        return torch.nn.functional.linear(x, effective_weight(nf4, csr, shape, x), near)
     thin = left @ right.t() if near is None else torch.addmm(near, left, right.t())
-    return thin.addmm_(x, weight.t())
+    return thin.addmm_(x, effective_weight(nf4, csr, shape, x).t())
 
 
 def forward(
@@ -209,11 +208,12 @@ def _composed_backward(
     if b is not None and (needs_x or needs_a):
         inner = (dy @ b).mul_(scale)  # [T, r]
     if needs_x:
-        weight = effective_weight(nf4, csr, (dy.shape[-1], x.shape[-1]), dy)
+        shape = (dy.shape[-1], x.shape[-1])
         if inner is None or a is None:
-            dx = dy @ weight
-        else:  # as in product()
-            dx = dropped(inner @ a, dropout_p, seed).addmm_(dy, weight)
+            dx = dy @ effective_weight(nf4, csr, shape, dy)
+        else:  # as in product(); the weight last, so that it never meets the two terms that dropout needs
+            dx = dropped(inner @ a, dropout_p, seed)
+            dx.addmm_(dy, effective_weight(nf4, csr, shape, dy))
     if needs_a and inner is not None:
         da = inner.t() @ dropped(x, dropout_p, seed)
     if needs_b:
