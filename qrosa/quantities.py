@@ -113,3 +113,8 @@ def parse_offload(text: str) -> Offload:
         optimizer=nvme is not None or "optimizer" in parts,
         nvme=nvme,
     )
+
+
+def optimizer_parts(text: str) -> list[str]:
+    """What a text for ``parse_offload`` says of the optimizer, as it stands there; no plan moves that by itself."""
+    return [part.strip() for part in text.split(",") if part.strip().startswith("optimizer")]

@@ -10,6 +10,7 @@ from typing import Any
 from qrosa.errors import InputError
 from qrosa.memory.plan import Plan, Request, Suggestion
 from qrosa.memory.solve import solve_smallest
+from qrosa.quantities import optimizer_parts, parse_offload
 
 _LENGTH_STEP = 64
 _GB_TENTH = 2**30 / 10
@@ -27,13 +28,15 @@ def nearest(plan: Plan) -> list[Suggestion]:
 def _tries(plan: Plan) -> Iterator[Suggestion | None]:
     request = plan.request
     train = request.train
-    for name, free in (
-        ("micro_batch", "auto"),
-        ("checkpointing", "auto"),
-        ("offload", "auto"),
-        ("optimizer", "adamw8bit"),
-    ):
-        if getattr(train, name) != free and not (name == "optimizer" and train.optimizer != "adamw"):
+    freed = {
+        "micro_batch": "auto",
+        "checkpointing": "auto",
+        "offload": ",".join(["auto", *optimizer_parts(train.offload)]),
+    }
+    if train.optimizer == "adamw" and request.zero is None:  # DeepSpeed's states are in fp32
+        freed["optimizer"] = "adamw8bit"
+    for name, free in freed.items():
+        if getattr(train, name) != free:
             change: dict[str, Any] = {name: free}
             changed = dataclasses.replace(request, train=dataclasses.replace(train, **change))
             yield _if_fits(changed, name, free)
@@ -49,7 +52,7 @@ def _on_disk(plan: Plan) -> Suggestion | None:
     """A streamed base mapped from files, where it is the host that is too small."""
     if plan.fits_host or not plan.work.streamed or plan.work.base_on_disk:
         return None
-    value = plan.offload.replace("base", "base=disk:FOLDER")
+    value = ",".join("base=disk:FOLDER" if part == "base" else part for part in plan.offload.split(","))
     train = dataclasses.replace(plan.request.train, offload=value)
     return _if_fits(dataclasses.replace(plan.request, train=train), "offload", value)
 
@@ -58,7 +61,12 @@ def _larger_card(plan: Plan) -> Suggestion | None:
     """The smallest card that would do; where the host is too small, one that needs less of it."""
     if plan.fits_host:
         return _more("vram", plan.peak)
-    train = dataclasses.replace(plan.request.train, offload="none")
+    asked = parse_offload(plan.request.train.offload)
+    if asked.activations or asked.base:  # which stay on the host, whatever the card
+        return None
+    train = dataclasses.replace(
+        plan.request.train, offload=",".join(optimizer_parts(plan.request.train.offload)) or "none"
+    )
     resident = solve_smallest(dataclasses.replace(plan.request, train=train))
     return _more("vram", resident.peak) if resident.fits_host else None
 

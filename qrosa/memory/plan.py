@@ -17,6 +17,7 @@ from qrosa.memory.parts import observed
 from qrosa.memory.shape import ModelShape
 from qrosa.memory.workload import GRADIENT_SCORES, Workload
 from qrosa.offload.zero import ZeroSettings
+from qrosa.quantities import optimizer_parts, parse_offload
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -159,16 +160,15 @@ class Plan:
     @property
     def offload(self) -> str:
         """What is kept on the host, as ``--offload`` would ask for it."""
-        optimizer = [part for part in self.request.train.offload.split(",") if part.strip().startswith("optimizer")]
         layers = [] if self.layer_offload == "none" else [self.layer_offload]
-        return ",".join(layers + optimizer) or "none"
+        return ",".join(layers + optimizer_parts(self.request.train.offload)) or "none"
 
     @property
     def layer_offload(self) -> str:
         """The same without the optimizer, which no plan moves by itself."""
         work = self.work
-        base = self.request.train.offload if work.base_on_disk else "base"
-        base = next(part for part in base.split(",") if part.startswith("base"))
+        disk = parse_offload(self.request.train.offload).disk
+        base = f"base=disk:{disk}" if work.base_on_disk else "base"
         return ",".join(["activations"] * work.offload_activations + [base] * work.streamed) or "none"
 
     @property

@@ -49,9 +49,17 @@ def test_what_is_named_for_a_small_host_fits() -> None:
     assert made(LLAMA, **(STREAMED | {"offload": on_disk.value}), host_memory="5GB").fits
     larger = next(way for (setting, _), way in ways.items() if setting == "host_memory")
     assert made(LLAMA, **STREAMED, host_memory=larger.value).fits
-    card = next(way for (setting, _), way in ways.items() if setting == "vram")
+
+
+def test_a_larger_card_is_named_for_a_small_host_only_where_the_base_may_stay_on_it() -> None:
+    open_ = made(LLAMA, 5 * GB, micro_batch="1", host_memory="4GB")
+    assert not open_.fits_host
+    card = next(way for way in open_.nearest() if way.setting == "vram")
     gigabytes = float(card.value.removesuffix("GB"))
-    assert made(LLAMA, int(gigabytes * GB), micro_batch="1", offload="none", host_memory="5GB").fits
+    assert made(LLAMA, int(gigabytes * GB), micro_batch="1", host_memory="4GB").fits
+    forced = made(LLAMA, **STREAMED, host_memory="5GB")
+    assert "vram" not in {way.setting for way in forced.nearest()}
+    assert not made(LLAMA, **(STREAMED | {"vram": 48 * GB}), host_memory="5GB").fits
 
 
 def test_streaming_is_not_chosen_where_the_host_cannot_hold_the_base() -> None:
