@@ -110,7 +110,8 @@ def adapter_folder(source: str | Path) -> Path:
             return candidate
     if (folder / "checkpoints").is_dir():
         raise InputError(
-            f"run {source} is not finished: it has no adapter yet", "resume it with qrosa finetune --resume"
+            f"run {source} is not finished: it has no adapter yet",
+            f"go on with: qrosa finetune --resume --output {source}",
         )
     raise InputError(f"{source} holds no adapter", "give a run folder or its adapter/ folder")
 

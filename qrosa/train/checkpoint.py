@@ -201,9 +201,16 @@ def check_same_run(state: Mapping[str, Any], settings: Mapping[str, Any], finger
         if before_settings.get(name) != now:
             flag = "--" + name.replace("_", "-")
             raise InputError(
-                f"{flag} was {before_settings.get(name)} when the run was started and is {now} now",
+                f"{flag} was {_shown(before_settings.get(name))} when the run was started and is {_shown(now)} now",
                 f"resume with {flag} as it was, or start a new run in another --output",
             )
+
+
+def _shown(value: object) -> str:
+    """A setting as people write it."""
+    if value is None:
+        return "not set"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def cut_back(path: Path, size: int) -> None:

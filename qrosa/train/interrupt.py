@@ -1,7 +1,8 @@
 """Stopping between two steps: a signal asks, the loop answers when the step is done.
 
 The first SIGINT or SIGTERM only leaves a note. The loop reads it after each step, writes a checkpoint and leaves with
-``InterruptedRunError``. A second SIGINT means that the user will not wait: it raises KeyboardInterrupt at once.
+``InterruptedRunError``; while masks are picked it reads it after each sample, and leaves with the checkpoint that was
+written before. A second SIGINT means that the user will not wait: it raises KeyboardInterrupt at once.
 """
 
 from __future__ import annotations

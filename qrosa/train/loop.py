@@ -46,6 +46,7 @@ class TrainingLoop:
         self.work = work
         self.progress = progress
         self.zero_gradients = guard.ZeroGradientGuard()
+        self._saved = work.state.step  # the step that the newest checkpoint is of; nothing is lost at step 0
         self.runner = StepRunner(
             work.model,
             work.optimizer,
@@ -59,11 +60,14 @@ class TrainingLoop:
         )
 
     def fit(self) -> None:
-        """Run to the last step; a checkpoint is written every ``save_every`` steps and after the last one.
+        """Run to the last step.
+
+        A checkpoint is written every ``save_every`` steps, after the last one, and before masks are picked, which
+        takes as long as several steps.
 
         Raises:
             TrainingError: The loss diverged, or nothing is learnt.
-            InterruptedRunError: A signal came; a checkpoint was written.
+            InterruptedRunError: A signal came; no step that was done is lost.
             DoesNotFitError: A single row does not fit the memory.
         """
         work, state = self.work, self.work.state
@@ -72,7 +76,7 @@ class TrainingLoop:
         with Interrupts() as interrupts:
             while state.step < work.phases.total:
                 if work.phases.sparse and state.selected_at is None and state.step >= work.phases.warmup:
-                    self._select()
+                    self._select(interrupts)
                 else:
                     self._step()
                     if self._due(work.config.train.eval_every):
@@ -126,6 +130,7 @@ class TrainingLoop:
                     state={**work.identity, "phase": self._phase, "run": state.to_json(), "logs": logs},
                 )
                 prune(work.folder, work.config.train.keep)
+        self._saved = state.step
         work.accelerator.wait_for_everyone()
 
     def _step(self) -> None:
@@ -176,12 +181,20 @@ class TrainingLoop:
             StepLine(state.step, work.phases.total, phase, loss, tokens / seconds, memory, planned, left)
         )
 
-    def _select(self) -> None:
-        """Pick the masks; from here on the sparse part is trained too."""
+    def _select(self, interrupts: Interrupts) -> None:
+        """Pick the masks; from here on the sparse part is trained too. A signal ends it after the sample at hand."""
         work, state = self.work, self.work.state
+        if self._saved != state.step:
+            self.save()
+
+        def report(done: int, total: int) -> None:
+            self.progress.stage("select", done, total)
+            if interrupts.requested is not None and done < total:
+                raise self._stopped_in_selection(interrupts.requested)
+
         begun = time.perf_counter()
         with work.meter.phase("select"):
-            tokens, supervised = work.select()
+            tokens, supervised = work.select(report)
             memory = work.meter.peak()
         work.model.train()
         state.selected_at = state.step
@@ -190,6 +203,15 @@ class TrainingLoop:
         if work.accelerator.is_main_process:
             line = metrics_line(state.step, "select", None, 0.0, None, tokens, supervised, tokens / seconds, memory)
             append_line(work.folder / METRICS_FILE, line)
+
+    def _stopped_in_selection(self, signal: str) -> InterruptedRunError:
+        """Not agreed on with other processes, which may be at another sample: their launcher ends them."""
+        step, folder = self.work.state.step, self.work.folder
+        last = f"the last checkpoint is {step_folder(folder, step)}" if step else "there is no checkpoint yet"
+        return InterruptedRunError(
+            f"stopped by {signal} while masks were picked, after step {step}; {last}",
+            f"go on with: qrosa finetune --resume --output {folder}",
+        )
 
     def _remember_start(self) -> None:
         """Keep the digest of each part as it was before its first step."""

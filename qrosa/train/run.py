@@ -16,6 +16,7 @@ from qrosa.base.adapter_io import attach_adapter, load_adapter, save_adapter
 from qrosa.config import RunConfig, to_flat
 from qrosa.errors import InputError
 from qrosa.masks.repair import init_low_rank, set_masks
+from qrosa.masks.select import Progress as SelectionProgress
 from qrosa.masks.select import select_masks
 from qrosa.quantities import parse_offload
 from qrosa.sparse.store import write_json, write_text
@@ -180,7 +181,7 @@ class _Run:
             accelerator=self.accelerator,
             meter=self.meter,
             identity=self.identity,
-            select=lambda: self._select(model, optimizer),
+            select=lambda report: self._select(model, optimizer, report),
             write_adapter=lambda folder: save_adapter(model, folder),
             planned=prepared.plan.planned,
         )
@@ -208,7 +209,7 @@ class _Run:
             accelerator=self.accelerator,
         )
 
-    def _select(self, model: nn.Module, optimizer: Optimizer) -> tuple[int, int]:
+    def _select(self, model: nn.Module, optimizer: Optimizer, report: SelectionProgress) -> tuple[int, int]:
         """Pick the masks and hand the new sparse part to the optimizer."""
         config, prepared = self.config, self.prepared
         rows = self._selection_rows()
@@ -220,7 +221,7 @@ class _Run:
             nnz=prepared.allocation.nnz,
             seed=config.train.seed,
             group_bytes=prepared.plan.work.mask_group_bytes or None,
-            progress=lambda done, total: self.progress.stage("select", done, total),
+            progress=report,
             loss=sample_loss(prepared.plan.work.loss_chunk_tokens),
             checkpoint=original,
         )

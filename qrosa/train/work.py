@@ -38,7 +38,8 @@ class Work:
         accelerator: Device, and the other processes.
         meter: Memory peaks.
         identity: ``settings`` and ``fingerprints``, stored with each checkpoint.
-        select: Picks the masks and returns (tokens, supervised tokens) that it read; called once.
+        select: Picks the masks and returns (tokens, supervised tokens) that it read; called once, with what is told of
+            (samples done, samples to do) and may end it by raising.
         write_adapter: Saves the adapter into a folder.
         planned: Phase -> bytes of the plan.
     """
@@ -55,7 +56,7 @@ class Work:
     accelerator: Accelerator
     meter: MemoryMeter
     identity: Mapping[str, Any]
-    select: Callable[[], tuple[int, int]]
+    select: Callable[[Callable[[int, int], None]], tuple[int, int]]
     write_adapter: Callable[[Path], None]
     planned: Mapping[str, int]
 

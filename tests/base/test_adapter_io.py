@@ -55,3 +55,10 @@ def test_a_model_without_adapter_cannot_be_saved(tiny_model_dir: Callable[..., P
 def test_a_bare_model_loads_too(tiny_model_dir: Callable[..., Path]) -> None:
     _, tokenizer, folder = load_run_or_model(str(tiny_model_dir()))
     assert folder is None and tokenizer.pad_token == "<|pad|>"
+
+
+def test_an_unfinished_run_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(InputError, match="is not finished") as refused:
+        load_run_or_model(str(tmp_path / "run"))
+    assert f"qrosa finetune --resume --output {tmp_path / 'run'}" in refused.value.hint

@@ -102,6 +102,9 @@ def test_the_same_run_goes_on_and_free_settings_may_change():
     ("settings", "fingerprints", "words"),
     [
         ({"lr": 2e-3}, {"model": "m1", "data": "d1"}, "--lr was 0.001 .* and is 0.002 now"),
+        ({"lr": 4.0}, {"model": "m1", "data": "d1"}, "--lr was 0.001 when the run was started and is 4 now"),
+        ({"lr": None}, {"model": "m1", "data": "d1"}, "and is not set now"),
+        ({"rank": 8}, {"model": "m1", "data": "d1"}, "--rank was not set when the run was started and is 8 now"),
         ({"lr": 1e-3}, {"model": "m2", "data": "d1"}, "the base has changed"),
         ({"lr": 1e-3}, {"model": "m1", "data": "d2"}, "the data has changed"),
     ],

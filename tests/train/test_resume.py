@@ -28,7 +28,7 @@ def test_killed_and_resumed_equals_one_go(settings, run_in_process, tmp_path, op
     broken = tmp_path / "broken"
     killed = run_in_process({**values, "output": str(broken)}, kill_at=8)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert checkpoint_steps(broken) == [6, 3]
+    assert checkpoint_steps(broken) == [6, 4]  # masks are picked after step 4
     assert max(losses(broken)) == 8  # two steps were done that no checkpoint knows of
     finetune(make_run_config({**values, "output": str(broken)}), resume=True)
 
@@ -68,6 +68,37 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(config, tmp_path, at, n
     assert adapter_bytes(broken.output) == adapter_bytes(whole.output)
     # The handlers of before are back.
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class StopSelecting(Recorder):
+    """Sends this process a signal while masks are picked."""
+
+    def __init__(self):
+        super().__init__()
+        self.samples = []
+
+    def stage(self, name, done, total):
+        if name == "select":
+            self.samples.append((done, total))
+            if done == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_a_signal_ends_mask_selection_at_the_next_sample(config, tmp_path, warmup):
+    changes = {"warmup_steps": warmup, "mask_samples": 8, "save_every": 5, "max_steps": 6}
+    whole = config(output=str(tmp_path / "whole"), **changes)
+    finetune(whole)
+    broken, recorder = config(output=str(tmp_path / "broken"), **changes), StopSelecting()
+    with pytest.raises(InterruptedRunError, match="stopped by SIGTERM while masks were picked") as stopped:
+        finetune(broken, progress=recorder)
+    assert stopped.value.exit_code == 130 and f"--resume --output {broken.output}" in stopped.value.hint
+    assert recorder.samples[-1] == (3, 8)
+    assert checkpoint_steps(Path(broken.output)) == ([2] if warmup else [])
+    assert ("checkpoints/step-2" if warmup else "there is no checkpoint yet") in stopped.value.message
+    finetune(broken, resume=True)
+    assert losses(broken.output) == losses(whole.output)
+    assert adapter_bytes(broken.output) == adapter_bytes(whole.output)
 
 
 def test_a_finished_run_resumes_to_its_end(config):
