@@ -11,6 +11,7 @@ The trade-off against a short run of ``finetune``: no row files, no output folde
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import statistics
@@ -36,11 +37,13 @@ from qrosa.memory.parts import statistic_groups
 from qrosa.memory.plan import Plan
 from qrosa.memory.workload import GRADIENT_SCORES, Workload
 from qrosa.quantities import parse_offload
+from qrosa.train.flat import Optimizer
 from qrosa.train.optim import AdapterOptimizer
 from qrosa.train.peak import MemoryMeter
 from qrosa.train.selection import sample_loss
 from qrosa.train.setup import hold_to_cap, load_planned
 from qrosa.train.step import Limits, StepRunner, free_memory, is_out_of_memory, supervised_tokens
+from qrosa.train.zero import ZeroOptimizer
 
 WARM_UP, MEASURED = 2, 3  # steps: until allocator and caches have settled, and those whose median counts
 PHASES = ("load", "select", "train", "eval")
@@ -125,13 +128,31 @@ def probe(source: str, made: Plan, seed: int = 42, stage: Callable[[str, int, in
         Peaks by phase and the time of a step. A phase that runs out of memory ends the probe and is named.
 
     Raises:
-        InputError: No such base, or one that the plan maps from files, which would have to be written.
+        InputError: No such base; a base or an optimizer that the plan keeps in files, which would have to be written;
+            DeepSpeed is asked for and not there; several processes.
         StorageError: Damaged files.
     """
-    if made.work.base_on_disk:
-        raise InputError("--probe writes nothing, and base=disk maps the base from files", "probe with --offload base")
+    _check(made)
     running = _Probing(open_checkpoint(source), made, seed, stage or (lambda name, done, of: None))
     return running.go()
+
+
+def _check(made: Plan) -> None:
+    """Refuse what cannot be probed, before anything is loaded."""
+    zero = made.work.zero
+    if made.work.base_on_disk:
+        raise InputError("--probe writes nothing, and base=disk maps the base from files", "probe with --offload base")
+    if zero is not None and zero.offload == "nvme":
+        raise InputError(
+            "--probe writes nothing, and optimizer=nvme keeps the optimizer on a drive",
+            "probe with --offload auto,optimizer",
+        )
+    if made.work.processes > 1:
+        raise InputError("--probe runs in one process, and several were started", "start it without a launcher")
+    if zero is not None:
+        from qrosa.offload.deepspeed import check_available
+
+        check_available(zero, made.work.device)
 
 
 class _Failed(Exception):
@@ -149,15 +170,21 @@ class _Probing:
 
     def go(self) -> Probe:
         hold_to_cap(self.device, self.made.request.cap)
-        try:
-            model, optimizer = self._load()
-            self._select(model, optimizer)
-            self._train(model, optimizer)
-            self._evaluate(model)
-        except _Failed:
+        with contextlib.suppress(_Failed):
+            self._phases()
+        if self.failed is not None:
             free_memory()
         planned = {name: self.made.planned[name] for name in self.meter.peaks}
         return Probe(planned, self.meter.peaks, self.meter.reserved, self.failed, self.made.request.cap, **self.times)
+
+    def _phases(self) -> None:
+        model, optimizer = self._load()
+        try:
+            self._select(model, optimizer)
+            self._train(model, optimizer)
+            self._evaluate(model)
+        finally:
+            optimizer.close()
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -172,16 +199,18 @@ class _Probing:
         if self.failed is not None:  # outside the handler, whose traceback would keep the tensors alive
             raise _Failed
 
-    def _load(self) -> tuple[nn.Module, AdapterOptimizer]:
+    def _load(self) -> tuple[nn.Module, Optimizer]:
         request = self.made.request
         disk = parse_offload(request.train.offload).disk
         with self._phase("load"):
             model = load_planned(self.checkpoint, self.work, self.device, disk, lambda n, of: self.stage("load", n, of))
-            attach_adapter(model, request.adapter, self.seed)
+            attach_adapter(model, request.adapter, self.seed, self.work.allocation)
         low_rank = [p for layer in quantized_linears(model).values() for p in layer.adapter_parameters().values()]
-        return model, AdapterOptimizer(low_rank, kind=request.train.optimizer)
+        if self.work.zero is None:
+            return model, AdapterOptimizer(low_rank, kind=request.train.optimizer)
+        return model, ZeroOptimizer(low_rank, settings=self.work.zero, max_norm=request.train.max_grad_norm)
 
-    def _select(self, model: nn.Module, optimizer: AdapterOptimizer) -> None:
+    def _select(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Each pass that may be the largest, on one longest row; then positions at random, with the run's values."""
         work, request = self.work, self.made.request
         if not work.allocation.nnz_total:
@@ -215,7 +244,7 @@ class _Probing:
             return [list(work.allocation.nnz)]
         return statistic_groups(work.allocation, work.mask_scope, work.mask_group_bytes)
 
-    def _train(self, model: nn.Module, optimizer: AdapterOptimizer) -> None:
+    def _train(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Steps of one micro-batch each."""
         work = self.work
         runner = StepRunner(
@@ -236,8 +265,7 @@ class _Probing:
                 begun = self._now()
                 runner.gradients(self.rows, step, sum(map(supervised_tokens, self.rows)))
                 between = self._now()
-                optimizer.clip(1.0)
-                optimizer.step(lr=0.0, sparse_lr=0.0)
+                optimizer.update(lr=0.0, sparse_lr=0.0, max_norm=self.made.request.train.max_grad_norm)
                 done = self._now()
             backward.append(between - begun)
             update.append(done - between)

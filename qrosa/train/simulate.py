@@ -88,13 +88,22 @@ def simulate(source: str, work: Workload) -> Simulation:
         work: The plan's settings.
 
     Raises:
-        InputError: The model cannot be built.
+        InputError: The model cannot be built, or DeepSpeed keeps the optimizer.
     """
     return simulate_model(read_config(source), work)
 
 
 def simulate_model(config: PretrainedConfig, work: Workload) -> Simulation:
-    """The same for a transformers config."""
+    """The same for a transformers config.
+
+    Raises:
+        InputError: DeepSpeed keeps the optimizer: its engine runs on real tensors only.
+    """
+    if work.zero is not None:
+        raise InputError(
+            f"--simulate cannot run DeepSpeed's optimizer ({work.zero.words})",
+            "--probe runs it for real; or simulate without --deepspeed and --offload optimizer",
+        )
     phases: dict[str, Peak] = {}
     for number, rows in enumerate(worst_micro_batches(work)):
         with _devices(work), warnings.catch_warnings():

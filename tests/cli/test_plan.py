@@ -116,3 +116,11 @@ def test_a_plan_takes_under_a_second_and_no_torch(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["fits"]
     assert seconds < 3  # a tenth of a second on an idle core; tests share theirs
+
+
+def test_a_simulation_says_that_it_cannot_run_deepspeed(tmp_path: Path) -> None:
+    """Its tensors would be plain training's, beside a plan of DeepSpeed's."""
+    folder = write_config(tmp_path, "Llama-3.1-8B")
+    asked = ("--model", str(folder), "--budget", "0.3%", "--vram", "24GB", "--deepspeed", "zero2", "--simulate")
+    result = run(*asked)
+    assert result.exit_code == 2 and "--simulate cannot run DeepSpeed" in result.stderr and "--probe" in result.stderr

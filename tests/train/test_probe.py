@@ -60,12 +60,16 @@ def test_phases_and_people(tiny_model_dir: Callable[..., Path], tiny_rows: Calla
         {"mask_score": "residual"},
         {"mask_score": "random", "optimizer": "adamw8bit"},
         {"offload": "activations,base"},
+        {"offload": "auto,optimizer"},
+        {"deepspeed": "zero3"},
         {"sparse_share": "0"},
         {"sparse_share": "1"},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_every_setting_that_changes_memory(tiny_model_dir: Callable[..., Path], changes: dict[str, Any]) -> None:
+    if "deepspeed" in changes or "optimizer" in changes.get("offload", ""):
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     made = planned(tiny_model_dir("llama"), **changes)
     found = probe(str(tiny_model_dir("llama")), made)
     assert set(found.measured) == set(made.phases) - {"save", "export"}
@@ -128,6 +132,44 @@ def test_a_base_that_is_mapped_from_files_is_refused(tiny_model_dir: Callable[..
     with pytest.raises(InputError, match="writes nothing"):
         probe(str(tiny_model_dir("llama")), made)
     assert not (tmp_path / "blocks").exists()
+
+
+def test_an_optimizer_on_a_drive_is_refused(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    made = planned(tiny_model_dir("llama"), offload=f"auto,optimizer=nvme:{tmp_path / 'drive'}")
+    with pytest.raises(InputError, match="writes nothing"):
+        probe(str(tiny_model_dir("llama")), made)
+    assert not (tmp_path / "drive").exists()
+
+
+def test_several_processes_are_refused(tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process"):
+        probe(str(tiny_model_dir("llama")), planned(tiny_model_dir("llama")))
+
+
+@needs_cpu
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+def test_deepspeeds_optimizer_is_the_one_that_runs(
+    tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, offload: str
+) -> None:
+    """With the planned settings, and closed whatever happens."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    from qrosa.offload.deepspeed import ZeroEngine
+
+    seen: list[Any] = []
+    real, close = ZeroEngine.step, ZeroEngine.close
+
+    def step(self: ZeroEngine, *arguments: Any) -> float:
+        seen.append(self.settings)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(ZeroEngine, "step", step)
+    monkeypatch.setattr(ZeroEngine, "close", lambda self: (seen.append("closed"), close(self))[1])
+    monkeypatch.setattr(probing, "evaluate_loss", lambda *_, **__: 1 / 0)
+    made = planned(tiny_model_dir("llama"), deepspeed="zero2", offload=offload)
+    with pytest.raises(ZeroDivisionError):
+        probe(str(tiny_model_dir("llama")), made)
+    assert seen == [made.work.zero] * (probing.WARM_UP + probing.MEASURED) + ["closed"]
 
 
 def test_what_a_card_reserves_counts() -> None:
