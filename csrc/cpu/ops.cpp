@@ -8,7 +8,7 @@
 namespace qrosa {
 namespace {
 
-constexpr int64_t kDecodeStrip = 16;       // rows of the weight that a thread takes together for few rows of x
+constexpr int64_t kDecodeStrip = 16;  // rows of the weight that a thread takes together for few rows of x
 constexpr int64_t kScoreRows = 256, kScoreColumns = 512, kScoreDepth = 512;  // of a tile of the mask statistic
 
 void dequant_add(const Tensor& codes, const Tensor& absmax, const OptionalTensor& absmax_code,
