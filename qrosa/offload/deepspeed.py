@@ -27,8 +27,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
-import warnings
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,8 @@ import torch.distributed
 from torch import Tensor
 
 from qrosa.errors import InputError
-from qrosa.offload.masters import Masters, padded
+from qrosa.offload.masters import Masters
+from qrosa.offload.states import Accessors, SharedStates, quiet
 from qrosa.offload.zero import ZeroSettings
 
 BETAS = (0.9, 0.999)
@@ -46,7 +46,6 @@ EPSILON = 1e-8
 # Elements that each process's share of a piece is a multiple of: stage 3 shares pieces out equally, and gradients that
 # are not aligned to a drive's blocks (4096 bytes) come back from it wrong.
 _ALIGNED = 1024
-_STATES = ("exp_avg", "exp_avg_sq")
 _INSTALL = "pip install 'qrosa[deepspeed]'"
 _OLDEST = (0, 19, 8)  # gradient norms under offload were wrong before
 
@@ -87,7 +86,7 @@ def _check_drive(folder: Path) -> None:
             f"NVMe offload needs DeepSpeed's async_io, compiled on first use, and {' and '.join(absent)} is missing",
             "install it (apt install g++; pip install ninja), or use --offload optimizer for host memory",
         )
-    with _quiet():
+    with quiet():
         found = AsyncIOBuilder().is_compatible(verbose=False)
     if not found:
         raise InputError(
@@ -101,7 +100,7 @@ def _import(device_type: str) -> Any:
     """DeepSpeed, for the kind of device that the run computes on."""
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     try:
-        with _quiet():
+        with quiet():
             import deepspeed
             from deepspeed.utils import logger
     except ImportError as error:
@@ -112,14 +111,6 @@ def _import(device_type: str) -> Any:
         ) from None
     logger.setLevel("ERROR")
     return deepspeed
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep DeepSpeed's prints off stdout, which is for results, and torch's notes on its calls away from people."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 class ZeroEngine:
@@ -158,17 +149,17 @@ class ZeroEngine:
         self.module = Masters(masters, piece, multiple)
         groups = [{"params": self.module.of(name), "lr": 0.0} for name in masters]
         adamw = torch.optim.AdamW(groups, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
-        with _quiet():
+        self._drive = _own_folder(settings)
+        with quiet():
             self.engine, *_ = deepspeed.initialize(
                 model=self.module,
                 optimizer=adamw,
-                config=settings.config(self.processes, max_grad_norm),
+                config=settings.config(self.processes, max_grad_norm, self._drive),
                 dist_init_required=False,
             )
-
-    @property
-    def _zero(self) -> Any:
-        return self.engine.optimizer
+        self._states = SharedStates(
+            self.engine.optimizer, self.module, self.sizes, settings, self.engine.device, _accessors(deepspeed)
+        )
 
     def step(self, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> float:
         """Sum the processes' gradients, clip the sum and update the masters.
@@ -180,19 +171,13 @@ class ZeroEngine:
         Returns:
             The norm of the sum before clipping. Where it is not finite, nothing was updated.
         """
-        for group, name in zip(self._adamw.param_groups, self.sizes, strict=True):
+        for group, name in zip(self._states.adamw.param_groups, self.sizes, strict=True):
             group["lr"] = rates[name]
-        with _quiet():
+        with quiet():
             # DeepSpeed averages; a step's gradient is a sum.
             self.engine.backward(self.engine(gradients, float(self.processes)))
             self.engine.step()
-        return float("inf") if self._zero.overflow else float(self.engine.get_global_grad_norm())
-
-    @property
-    def _adamw(self) -> torch.optim.Optimizer:
-        inner = self._zero.optimizer
-        assert isinstance(inner, torch.optim.Optimizer)
-        return inner
+        return float("inf") if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
     def flat(self, name: str) -> Tensor | None:
         """A part's masters in one tensor that each step updates in place; None where they are shared out (stage 3)."""
@@ -209,7 +194,7 @@ class ZeroEngine:
         left = self.sizes[name]
         for parameter in self.module.of(name):
             gather = self._gathered([parameter]) if self.settings.stage == 3 else contextlib.nullcontext()
-            with _quiet(), gather:
+            with quiet(), gather:
                 yield parameter.data[:left]
             left -= self.module.piece
 
@@ -219,61 +204,7 @@ class ZeroEngine:
         Args:
             wanted: False only takes part in the gathering and returns nothing.
         """
-        found: dict[str, Tensor] = {}
-        counts = self._counts()
-        for name in self.sizes:
-            keys = (None, *_STATES) if name in counts else (None,)
-            for key in keys:
-                whole = self._whole(name, key, wanted=wanted)
-                if whole is not None:
-                    found[f"{name}.{key or 'master'}"] = whole
-            if wanted and name in counts:
-                found[f"{name}.step"] = torch.tensor(counts[name], dtype=torch.float32)
-        return found
-
-    def _whole(self, name: str, key: str | None, *, wanted: bool) -> Tensor | None:
-        """A part's masters or one of its states, fp32 on the host; gathered a bucket at a time."""
-        whole = torch.empty(self.sizes[name], dtype=torch.float32) if wanted else None
-        for start, values in self._share_pieces(name, key) if self.settings.stage == 2 else self._pieces(name, key):
-            if whole is not None and start < whole.numel():
-                part = whole[start : start + values.numel()]
-                part.copy_(values[: part.numel()])
-        return whole
-
-    def _pieces(self, name: str, key: str | None) -> Iterator[tuple[int, Tensor]]:
-        """Stage 3: place and values, parameter by parameter."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        for index, parameter in enumerate(self.module.of(name)):
-            with _quiet():
-                values = (
-                    safe_get_full_fp32_param(parameter)
-                    if key is None
-                    else safe_get_full_optimizer_state(parameter, key)
-                )
-            yield index * self.module.piece, values
-
-    def _share_pieces(self, name: str, key: str | None) -> Iterator[tuple[int, Tensor]]:
-        """Stage 2: place and values; each process has one stretch of the flat masters.
-
-        DeepSpeed's own accessors find no states here: they are linked after the first of several groups has stepped.
-        """
-        share = self._share(name)
-        mine = share.detach() if key is None else self._adamw.state[share][key]
-        most = max(1, self.settings.bucket // self.processes)
-        for start in range(0, mine.numel(), most):
-            sent = mine[start : start + most].to(self.engine.device)
-            received = sent.new_empty(self.processes * sent.numel())
-            with _quiet():
-                torch.distributed.all_gather_into_tensor(received, sent)
-            for process, values in enumerate(received.split(sent.numel())):
-                yield process * mine.numel() + start, values
-
-    def _share(self, name: str) -> Tensor:
-        """Stage 2: this process's stretch of a part's masters, as AdamW updates it."""
-        share = self._zero.single_partition_of_fp32_groups[list(self.sizes).index(name)]
-        assert isinstance(share, Tensor)
-        return share
+        return self._states.gather(wanted=wanted)
 
     def load_states(self, states: Mapping[str, Tensor]) -> None:
         """Take AdamW's states back; the masters are those that the engine was built with.
@@ -286,55 +217,45 @@ class ZeroEngine:
         if not counts:
             return
         # States are born in a first step. One of gradient zero at rate zero leaves the masters as they are.
-        with _quiet():
+        with quiet():
             blank = {name: self.module.of(name)[0].new_zeros(size) for name, size in self.sizes.items()}
             self.step(blank, dict.fromkeys(self.sizes, 0.0))
-            for name in counts:
-                for key in _STATES:
-                    self._set_states(name, key, states[f"{name}.{key}"])
-        for name, count in self._step_counts():
-            count.fill_(counts.get(name, 0.0))
-
-    def _set_states(self, name: str, key: str, flat: Tensor) -> None:
-        if self.settings.stage == 2:
-            state = self._adamw.state[self._share(name)][key]
-            first = torch.distributed.get_rank() * state.numel()
-            mine = flat[first : first + state.numel()]
-            state[: mine.numel()].copy_(mine)
-            return
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        for parameter, values in zip(self.module.of(name), flat.split(self.module.piece), strict=True):
-            whole = padded(values.to(self.engine.device), self.module.multiple)
-            safe_set_full_optimizer_state(parameter, whole, key)
-
-    def _counts(self) -> dict[str, float]:
-        """Part -> AdamW's count of steps; parts without states have none."""
-        return {name: float(count) for name, count in self._step_counts()}
-
-    def _step_counts(self) -> Iterator[tuple[str, Tensor]]:
-        """AdamW's counters with the part that each belongs to; one for each tensor that AdamW updates."""
-        zero, names = self._zero, list(self.sizes)
-        if self.settings.stage == 3:
-            shares = zero.fp32_partitioned_groups_flat
-            owners = [names[zero.sub_group_to_group_id[index]] for index in range(len(shares))]
-        else:
-            shares, owners = zero.single_partition_of_fp32_groups, names
-        for name, share in zip(owners, shares, strict=True):
-            if "step" in self._adamw.state.get(share, {}):
-                yield name, self._adamw.state[share]["step"]
+            self._states.restore(states, counts)
 
     def close(self) -> None:
         """Give everything back; the engine cannot be used after."""
-        with _quiet():
+        with quiet():
             self.engine.destroy()
-        del self.engine
+        del self.engine, self._states
+        if self._drive is not None:
+            shutil.rmtree(self._drive, ignore_errors=True)
         if self._owns_rank:
             os.environ.pop("LOCAL_RANK", None)
         if self._owns_group:
             import deepspeed.comm
 
             deepspeed.comm.destroy_process_group()
+
+
+def _own_folder(settings: ZeroSettings) -> str | None:
+    """A folder on the drive for this engine alone; None without a drive.
+
+    DeepSpeed names its files by the order of parameters, so two runs in one folder would read each other's states. It
+    also leaves them there; this folder goes with the engine.
+    """
+    if settings.offload != "nvme":
+        return None
+    assert settings.nvme is not None
+    drive = Path(settings.nvme).expanduser()
+    drive.mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(prefix="qrosa-", dir=drive)
+
+
+def _accessors(deepspeed: Any) -> Accessors:
+    found = deepspeed.utils
+    return Accessors(
+        found.safe_get_full_fp32_param, found.safe_get_full_optimizer_state, found.safe_set_full_optimizer_state
+    )
 
 
 def _join(deepspeed: Any, device: torch.device) -> bool:
@@ -351,6 +272,6 @@ def _join(deepspeed: Any, device: torch.device) -> bool:
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     # Its shared-memory all-reduce serves inference only, and would be compiled here, for half a minute, on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with _quiet():
+    with quiet():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return alone

@@ -86,11 +86,19 @@ class ZeroSettings:
         where = {None: "", "cpu": ", optimizer in host memory", "nvme": f", optimizer on {self.nvme}"}
         return f"ZeRO-{self.stage}{where[self.offload]}"
 
-    def config(self, processes: int, max_grad_norm: float) -> dict[str, Any]:
+    def config(self, processes: int, max_grad_norm: float, drive: str | None = None) -> dict[str, Any]:
         """The document that ``deepspeed.initialize`` takes.
 
         One micro-batch a step: what qrosa hands over is the sum of a step's gradients.
+
+        Args:
+            processes: That share the step.
+            max_grad_norm: Norm that gradients are scaled down to.
+            drive: Folder to offload to in place of ``nvme``.
         """
+        zero = self.zero
+        if drive is not None:
+            zero = zero | {"offload_optimizer": zero["offload_optimizer"] | {"nvme_path": drive}}
         return {
             "steps_per_print": 1 << 60,
             **self.other,
@@ -98,7 +106,7 @@ class ZeroSettings:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": max_grad_norm,
-            "zero_optimization": self.zero,
+            "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }

@@ -247,6 +247,31 @@ def test_without_libaio_a_drive_is_refused(tmp_path, monkeypatch):
     assert "libaio-dev" in refused.value.hint
 
 
+def test_engines_on_one_drive_have_folders_of_their_own(tmp_path):
+    """DeepSpeed's files are named by the order of parameters, which two runs have in common."""
+    from qrosa.offload.deepspeed import _own_folder
+
+    chosen = nvme(tmp_path / "drive")
+    folders = [_own_folder(chosen) for _ in range(2)]
+    assert len({*folders}) == 2 and {*folders} == {str(path) for path in (tmp_path / "drive").iterdir()}
+    told = chosen.config(1, 1.0, folders[0])["zero_optimization"]["offload_optimizer"]
+    assert told == {**chosen.zero["offload_optimizer"], "nvme_path": folders[0]}
+    assert chosen.zero["offload_optimizer"]["nvme_path"] == str(tmp_path / "drive")
+    assert _own_folder(settings(offload="optimizer")) is None
+
+
+def test_a_closed_engine_takes_its_folder_with_it(tmp_path, monkeypatch):
+    from qrosa.offload import deepspeed as offload
+
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "1.tensor.swp").write_bytes(b"states")
+    monkeypatch.setattr(offload, "_own_folder", lambda chosen: str(tmp_path / "own"))
+    engine = make(masters(), settings(offload="optimizer"))
+    assert (tmp_path / "own").exists()
+    engine.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def _has_async_io():
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
