@@ -36,7 +36,8 @@ ISA_FLAGS = {
 
 # Contraction would fuse the product and the sum of a nested absmax, and with that leave bitsandbytes' values.
 CXX_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
-CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC takes the undefined operands inside AVX-512 intrinsics for ours
+# GCC takes the undefined operands inside AVX-512 intrinsics for ours.
+CXX_FLAGS += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 CXX_FLAGS += (
     ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
     if SANITIZE
