@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qrosa.base.adapter_io import attach_adapter
+from qrosa.base.adapter_io import attach_adapter, refuse_unmeasured
 from qrosa.base.load import load_base
 from qrosa.config import AdapterConfig
 
@@ -34,9 +34,12 @@ def load(
         ``qrosa.select_masks(model, batches)`` adds the sparse part.
 
     Raises:
-        InputError: A model that cannot be a base, or a budget that cannot be met.
+        InputError: A model that cannot be a base, a budget that cannot be met, or ranks by sensitivity, which only
+            ``qrosa finetune`` has the rows to measure.
         StorageError: Damaged or unreadable files.
     """
+    if adapter is not None:
+        refuse_unmeasured(adapter)  # before the weights are read
     model, tokenizer = load_base(str(source), device)
     if adapter is not None:
         attach_adapter(model, adapter, seed)

@@ -25,6 +25,7 @@ MASK_SCORES = ("squared", "mean", "repair", "residual", "random")
 MASK_SCOPES = ("matrix", "global")
 SPARSE_INITS = ("residual", "zero")
 LOW_RANK_INITS = ("lora", "svd")
+RANK_ORDERS = ("order", "sensitivity")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit")
 SCHEDULES = ("linear", "cosine", "constant")
 LOGGERS = ("tensorboard", "wandb", "trackio")
@@ -64,6 +65,13 @@ class AdapterConfig:
         "quantisation error, weighted by the activations (svd).",
         choices=LOW_RANK_INITS,
     )
+    rank_by: str = setting(
+        "order",
+        "Where the budget's ranks go once no more fit everywhere: cheapest matrices first, from the last layer down "
+        "(order), or largest squared gradients per parameter first (sensitivity), measured on --mask-samples training "
+        "rows before training.",
+        choices=RANK_ORDERS,
+    )
 
     def __post_init__(self) -> None:
         sized = [name for name in ("rank", "density", "sparse_per_layer") if getattr(self, name) is not None]
@@ -87,6 +95,11 @@ class AdapterConfig:
         if self.budget is None and not self.rank and not self.density and not self.sparse_per_layer:
             raise InputError("rank 0 with density 0 trains nothing", "raise --rank or --density")
         _check_range("sparse_share", self.sparse_share, 0, 1)
+        if self.rank_by == "sensitivity" and (self.budget is None or self.sparse_share == 1):
+            raise InputError(
+                "--rank-by sensitivity shares out a budget's ranks, and there are none to share out",
+                "give a --budget with a --sparse-share below 1, or leave --rank-by at order",
+            )
         _check_positive("alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise InputError(

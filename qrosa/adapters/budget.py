@@ -120,6 +120,7 @@ def allocate(
     base_parameters: int,
     *,
     sensitivity: Mapping[str, float] | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> Allocation:
     """Turn a budget, or a rank and a density, into ranks and numbers of sparse values.
 
@@ -129,6 +130,8 @@ def allocate(
         base_parameters: All parameters of the base, a tied head counted once.
         sensitivity: Module path -> how much the loss gains from a rank there, any unit; modules that are not named
             count 0. Decides only where the ranks beyond the uniform ones go.
+        ranks: Module path -> rank, where a budget's ranks are known from a run that goes on; modules that are not
+            named have none. What they leave of the budget goes to the sparse part, as it did then.
 
     Raises:
         InputError: A budget that no whole parameters can meet: below one rank, above 100%, or a mask with more
@@ -137,13 +140,14 @@ def allocate(
     if not linears:
         raise InputError("the model has no linear layers to adapt", "use a decoder-only model, such as Llama or Qwen")
     if config.budget is not None:
-        ranks, nnz = _from_budget(config, linears, base_parameters, sensitivity)
+        given = None if ranks is None else {linear.path: ranks.get(linear.path, 0) for linear in linears}
+        chosen, nnz = _from_budget(config, linears, base_parameters, sensitivity, given)
     else:
-        ranks, nnz = _explicit(config, linears)
+        chosen, nnz = _explicit(config, linears)
     return Allocation(
-        ranks=ranks,
+        ranks=chosen,
         nnz=nnz,
-        low_rank_parameters=sum(ranks[linear.path] * linear.rank_cost for linear in linears),
+        low_rank_parameters=sum(chosen[linear.path] * linear.rank_cost for linear in linears),
         sparse_parameters=sum(nnz.values()),
         base_parameters=base_parameters,
         linears=tuple(linears),
@@ -155,10 +159,11 @@ def _from_budget(
     linears: Sequence[LinearShape],
     base_parameters: int,
     sensitivity: Mapping[str, float] | None,
+    given: dict[str, int] | None,
 ) -> tuple[dict[str, int], dict[str, int]]:
     total = _total(config, base_parameters)
     low_rank = total - math.floor(total * config.sparse_share)
-    ranks = spend_on_ranks(linears, low_rank if config.sparse_share < 1 else 0, sensitivity)
+    ranks = given or spend_on_ranks(linears, low_rank if config.sparse_share < 1 else 0, sensitivity)
     used = sum(ranks[linear.path] * linear.rank_cost for linear in linears)
     if config.sparse_share > 0:
         return ranks, _share_out(linears, total - used, f"budget {config.budget}")

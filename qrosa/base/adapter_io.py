@@ -32,17 +32,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def attach_adapter(model: PreTrainedModel, config: AdapterConfig, seed: int = 42) -> Allocation:
+def attach_adapter(
+    model: PreTrainedModel, config: AdapterConfig, seed: int = 42, allocation: Allocation | None = None
+) -> Allocation:
     """Split the budget over the model's layers and add the low-rank part.
 
     The sparse part's positions come from mask selection; how many each matrix gets is in the returned allocation,
     which is also kept as ``model.qrosa_allocation``.
+
+    Args:
+        model: A loaded base.
+        config: The budget and its split.
+        seed: Source of the low-rank part's initial values.
+        allocation: The split, where it is already known; default from the budget.
+
+    Raises:
+        InputError: A budget that cannot be met, or ranks that are to follow sensitivities nobody has measured.
     """
-    allocation = allocate(config, linear_shapes(model), base_info(model).parameters)
+    if allocation is None:
+        refuse_unmeasured(config)
+        allocation = allocate(config, linear_shapes(model), base_info(model).parameters)
     inject_low_rank(model, allocation.ranks, config.alpha, config.dropout, seed)
     model.qrosa_adapter = config  # type: ignore[assignment]
     model.qrosa_allocation = allocation  # type: ignore[assignment]
     return allocation
+
+
+def refuse_unmeasured(config: AdapterConfig) -> None:
+    """Refuse settings that need rows where there are none.
+
+    Raises:
+        InputError: Ranks are to be given by sensitivity.
+    """
+    if config.rank_by == "sensitivity":
+        raise InputError(
+            "ranks by sensitivity are measured on training rows, and there are none here",
+            "leave rank_by at 'order', or train with qrosa finetune --rank-by sensitivity",
+        )
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:

@@ -35,9 +35,9 @@ _REPLACES: dict[str, tuple[str, ...]] = {
     "max_steps": ("epochs",),
     "epochs": ("max_steps",),
     "budget": ("rank", "density", "sparse_per_layer"),
-    "rank": ("budget",),
-    "density": ("budget", "sparse_per_layer"),
-    "sparse_per_layer": ("budget", "density"),
+    "rank": ("budget", "rank_by"),
+    "density": ("budget", "rank_by", "sparse_per_layer"),
+    "sparse_per_layer": ("budget", "rank_by", "density"),
     "eval_data": ("eval_split",),
     "eval_split": ("eval_data",),
 }

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _SECONDS_BETWEEN_LINES = 10.0
-_STAGES = {"load": "loading", "svd": "fitting the low-rank part", "select": "selecting masks", "eval": "evaluating"}
+_STAGES = {
+    "load": "loading",
+    "ranks": "measuring where ranks go",
+    "svd": "fitting the low-rank part",
+    "select": "selecting masks",
+    "eval": "evaluating",
+}
 
 
 def make_progress(console: Console) -> Progress:

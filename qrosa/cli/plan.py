@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Settings that change memory, or what the plan is made from; the rest of a config is read and passed over.
 _SETTINGS = (
     *("budget", "rank", "density", "sparse_per_layer", "sparse_share", "dropout"),
-    *("sparse_init", "low_rank_init"),
+    *("sparse_init", "low_rank_init", "rank_by"),
     *("mask_score", "mask_scope", "mask_memory"),
     *("data", "seq_len", "train_on"),
     *("batch_size", "micro_batch", "optimizer", "checkpointing", "offload", "deepspeed", "keep", "vram", "host_memory"),
@@ -140,7 +140,7 @@ def _tokenizer(source: str) -> Any:
 def show(made: Plan, console: Console) -> None:
     """Print a plan for people: table, where the budget went, the settings with their reasons, the verdict."""
     console.print(made.table())
-    for line in made.allocation.describe():
+    for line in made.where:
         console.print(line)
     console.print()
     for name, value in made.settings.items():

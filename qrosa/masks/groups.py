@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from qrosa.errors import DoesNotFitError
 
 STATISTIC_BYTES = 4
+GRAM_TILE = 256  # tokens a tile of qrosa.masks.sensitivity
 
 
 def group_matrices(sizes: Mapping[str, int], limit: int | None = None) -> list[list[str]]:

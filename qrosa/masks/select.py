@@ -172,7 +172,23 @@ def accumulate(
     Raises:
         TrainingError: A sample's loss is not finite.
     """
-    with quiet(model), observe(layers, statistics, square) as anchor, torch.enable_grad():
+    with observe(layers, statistics, square) as anchor:
+        run_backward(model, rows, anchor, loss, done)
+
+
+def run_backward(
+    model: nn.Module,
+    rows: list[Sample],
+    anchor: Tensor,
+    loss: SampleLoss = sample_loss,
+    done: Callable[[int], None] | None = None,
+) -> None:
+    """One forward and backward pass a sample, without dropout, for whoever observes layers under ``anchor``.
+
+    Raises:
+        TrainingError: A sample's loss is not finite.
+    """
+    with quiet(model), torch.enable_grad():
         for number, sample in enumerate(rows, 1):
             value = loss(model, sample)
             if not math.isfinite(float(value.detach())):

@@ -110,6 +110,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         checkpoints=train.keep,
         sparse_init=request.adapter.sparse_init,
         low_rank_init=request.adapter.low_rank_init,
+        rank_by=request.adapter.rank_by,
         row_tokens=request.row_tokens,
         zero=request.zero,
         processes=processes_here() if request.machines is None else request.machines.cards,

@@ -28,8 +28,11 @@ from qrosa.memory.workload import Workload
 def phases(work: Workload) -> dict[str, PhaseMemory]:
     """Every phase that the run has, in order: load, select (unless nothing is selected), train, eval, save, export."""
     found = {"load": _load(work)}
-    if work.allocation.nnz_total:
-        found["select"] = _select(work)
+    selecting = [_select(work)] if work.allocation.nnz_total else []
+    if work.rank_by == "sensitivity":
+        selecting.append(_measure(work))
+    if selecting:
+        found["select"] = max(selecting, key=lambda memory: memory.device_total + memory.host_total)
     found |= {"train": _train(work), "eval": _eval(work), "save": _save(work), "export": _export(work)}
     return _with_kept_heap(work, found) if work.on_cpu else found
 
@@ -161,6 +164,16 @@ def _select(work: Workload) -> PhaseMemory:
     if work.mask_scope == "global":
         host["candidates"] = 3 * 12 * work.allocation.nnz_total
     return _peak(work, moments, host, disk)
+
+
+def _measure(work: Workload) -> PhaseMemory:
+    """Samples pass one by one through the base, before it has an adapter, and each matrix's gradient is measured."""
+    lasting = {"base": _device_base(work), "unquantised": parts.unquantised_bytes(work.shape)}
+    host = {"pinned_activations": _host_boundaries(work, work.length)} if work.offload_activations else None
+    sample, layers = micro_batch(work, work.length, 1), work.shape.dims.layers
+    norms = {"gradient_norms": parts.gram_bytes(work.shape, work.length)}
+    moments = backward_moments(work, sample, lasting, 0, layers)
+    return _peak(work, [replace(moment, passing=moment.passing | norms) for moment in moments], host)
 
 
 def _train(work: Workload) -> PhaseMemory:

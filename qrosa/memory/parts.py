@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 
 from qrosa.adapters.budget import Allocation, LinearShape
-from qrosa.masks.groups import STATISTIC_BYTES, group_matrices
+from qrosa.masks.groups import GRAM_TILE, STATISTIC_BYTES, group_matrices
 from qrosa.memory.activations import FULL, HALF
 from qrosa.memory.families import Dimensions
 from qrosa.memory.shape import ModelShape
@@ -207,6 +207,12 @@ def top_k_bytes(allocation: Allocation) -> int:
     largest = max(allocation.linears, key=lambda x: x.size)
     k = max(allocation.nnz.values())
     return (2 * FULL + 16) * (k + min(largest.size, max(_TOP_K_CHUNK, k)))
+
+
+def gram_bytes(shape: ModelShape, tokens: int) -> int:
+    """The norm of one matrix's gradient: two tiles of dY and X in fp32, and two of their products."""
+    tile = min(tokens, GRAM_TILE)
+    return 2 * FULL * tile * (max(linear.rank_cost for linear in shape.linears) + tile)
 
 
 def loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int) -> int:

@@ -88,6 +88,9 @@ class Plan:
         allocation: Where the trained parameters are.
         phases: Phase -> its memory, in order.
         reasons: Setting -> why it was chosen.
+        ranks_measured: The allocation's ranks follow sensitivities; a plan, which reads no weights, has the default
+            order's. They differ by a rank or so a matrix within one budget, and [T, r] is next to nothing of what a
+            layer saves, so memory is planned once.
     """
 
     request: Request
@@ -95,6 +98,17 @@ class Plan:
     allocation: Allocation
     phases: dict[str, PhaseMemory]
     reasons: dict[str, str]
+    ranks_measured: bool = False
+
+    @property
+    def where(self) -> list[str]:
+        """Where the budget goes, in words, a line each."""
+        lines = self.allocation.describe()
+        if self.request.adapter.rank_by == "sensitivity":
+            words = "follow sensitivities measured on training rows"
+            later = "by sensitivity are measured after loading; planned with the default order"
+            lines.append(f"ranks {words if self.ranks_measured else later}")
+        return lines
 
     @property
     def peak(self) -> int:
@@ -232,7 +246,7 @@ class Plan:
                 "density": self.allocation.density,
                 "nnz": self.allocation.nnz_total,
                 "low_rank_parameters": self.allocation.low_rank_parameters,
-                "where": self.allocation.describe(),
+                "where": self.where,
             },
             "settings": self.settings,
             "reasons": self.reasons,

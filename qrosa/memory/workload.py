@@ -37,6 +37,7 @@ class Workload:
         base_on_disk: A streamed base is mapped from files.
         sparse_init: Where sparse values start; ``residual`` reads the quantisation error of each matrix.
         low_rank_init: Where the low-rank part starts; ``svd`` decomposes that error.
+        rank_by: What gives out ranks; ``sensitivity`` runs rows through the bare base first.
         row_tokens: Tokens of all encoded rows, 0 where no rows are known.
         zero: What DeepSpeed does with the optimizer, None without it.
         processes: Cards that share the optimizer.
@@ -63,6 +64,7 @@ class Workload:
     base_on_disk: bool = False
     sparse_init: str = "residual"
     low_rank_init: str = "lora"
+    rank_by: str = "order"
     row_tokens: int = 0
     zero: ZeroSettings | None = None
     processes: int = 1

@@ -47,6 +47,7 @@ class Facts:
         state: The run's last state.
         planned: Phase -> bytes that the plan named.
         modules: Share of each module.
+        where: Where the budget went, in words, a line each.
         data: Rows, tokens and what happened to them, as the data report says.
         trainable: Trainable parameters.
     """
@@ -57,5 +58,6 @@ class Facts:
     state: RunState
     planned: Mapping[str, int]
     modules: Sequence[ModuleShare]
+    where: Sequence[str]
     data: Mapping[str, Any]
     trainable: int

@@ -47,6 +47,7 @@ def figures(facts: Facts) -> dict[str, Any]:
         "micro_batch": {"rows": state.limits.rows, "tokens": state.limits.tokens},
         "trainable": facts.trainable,
         "share": facts.trainable / facts.base["parameters"],
+        "where": list(facts.where),
         "data": dict(facts.data),
     }
 
@@ -87,6 +88,8 @@ low-rank and a sparse part.
 | seed | {settings["seed"]} |
 
 {held_out}
+
+Where the parameters are: {"; ".join(facts.where[1:])}.
 
 ## Use
 

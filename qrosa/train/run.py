@@ -1,6 +1,7 @@
 """A fine-tuning run from its settings to its report.
 
-prepare (refuses what cannot work) -> load the base -> put the adapter on -> steps -> adapter, report, card
+prepare (refuses what cannot work) -> load the base -> measure ranks, if asked -> put the adapter on -> steps
+-> adapter, report, card
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from qrosa.train.optim import PAGED, AdapterOptimizer
 from qrosa.train.peak import MemoryMeter
 from qrosa.train.prepare import Prepared, prepare
 from qrosa.train.progress import Progress
+from qrosa.train.ranks import measure_ranks, stored_ranks, with_ranks
 from qrosa.train.report import write_report
 from qrosa.train.selection import agree_on, agree_on_values, sample_loss, selection_rows
 from qrosa.train.setup import hold_to_cap, load_planned
@@ -41,6 +43,7 @@ from qrosa.train.zero import ZeroOptimizer
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 def finetune(
@@ -94,7 +97,11 @@ class _Run:
     def go(self, *, resume: bool, force: bool) -> dict[str, Any]:
         checkpoint = self._found_checkpoint() if resume else None
         with self.meter.phase("load"):
-            model = self._load(checkpoint)
+            base = self._load()
+        if self.config.adapter.rank_by == "sensitivity":
+            self._give_out_ranks(base, checkpoint)
+        with self.meter.phase("load"):
+            model = self._attach(base, checkpoint)
         # Only now: a damaged base shows when it is read, and must not leave a folder, nor cost --force a former run.
         self._open_folder(checkpoint, fresh=not resume, force=force)
         work = self._work(model, checkpoint)
@@ -126,21 +133,36 @@ class _Run:
                 cut_back(self.folder / name, size)
             if fresh:
                 write_text(self.folder / CONFIG_FILE, yaml.safe_dump(self.identity["settings"], sort_keys=False))
+            if fresh or checkpoint is None:
                 write_json(self.folder / PLAN_FILE, self.prepared.plan.to_json())
         self.accelerator.wait_for_everyone()
 
-    def _load(self, checkpoint: Checkpoint | None) -> nn.Module:
-        """The base in 4 bits with its adapter, new or from a checkpoint, ready to train."""
-        config, work = self.config, self.prepared.plan.work
+    def _load(self) -> PreTrainedModel:
+        """The base in 4 bits."""
         hold_to_cap(self.device, self.prepared.cap)
-        model = load_planned(
+        return load_planned(
             self.prepared.checkpoint,
-            work,
+            self.prepared.plan.work,
             self.device,
-            parse_offload(config.train.offload).disk,
+            parse_offload(self.config.train.offload).disk,
             lambda n, of: self.progress.stage("load", n, of),
         )
-        attach_adapter(model, config.adapter, config.train.seed)
+
+    def _give_out_ranks(self, base: PreTrainedModel, checkpoint: Checkpoint | None) -> None:
+        """Ranks by sensitivity: measured, or those of the run that goes on; and said, where they went."""
+        if checkpoint is None:
+            with self.meter.phase("select"):
+                allocation = measure_ranks(self.prepared, base, self.accelerator, self.progress)
+        else:
+            allocation = stored_ranks(self.prepared, base, checkpoint)
+        self.prepared = with_ranks(self.prepared, allocation)
+        for line in self.prepared.plan.where:
+            self.progress.notice(line)
+
+    def _attach(self, model: PreTrainedModel, checkpoint: Checkpoint | None) -> PreTrainedModel:
+        """Put the adapter on, new or from a checkpoint, ready to train."""
+        config = self.config
+        attach_adapter(model, config.adapter, config.train.seed, self.prepared.allocation)
         if checkpoint is not None:
             load_adapter(model, checkpoint.folder)
         elif config.adapter.low_rank_init == "svd" and self.prepared.allocation.low_rank_parameters:
@@ -255,6 +277,7 @@ class _Run:
             state=work.state,
             planned=self.prepared.plan.planned,
             modules=module_shares(work.model),
+            where=self.prepared.plan.where,
             data=dataclasses.asdict(self.prepared.train.report),
             trainable=sum(part.size for part in work.optimizer.parts.values()),
         )
