@@ -120,13 +120,17 @@ def generation(model: Any, tokens: int) -> Callable[[], object]:
     from transformers import GenerationConfig
 
     prompt = batch_of(1, 32).input_ids
-    config = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=2)
+    config = GenerationConfig(max_new_tokens=tokens, do_sample=False, pad_token_id=2)
+    model.generation_config.eos_token_id = None  # nobody ends early
 
     def theirs() -> object:
         with torch.no_grad():
             return model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
 
-    return (lambda: continue_ids(model, prompt, config)) if quantized_linears(model) else theirs
+    run = (lambda: continue_ids(model, prompt, config)) if quantized_linears(model) else theirs
+    if run().shape[1] != prompt.shape[1] + tokens:
+        raise RuntimeError("generation ended early")
+    return run
 
 
 def measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
