@@ -205,7 +205,10 @@ class TrainConfig:
     )
     vram: str | None = setting(None, "Hard cap on device memory, such as 24GB.  [default: the card's]", metavar="SIZE")
     host_memory: str | None = setting(
-        None, "Host memory that a plan may count on, such as 32GB.  [default: what is free here]", metavar="SIZE"
+        None,
+        "Host memory that a plan may count on, such as 32GB; all processes of a machine share it.  [default: what is "
+        "free here]",
+        metavar="SIZE",
     )
 
     def __post_init__(self) -> None:

@@ -29,15 +29,27 @@ if TYPE_CHECKING:
     from qrosa.memory.plan import Plan, Request
 
 ALIGNED = 1024  # elements that a process's share of a piece is a multiple of (qrosa.offload.deepspeed)
-HOST_RATE = 10e9  # bytes a second that AdamW moves on a desktop's two memory channels; 6.5e9 on one busy core
-LINK_RATE = 12e9  # bytes a second over PCIe where no card is named: generation 4 on 8 lanes, or 3 on 16
+# Estimates, on the low side. Bytes a second that AdamW moves in host memory: two channels of DDR4-3200 have 51e9 at
+# best, and torch's fused kernel has been seen to move 16e9 on one core of a server (24M values). Bytes a second over
+# PCIe where no card is named: generation 4 on 8 lanes, or 3 on 16, have 15.8e9.
+HOST_RATE = 10e9
+LINK_RATE = 12e9
 _STEP_BYTES = 28  # gradient in; master and two states in and out
 _SENT = {None: 2, 2: 3, 3: 4}  # shares of (p - 1) / p: all-reduce; that and a gather; reduce-scatter and three gathers
 
 
 def processes_here() -> int:
     """Processes that this run is started in, as its launcher says."""
-    text = os.environ.get("WORLD_SIZE", "1")
+    return _count("WORLD_SIZE")
+
+
+def processes_on_this_host() -> int:
+    """Those of them on this machine, which share its memory; torchrun and accelerate name them so, or deepspeed."""
+    return _count("LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE")
+
+
+def _count(name: str) -> int:
+    text = os.environ.get(name, "1")
     return int(text) if text.isdigit() and int(text) > 0 else 1
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from qrosa.errors import InputError
 from qrosa.memory.plan import Plan, Request, Suggestion
-from qrosa.memory.solve import solve_smallest
-from qrosa.quantities import optimizer_parts, parse_offload
+from qrosa.memory.solve import sharing_a_host, solve_smallest
+from qrosa.quantities import optimizer_parts, parse_offload, parse_size
 
 _LENGTH_STEP = 64
 _GB_TENTH = 2**30 / 10
@@ -44,7 +44,7 @@ def _tries(plan: Plan) -> Iterator[Suggestion | None]:
     yield _smaller_budget(request)
     yield _on_disk(plan)
     if not plan.fits_host:
-        yield _more("host_memory", plan.host_peak)
+        yield _more("host_memory", plan.host_peak * sharing_a_host(request.machines))
     yield _larger_card(plan)
 
 
@@ -59,6 +59,10 @@ def _on_disk(plan: Plan) -> Suggestion | None:
 
 def _larger_card(plan: Plan) -> Suggestion | None:
     """The smallest card that would do; where the host is too small, one that needs less of it."""
+    sharing = sharing_a_host(plan.request.machines)
+    host_memory = plan.request.train.host_memory
+    if plan.work.on_cpu and host_memory is not None and parse_size(host_memory, "--host-memory") < plan.peak * sharing:
+        return _more("host_memory", plan.peak * sharing)
     if plan.fits_host:
         return _more("vram", plan.peak)
     asked = parse_offload(plan.request.train.offload)

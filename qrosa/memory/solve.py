@@ -18,6 +18,7 @@ from qrosa.errors import InputError
 from qrosa.memory import parts
 from qrosa.memory.candidates import DEFAULT_SEQ_LEN, candidates
 from qrosa.memory.cards import LARGEST, smallest_card
+from qrosa.memory.deepspeed import processes_on_this_host
 from qrosa.memory.estimate import Machines, estimate
 from qrosa.memory.hardware import card_memory, host_memory
 from qrosa.memory.model import phases
@@ -90,20 +91,33 @@ def plan(
 def _device_and_caps(
     train: TrainConfig, vram: int | None, device: str | None, machines: Machines | None
 ) -> tuple[str, int, int | None]:
-    """Where the run goes, the bytes that it may use there, and of host memory beside it (None: not known)."""
+    """Where the run goes, the bytes that it may use there, and of host memory beside it (None: not known).
+
+    Each card or process of a machine has its own of the first and a share of its host's memory.
+    """
     if vram is None and train.vram is not None:
         vram = parse_size(train.vram, "--vram")
     if vram is None and machines is not None:
         vram = machines.card.memory
     card = card_memory()
     device = device or ("cuda" if vram is not None or card else "cpu")
-    asked = parse_size(train.host_memory, "--host-memory") if train.host_memory is not None else None
+    sharing = sharing_a_host(machines)
+    asked = parse_size(train.host_memory, "--host-memory") // sharing if train.host_memory is not None else None
     if device == "cpu":
         caps = [cap for cap in (vram, asked) if cap is not None]
-        return device, min(caps) if caps else host_memory(), None
+        return device, min(caps) if caps else host_memory() // sharing, None
     # A card that is not here stands in a host that is not here either.
     here = card is not None and machines is None
-    return device, vram or card or host_memory(), asked if asked is not None else host_memory() if here else None
+    return (
+        device,
+        vram or card or host_memory(),
+        asked if asked is not None else host_memory() // sharing if here else None,
+    )
+
+
+def sharing_a_host(machines: Machines | None) -> int:
+    """Processes that share a machine's memory: one for each of its cards."""
+    return processes_on_this_host() if machines is None else machines.gpus
 
 
 def _seq_len(data: DataConfig, shape: ModelShape) -> int:

@@ -69,8 +69,10 @@ def check_output(output: Path, *, resume: bool, force: bool) -> None:
         raise StorageError(f"output {output} cannot be written", f"check the permissions of {nearest}")
 
 
-def check_room(output: Path, nbytes: int) -> None:
-    """Refuse a run whose checkpoints and adapter the disk has no room for.
+def check_room(
+    output: Path, nbytes: int, hint: str = "free some disk, lower --keep, or give an --output on another disk"
+) -> None:
+    """Refuse a run that the disk has no room for: its checkpoints and adapter, or what it offloads.
 
     Raises:
         StorageError: Less than ``nbytes`` are free where ``output`` will be.
@@ -80,7 +82,7 @@ def check_room(output: Path, nbytes: int) -> None:
     if nbytes > free:
         raise StorageError(
             f"the run takes {nbytes / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free in {nearest}",
-            "free some disk, lower --keep, or give an --output on another disk",
+            hint,
         )
 
 

@@ -7,7 +7,6 @@ What comes out is all that the run needs, settings resolved: where the user left
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qrosa.adapters.budget import Allocation, allocate
 from qrosa.config import RunConfig
 from qrosa.errors import InputError
-from qrosa.memory.deepspeed import drive_bytes
+from qrosa.memory.deepspeed import drive_bytes, processes_on_this_host
 from qrosa.memory.hardware import card_memory
 from qrosa.memory.plan import Plan
 from qrosa.memory.shape import ModelShape
@@ -110,7 +109,8 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
         plan.require_fit()
         check_room(Path(config.output), max(phase.disk for name, phase in plan.phases.items() if name != "export"))
         if zero is not None and zero.nvme is not None:
-            check_room(Path(zero.nvme).expanduser(), drive_bytes(plan.work))
+            needed = drive_bytes(plan.work) * processes_on_this_host()
+            check_room(Path(zero.nvme).expanduser(), needed, "free some of it, or name a folder on another drive")
     config = _resolve(config, seq_len, phases, plan)
     return Prepared(config, checkpoint, tokenizer, train, heldout, allocation, phases, plan, cap, zero)
 
@@ -119,22 +119,25 @@ def _deepspeed(config: RunConfig, *, dry_run: bool) -> ZeroSettings | None:
     """What DeepSpeed is to do, which it is asked whether it can."""
     settings = zero_settings(config.train)
     if settings is not None and not dry_run:
-        import torch
-
         from qrosa.offload.deepspeed import check_available
 
-        on_card = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
-        check_available(settings, "cuda" if on_card else "cpu")
+        check_available(settings, "cuda" if _on_card() else "cpu")
     return settings
+
+
+def _on_card() -> bool:
+    """Whether accelerate will put the run on a card."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def _plan(
     config: RunConfig, shape: ModelShape, allocation: Allocation, reports: list[DataReport]
 ) -> tuple[Plan, int | None]:
     """The plan for the device that the run will use, and the cap it holds itself to."""
-    import torch
-
-    on_card = torch.cuda.is_available()
+    on_card = _on_card()
     cap = parse_size(config.train.vram, "--vram") if config.train.vram is not None else None
     if on_card and cap is not None:
         cap = min(cap, card_memory() or cap)  # a cap above what the card has promises nothing

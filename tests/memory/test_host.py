@@ -80,6 +80,22 @@ def test_the_host_is_known_where_the_card_is(monkeypatch: pytest.MonkeyPatch) ->
     assert another.request.host_cap is None and another.fits
 
 
+@pytest.mark.parametrize("launcher", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    monkeypatch.setattr(solve, "host_memory", lambda: 12 * GB)
+    monkeypatch.setattr(solve, "card_memory", lambda: 8 * GB)
+    assert made(LLAMA, **STREAMED).fits
+    monkeypatch.setenv(launcher, "4")
+    shared = made(LLAMA, **STREAMED)
+    assert shared.request.host_cap == 3 * GB and not shared.fits
+    assert made(SMOL, None, device="cpu").request.cap == 3 * GB
+    more = next(way.value for way in shared.nearest() if way.setting == "host_memory")
+    assert made(LLAMA, **STREAMED, host_memory=more).fits
+    monkeypatch.delenv(launcher)
+    two = Machines(find_card("rtx4060"), gpus=2)
+    assert made(LLAMA, **STREAMED, host_memory="12GB", machines=two).request.host_cap == 6 * GB
+
+
 def test_on_the_cpu_host_memory_is_the_cap() -> None:
     asked = made(SMOL, None, device="cpu", seq_len=256, host_memory="3GB")
     assert asked.request.cap == 3 * GB and asked.request.host_cap is None and asked.fits

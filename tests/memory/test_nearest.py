@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.memory.test_solve import GB, SHAPES, made
+from tests.memory.test_solve import GB, SHAPES, SMOL, made
 
 LLAMA = SHAPES["Llama-3.1-8B"]
 
@@ -36,6 +36,13 @@ def test_a_drive_named_after_the_base_stays_what_it_is() -> None:
     found = made(LLAMA, 5 * GB, offload=f"activations,base,{drive}", micro_batch="1", host_memory="4GB")
     ways = [way.value for way in found.nearest() if way.setting == "offload" and "disk" in way.value]
     assert ways == [f"activations,base=disk:FOLDER,{drive}"]
+
+
+def test_on_a_cpu_the_cap_that_is_too_small_is_the_one_named() -> None:
+    found = made(SMOL, None, device="cpu", host_memory="200MB")
+    ways = {way.setting: way.value for way in found.nearest()}
+    assert not found.fits and "vram" not in ways
+    assert made(SMOL, None, device="cpu", host_memory=ways["host_memory"], micro_batch="1").fits
 
 
 def test_a_disk_named_after_a_space() -> None:

@@ -8,6 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import torch
 
+from qrosa.errors import StorageError
 from qrosa.train.charts import Series, bar_pairs, heat_map, line_chart, nice_ticks, thin_out
 from qrosa.train.interrupt import Interrupts
 from qrosa.train.peak import MemoryMeter, resident
@@ -93,3 +94,22 @@ def test_outside_the_main_thread_handlers_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [None]
+
+
+def test_the_plan_is_for_the_device_that_accelerate_takes(monkeypatch):
+    from qrosa.train import prepare
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert prepare._on_card()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    assert not prepare._on_card()
+
+
+def test_a_full_drive_is_named_with_its_own_remedy(tmp_path):
+    from qrosa.train.folder import check_room
+
+    check_room(tmp_path / "drive", 1)
+    with pytest.raises(StorageError, match=f"free in {tmp_path}") as full:
+        check_room(tmp_path / "drive", 1 << 60, "name another drive")
+    assert full.value.hint == "name another drive"
