@@ -55,15 +55,24 @@ static inline float dot(const T* a, const float* b, int64_t count) {
   return total;
 }
 
+#if defined(__AVX2__)
 // [groups, 8 nibbles, kLanes words] of one row; the lower nibble of a byte is the later element.
 static inline void order_by_words(const float* plain, int64_t columns, int64_t stride, float* ordered) {
   for (int64_t group = 0; group < stride; group += kGroup) {
-    const int64_t words = columns - group < kGroup ? kLanes / 2 : kLanes;  // only AVX-512 meets half a group
-    for (int64_t j = 0; j < 8; ++j) {
-      for (int64_t lane = 0; lane < kLanes; ++lane, ++ordered) *ordered = plain[group + 8 * (lane % words) + (j ^ 1)];
+    const int words = columns - group < kGroup ? kLanes / 2 : kLanes;  // only AVX-512 meets half a group
+    alignas(64) int32_t first[kLanes];                                 // element of each word
+    for (int lane = 0; lane < kLanes; ++lane) first[lane] = 8 * (lane % words);
+    const Words index = load_words(reinterpret_cast<const uint32_t*>(first));
+    for (int j = 0; j < 8; ++j, ordered += kLanes) {
+#if defined(__AVX512F__)
+      store(ordered, _mm512_i32gather_ps(index, plain + group + (j ^ 1), 4));
+#else
+      store(ordered, _mm256_i32gather_ps(plain + group + (j ^ 1), index, 4));
+#endif
     }
   }
 }
+#endif
 
 static void decode_prepare(const DecodeWork& work, float* space) {
   const PreparedX to = prepared_x(work, space);
@@ -72,9 +81,13 @@ static void decode_prepare(const DecodeWork& work, float* space) {
     const auto* x = static_cast<decltype(tag)>(const_cast<void*>(work.x));
     for (int64_t t = 0; t < work.tokens; ++t) {
       float* row = plain + t * to.stride;
-      for (int64_t i = 0; i < work.columns; ++i) row[i] = widen(x[t * work.columns + i]);
-      for (int64_t i = work.columns; i < to.stride; ++i) row[i] = 0.0f;
+      int64_t i = 0;
+      for (; i + kLanes <= work.columns; i += kLanes) store(row + i, load(x + t * work.columns + i));
+      for (; i < work.columns; ++i) row[i] = widen(x[t * work.columns + i]);
+      for (; i < to.stride; ++i) row[i] = 0.0f;
+#if defined(__AVX2__)
       order_by_words(row, work.columns, to.stride, const_cast<float*>(to.ordered) + t * to.stride);
+#endif
     }
   });
   if (work.rank == 0) return;
