@@ -72,7 +72,9 @@ USAGE = [
     Case("generate model", 2, "there is nothing to answer", "--prompt"),
 ]
 BUDGETS = [
-    Case(train(sparse_share="1", rank_by="sensitivity"), 2, "--rank-by sensitivity shares out", "--sparse-share below 1"),
+    Case(
+        train(sparse_share="1", rank_by="sensitivity"), 2, "--rank-by sensitivity shares out", "--sparse-share below 1"
+    ),
     Case(train(rank_by="size"), 2, "--rank-by 'size' is unknown", "order, sensitivity"),
     Case(train(budget="0%"), 2, "0% is not above 0%", r"0\.3%"),
     Case(train(budget="250%"), 2, "250% is not above 0% and up to 100%", r"0\.3%"),

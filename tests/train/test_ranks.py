@@ -17,10 +17,18 @@ import qrosa
 from qrosa.adapters.budget import allocate
 from qrosa.adapters.inject import linear_shapes, quantized_linears
 from qrosa.base.load import load_base
-from qrosa.config import AdapterConfig, make_run_config, to_flat
+from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, make_run_config, to_flat
 from qrosa.errors import InputError, InterruptedRunError
+from qrosa.masks.samples import Sample
+from qrosa.masks.sensitivity import measure_sensitivity
+from qrosa.memory.solve import plan
 from qrosa.train import ranks as ranks_module
+from qrosa.train.modes import set_attention, set_checkpointing
 from qrosa.train.run import finetune
+from qrosa.train.selection import sample_loss
+from qrosa.train.simulate_card import hidden_bytes
+from qrosa.train.simulate_trace import Trace
+from qrosa.train.simulate_tracker import StorageTracker
 from tests.train.conftest import Recorder, losses
 
 SMALL = {"rank_by": "sensitivity", "budget": "1%", "max_steps": 4}  # less than one rank everywhere
@@ -166,3 +174,24 @@ def test_from_python_there_are_no_rows_to_measure_on(tiny_model_dir, tmp_path):
     with pytest.raises(InputError, match="there are none here") as refused:
         qrosa.load(tmp_path / "not even read", AdapterConfig(budget="1%", rank_by="sensitivity"))
     assert "qrosa finetune --rank-by sensitivity" in refused.value.hint
+
+
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+def test_measuring_takes_what_is_planned(smollm2, checkpointing):
+    """Tensors on the CPU, counted as they come and go, against the plan of a run without masks."""
+    adapter = AdapterConfig(budget="0.3%", sparse_share=0, rank_by="sensitivity")
+    train = TrainConfig(checkpointing=checkpointing, batch_size=1, micro_batch="1")
+    made = plan(str(smollm2), adapter, MaskConfig(), DataConfig(seq_len=96), train, device="cpu")
+    assert any("measured after loading; planned with the default order" in line for line in made.where)
+    assert made.phases["select"].device["gradient_norms"] < made.phases["train"].device["optimizer"]
+
+    trace = Trace(load_base(str(smollm2))[0], made.work, StorageTracker("cpu", hidden=hidden_bytes))
+    set_attention(trace.model, made.work.attention)
+    set_checkpointing(trace.model, made.work.checkpointing)
+    trace.model.train()
+    row = Sample(list(range(5, 101)), list(range(5, 101)))
+    with trace.tracker, trace.tracker.watching(trace.model):
+        trace._count_model()
+        with trace.tracker.phase() as found:
+            measure_sensitivity(trace.model, [row], loss=sample_loss(made.work.loss_chunk_tokens))
+    assert 0.95 < made.phases["select"].tensor_total / found[0].total < 1.05
