@@ -94,6 +94,10 @@ def parse_offload(text: str) -> Offload:
     if text == "none":
         return Offload(False, False)
     parts = [part.strip() for part in text.split(",")]
+    if "none" in parts:
+        raise InputError(
+            f"--offload {text}: none stands alone", "leave none out: what is not named stays on the device"
+        )
     folders: dict[str, str] = {}
     for part in parts:
         name, _, folder = part.partition(":")

@@ -140,7 +140,7 @@ def _svd_moments(work: Workload) -> list[Moment]:
 def _select(work: Workload) -> PhaseMemory:
     """Samples pass one by one, without dropout, while the statistics of a group of matrices stand."""
     lasting = _resident(work, sparse=False)
-    disk, host = 0, {"positions": 8 * work.allocation.nnz_total}
+    disk, host = 0, {"positions": 8 * work.allocation.nnz_total} | _host_optimizer(work, sparse=False)
     if work.offload_activations:
         host["pinned_activations"] = _host_boundaries(work, work.length)
     dense = parts.error_bytes(work.shape)
@@ -199,20 +199,15 @@ def _host_boundaries(work: Workload, tokens: int) -> int:
     return size if work.on_cpu else layers * parts.pinned_bytes(size // layers)
 
 
-def _host_optimizer(work: Workload) -> Components:
-    """Optimizer states in host memory: paged, or offloaded by DeepSpeed."""
-    if work.zero is None:
-        return {"paged_optimizer": _paged_bytes(work)}
-    low, high = work.allocation.low_rank_parameters, work.allocation.sparse_parameters
-    return deepspeed.host_bytes(work, low, high)
+def _host_optimizer(work: Workload, *, sparse: bool = True) -> Components:
+    """Optimizer states in host memory: offloaded by DeepSpeed, or paged.
 
-
-def _paged_bytes(work: Workload) -> int:
-    """Optimizer states in unified memory: they move to the card while they are used and leave it under pressure."""
-    allocation = work.allocation
-    if not _is_paged(work):
-        return 0
-    return parts.optimizer_bytes(allocation.low_rank_parameters, allocation.sparse_parameters, work.optimizer)
+    Paged ones are in unified memory: they move to the card while they are used and leave it under pressure.
+    """
+    low, high = work.allocation.low_rank_parameters, work.allocation.sparse_parameters if sparse else 0
+    if work.zero is not None:
+        return deepspeed.host_bytes(work, low, high)
+    return {"paged_optimizer": parts.optimizer_bytes(low, high, work.optimizer) if _is_paged(work) else 0}
 
 
 def _eval(work: Workload) -> PhaseMemory:

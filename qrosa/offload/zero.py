@@ -234,8 +234,10 @@ def _zero_section(path: str, zero: dict[str, Any], stage: int) -> dict[str, Any]
     return chosen
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 1024 and value == int(value)
+def _is_count(value: Any, least: int = 1024) -> bool:
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and value >= least and float(value).is_integer()
+    )
 
 
 def _offload_section(path: str, zero: dict[str, Any], asked: Offload) -> tuple[str | None, str | None, dict[str, Any]]:
@@ -250,9 +252,12 @@ def _offload_section(path: str, zero: dict[str, Any], asked: Offload) -> tuple[s
     if device not in ("none", "cpu", "nvme"):
         raise InputError(f"{path} offloads the optimizer to {device!r}", 'write "cpu", "nvme" or "none"')
     kept = {key: section[key] for key in _OFFLOAD_PASSED_ON if key in section and section[key] != "auto"}
-    if not asked.optimizer:
-        folder = section.get("nvme_path")
-        return (None if device == "none" else device), (None if folder is None else str(folder)), kept
+    if not _is_count(kept.get("buffer_count", SWAP_BUFFERS), least=SWAP_BUFFERS - 1):
+        raise InputError(
+            f"{path} has buffer_count {kept['buffer_count']!r}", f"write a whole number, such as {SWAP_BUFFERS}"
+        )
     if asked.nvme:
         return "nvme", asked.nvme, kept
-    return ("cpu" if device == "none" else device), section.get("nvme_path"), kept
+    if device == "none":
+        return ("cpu" if asked.optimizer else None), None, kept
+    return device, str(section.get("nvme_path") or "") if device == "nvme" else None, kept

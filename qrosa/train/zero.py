@@ -112,9 +112,8 @@ class ZeroOptimizer:
         if self._engine is None:
             from qrosa.offload.deepspeed import ZeroEngine
 
-            masters = {name: self._saved.get(f"{name}.{_MASTER}", group.flat()) for name, group in self.groups.items()}
             self._engine = ZeroEngine(
-                {name: flat.to(self.groups[name].gradient.device) for name, flat in masters.items()},
+                {name: self._start(name) for name in self.groups},
                 self.settings,
                 device=self._device,
                 weight_decay=self.weight_decay,
@@ -127,6 +126,11 @@ class ZeroOptimizer:
                 self.groups[SPARSE].become_views(flat)
             self._write_model(self._engine)
         return self._engine
+
+    def _start(self, name: str) -> Tensor:
+        """A part's masters, on the device: those that were loaded, else the model's values."""
+        saved = self._saved.get(f"{name}.{_MASTER}")
+        return self.groups[name].flat() if saved is None else saved.to(self._device)
 
     @property
     def _device(self) -> torch.device:

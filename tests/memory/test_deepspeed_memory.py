@@ -56,6 +56,20 @@ def test_offload_moves_states_to_the_host():
     assert step_bytes(there.work, low, high) < step_bytes(here.work, low, high)
 
 
+def test_selection_has_the_low_rank_states_on_the_host():
+    """The optimizer of warm-up stays where it is while masks are picked."""
+    made = planned(offload="auto,optimizer")
+    low, _ = parameters(made)
+    assert (
+        made.phases["select"].host["offloaded_optimizer"]
+        == host_bytes(made.work, low, 0)["offloaded_optimizer"]
+        > 20 * low
+    )
+    paged = planned(optimizer="paged-adamw8bit")
+    there = paged.phases["select"].host["paged_optimizer"]
+    assert 0 < there < paged.phases["train"].host["paged_optimizer"]
+
+
 def test_a_drive_leaves_buffers_on_the_host():
     made = planned(offload="auto,optimizer=nvme:/mnt/drive", budget="2%")
     low, high = parameters(made)

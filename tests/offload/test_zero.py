@@ -109,6 +109,15 @@ def test_a_files_buckets_and_drive_settings_are_kept(file):
     assert made.config(1, 1.0)["aio"] == {"queue_depth": 4}
 
 
+@pytest.mark.parametrize("device", ["none", "cpu"])
+def test_a_drive_that_is_not_used_is_not_kept(file, device):
+    section = {"stage": 3, "offload_optimizer": {"device": device, "nvme_path": 7}}
+    path = file({"zero_optimization": section})
+    for offload, place in (("none", None if device == "none" else device), ("optimizer", "cpu")):
+        made = settings(deepspeed=path, offload=offload)
+        assert (made.offload, made.nvme) == (place, None)
+
+
 def zero(**values):
     return {"zero_optimization": {"stage": 3, **values}}
 
@@ -128,6 +137,13 @@ def zero(**values):
         (zero(stage=2, offload_optimizer={"device": "nvme", "nvme_path": "/d"}), "ZeRO-2 takes host", "zero3"),
         (zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), "offload_optimizer.ratio", "take ratio out"),
         (zero(reduce_bucket_size="big"), "reduce_bucket_size 'big'", "elements"),
+        (zero(reduce_bucket_size=float("inf")), "reduce_bucket_size inf", "elements"),
+        (
+            zero(offload_optimizer={"device": "nvme", "nvme_path": "/d", "buffer_count": 3}),
+            "buffer_count 3",
+            "such as 5",
+        ),
+        (zero(offload_optimizer={"device": "cpu", "buffer_count": "many"}), "buffer_count 'many'", "whole number"),
         (zero(zero_quantized_weights=True), "zero_quantized_weights", "take zero_quantized_weights out"),
         (zero() | {"train_batch_size": 8}, "--batch-size decides", "auto"),
         (zero() | {"optimizer": {"type": "Adam"}}, "--lr, --sparse-lr", "auto"),
@@ -149,6 +165,7 @@ def test_a_file_that_asks_for_something_else_is_refused(file, document, error, h
         ({"deepspeed": "zero2", "offload": "optimizer=nvme:/d"}, "ZeRO-2 takes host memory", "zero3"),
         ({"deepspeed": "zero2", "optimizer": "adamw8bit"}, "--optimizer is adamw8bit", "adamw"),
         ({"offload": "optimizer", "optimizer": "paged-adamw8bit"}, "--offload optimizer runs", "adamw"),
+        ({"offload": "none,optimizer"}, "none stands alone", "leave none out"),
         ({"offload": "optimizer=disk:/d"}, "is unknown", "optimizer=nvme"),
     ],
 )
