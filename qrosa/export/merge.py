@@ -103,16 +103,10 @@ def merge(
         StorageError: Damaged files, too little disk, or a folder that cannot be written.
     """
     started = time.monotonic()
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype!r} is unknown", f"use one of: {', '.join(DTYPES)}")
-    if base not in BASES:
-        raise InputError(f"--base {base!r} is unknown", f"use one of: {', '.join(BASES)}")
+    _check_choices(dtype, base)
     check_target(Path(output), force=force)
     opened = open_adapter(source, model)
-    if base == "original" and opened.checkpoint.kind == "nf4":
-        raise InputError(
-            f"{opened.checkpoint.source} is already quantised: its original weights are not known", "use --base nf4"
-        )
+    _check_original(opened, base)
     specs = _specs(opened.model, DTYPES[dtype])
     shards = plan_shards(specs, max_shard_bytes)
     total = sum(spec.nbytes for spec in specs)
@@ -125,6 +119,20 @@ def merge(
         files = sorted(path.name for path in folder.iterdir())
     seconds = time.monotonic() - started
     return ExportReport(str(output), "safetensors", dtype, base, len(specs), total, files, seconds)
+
+
+def _check_choices(dtype: str, base: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype!r} is unknown", f"use one of: {', '.join(DTYPES)}")
+    if base not in BASES:
+        raise InputError(f"--base {base!r} is unknown", f"use one of: {', '.join(BASES)}")
+
+
+def _check_original(opened: OpenedAdapter, base: str) -> None:
+    if base == "original" and opened.checkpoint.kind == "nf4":
+        raise InputError(
+            f"{opened.checkpoint.source} is already quantised: its original weights are not known", "use --base nf4"
+        )
 
 
 def merged_weight(opened: OpenedAdapter, path: str, base: str, device: torch.device) -> Tensor:

@@ -43,23 +43,14 @@ def select_masks(
         InputError: No counts, counts that do not fit, or no supervised token.
         TrainingError: A loss is not finite, or all gradients are zero.
     """
-    if nnz is None:
-        allocation = getattr(model, "qrosa_allocation", None)
-        nnz = dict(allocation.nnz) if allocation is not None else {}
+    nnz = _budget_of(model) if nnz is None else nnz
     if not any(nnz.values()):
         raise InputError(
             "the model has no budget for a sparse part",
             'load it with one, as in qrosa.AdapterConfig(budget="0.3%"), or pass nnz={path: count}',
         )
     settings: AdapterConfig | None = getattr(model, "qrosa_adapter", None)
-    positions = choose_positions(
-        model,
-        batches,
-        config=config or MaskConfig(),
-        nnz=nnz,
-        seed=seed,
-        progress=progress,
-    )
+    positions = choose_positions(model, batches, config=config or MaskConfig(), nnz=nnz, seed=seed, progress=progress)
     notices = set_masks(
         model,
         positions,
@@ -69,3 +60,9 @@ def select_masks(
     for notice in notices:
         warnings.warn(notice, stacklevel=2)
     return positions
+
+
+def _budget_of(model: nn.Module) -> Mapping[str, int]:
+    """What the budget that the model was loaded with gave each layer."""
+    allocation = getattr(model, "qrosa_allocation", None)
+    return dict(allocation.nnz) if allocation is not None else {}

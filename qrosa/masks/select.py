@@ -77,27 +77,47 @@ def select_masks(
         TrainingError: A loss or score is not finite, or all gradients are zero.
     """
     layers = _chosen_layers(model, nnz)
-    sizes = {path: layer.in_features * layer.out_features for path, layer in layers.items()}
     counts = {path: nnz[path] for path in layers}
     if config.mask_score == "random":
-        return random_positions(sizes, counts, config.mask_scope, seed)
+        return random_positions(_sizes(layers), counts, config.mask_scope, seed)
     if config.mask_score in ("residual", "repair"):
         checkpoint = checkpoint or checkpoint_of(model)
     picker = MatrixPicker(counts) if config.mask_scope == "matrix" else ModelPicker(list(layers), sum(counts.values()))
     if config.mask_score == "residual":
         assert checkpoint is not None
-        for done, (path, layer) in enumerate(layers.items(), 1):
-            picker.add(path, residual(checkpoint, path, layer.weight.to(layer.device)).abs_())
-            if progress:
-                progress(done, len(layers))
-        return picker.result()
-    wanted = sizes if config.mask_scope == "global" else {path: size for path, size in sizes.items() if counts[path]}
-    limit = group_bytes or (parse_size(config.mask_memory, "--mask-memory") if config.mask_memory else None)
-    groups = group_matrices(wanted, limit or default_group_bytes(layers, wanted))
-    rows = read_samples(samples, config.mask_samples)
-    collected = _collect(model, layers, groups, rows, config.mask_score == "squared", loss, progress)
-    _pick(picker, collected, layers, checkpoint if config.mask_score == "repair" else None)
+        _pick_by_error(picker, layers, checkpoint, progress)
+    else:
+        groups = _groups(config, layers, counts, group_bytes)
+        rows = read_samples(samples, config.mask_samples)
+        collected = _collect(model, layers, groups, rows, config.mask_score == "squared", loss, progress)
+        _pick(picker, collected, layers, checkpoint if config.mask_score == "repair" else None)
     return picker.result()
+
+
+def _pick_by_error(
+    picker: MatrixPicker | ModelPicker,
+    layers: Mapping[str, QRosaLinear],
+    checkpoint: Checkpoint,
+    progress: Progress | None,
+) -> None:
+    """Pick the largest quantisation errors."""
+    for done, (path, layer) in enumerate(layers.items(), 1):
+        picker.add(path, residual(checkpoint, path, layer.weight.to(layer.device)).abs_())
+        if progress:
+            progress(done, len(layers))
+
+
+def _groups(
+    config: MaskConfig, layers: Mapping[str, QRosaLinear], counts: Mapping[str, int], group_bytes: int | None
+) -> list[list[str]]:
+    """The matrices that positions may be picked from, as many at a time as their statistics have room for."""
+    wanted = {path: size for path, size in _sizes(layers).items() if config.mask_scope == "global" or counts[path]}
+    limit = group_bytes or (parse_size(config.mask_memory, "--mask-memory") if config.mask_memory else None)
+    return group_matrices(wanted, limit or default_group_bytes(layers, wanted))
+
+
+def _sizes(layers: Mapping[str, QRosaLinear]) -> dict[str, int]:
+    return {path: layer.in_features * layer.out_features for path, layer in layers.items()}
 
 
 def _collect(
