@@ -7,7 +7,7 @@ of the budget is spent in three steps:
 2. *What is left*, in whole +1 ranks, one a module: cheapest modules first, ties from the last decoder layer down. A
    cheap rank covers a module for the fewest parameters, so this covers the most modules; among equals the last layers
    come first, where rank allocation by measured importance puts most of it too (AdaLoRA, arXiv 2303.10512, figure 3).
-   With measured sensitivities the order is by sensitivity per parameter instead.
+   With measured sensitivities (``qrosa.masks.sensitivity``) the order is by sensitivity per parameter instead.
 3. *Again*, in the same order, until one more rank anywhere would exceed the budget.
 
 Whatever no whole rank fits into goes to the sparse part, so a budget with a sparse part is used to the last parameter.
