@@ -9,16 +9,14 @@ apart. ``None`` always means "choose for me"; what was chosen is written into th
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from qrosa.errors import InputError, StorageError
+from qrosa.fields import check_positive, check_range, coerce, setting, suggest
 from qrosa.quantities import parse_budget, parse_offload, parse_share, parse_size
 
 MASK_SCORES = ("squared", "mean", "repair", "residual", "random")
@@ -29,11 +27,6 @@ RANK_ORDERS = ("order", "sensitivity")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit")
 SCHEDULES = ("linear", "cosine", "constant")
 LOGGERS = ("tensorboard", "wandb", "trackio")
-
-
-def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
-    """A dataclass field that carries its own command-line help."""
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -94,13 +87,13 @@ class AdapterConfig:
             raise InputError(f"--sparse-per-layer {self.sparse_per_layer} is negative", "use a count such as 5120")
         if self.budget is None and not self.rank and not self.density and not self.sparse_per_layer:
             raise InputError("rank 0 with density 0 trains nothing", "raise --rank or --density")
-        _check_range("sparse_share", self.sparse_share, 0, 1)
+        check_range("sparse_share", self.sparse_share, 0, 1)
         if self.rank_by == "sensitivity" and (self.budget is None or self.sparse_share == 1):
             raise InputError(
                 "--rank-by sensitivity shares out a budget's ranks, and there are none to share out",
                 "give a --budget with a --sparse-share below 1, or leave --rank-by at order",
             )
-        _check_positive("alpha", self.alpha)
+        check_positive("alpha", self.alpha)
         if not 0 <= self.dropout < 1:
             raise InputError(
                 f"--dropout {self.dropout:g} is out of range", "use a share from 0 up to, not including, 1"
@@ -130,7 +123,7 @@ class MaskConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_positive("mask_samples", self.mask_samples)
+        check_positive("mask_samples", self.mask_samples)
         if self.mask_memory is not None:
             parse_size(self.mask_memory, "--mask-memory")
         if self.warmup_steps is not None and self.warmup_steps < 0:
@@ -213,16 +206,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "lr", "sparse_lr", "max_grad_norm", "keep"):
-            _check_positive(name, getattr(self, name))
+            check_positive(name, getattr(self, name))
         for name in ("max_steps", "epochs", "eval_every", "save_every"):
             if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
+                check_positive(name, getattr(self, name))
         if self.epochs is not None and self.max_steps is not None:
             raise InputError("--epochs and --max-steps contradict each other", "give one of them")
         if self.micro_batch != "auto" and not (self.micro_batch.isdigit() and int(self.micro_batch) > 0):
             raise InputError(f"--micro-batch {self.micro_batch!r} is not a count", "use a number such as 4, or auto")
-        _check_range("lr_warmup", self.lr_warmup, 0, 1)
-        _check_range("weight_decay", self.weight_decay, 0, 1)
+        check_range("lr_warmup", self.lr_warmup, 0, 1)
+        check_range("weight_decay", self.weight_decay, 0, 1)
         if not 0 <= self.seed < 2**31:
             raise InputError(f"--seed {self.seed} is out of range", "use a seed from 0 to 2147483647")
         if self.vram is not None:
@@ -284,7 +277,7 @@ def make_group(group: type[_Group], values: Mapping[str, Any]) -> _Group:
     """
     hints = typing.get_type_hints(group)
     given = {
-        f.name: _coerce(f.name, values[f.name], hints[f.name], f.metadata.get("choices"))
+        f.name: coerce(f.name, values[f.name], hints[f.name], f.metadata.get("choices"))
         for f in dataclasses.fields(group)  # type: ignore[arg-type]
         if values.get(f.name) is not None
     }
@@ -300,7 +293,7 @@ def make_run_config(values: Mapping[str, Any]) -> RunConfig:
     known = setting_names()
     for key in values:
         if key not in known:
-            raise InputError(f"unknown setting {key!r}", _suggest(key, known))
+            raise InputError(f"unknown setting {key!r}", suggest(key, known))
     for key, flag in (("model", "--model"), ("output", "--output"), ("data", "--data")):
         if not values.get(key):
             raise InputError(f"{flag} is missing", f"give {flag}, or {key}: in the config file")
@@ -335,7 +328,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     known = setting_names()
     for key in values:
         if key not in known:
-            raise InputError(f"unknown key {key!r} in {path}", _suggest(key, known))
+            raise InputError(f"unknown key {key!r} in {path}", suggest(key, known))
     return values
 
 
@@ -346,58 +339,3 @@ def to_flat(config: RunConfig) -> dict[str, Any]:
         for key, value in dataclasses.asdict(getattr(config, name)).items():
             flat[key] = list(value) if isinstance(value, tuple) else value
     return flat
-
-
-def _coerce(name: str, value: Any, hint: Any, choices: tuple[str, ...] | None) -> Any:
-    """Turn text or a YAML scalar into the field's type, or say what was expected."""
-    flag = "--" + name.replace("_", "-")
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    if typing.get_origin(hint) is tuple:
-        parts = value.split(",") if isinstance(value, str) else list(value)
-        items = tuple(str(part).strip() for part in parts if str(part).strip())
-        for item in items:
-            _check_choice(flag, item, choices)
-        return items
-    if isinstance(value, bool) and name == "checkpointing":  # YAML reads on and off as booleans
-        value = "on" if value else "off"
-    if isinstance(value, (bool, dict, list)):
-        raise InputError(f"{flag} has the wrong type: {value!r}", f"give one {hint.__name__}")
-    try:
-        if name == "density":
-            return parse_share(value, flag)
-        if hint is int:
-            number = float(value)
-            if number != math.floor(number):
-                raise ValueError
-            return int(number)
-        if hint is float:
-            number = float(value)
-            if not math.isfinite(number):
-                raise ValueError
-            return number
-    except (ValueError, OverflowError, TypeError):
-        kind = "a whole number" if hint is int else "a number"
-        raise InputError(f"{flag} {value!r} is not {kind}", f"give {kind}") from None
-    _check_choice(flag, str(value), choices)
-    return str(value)
-
-
-def _check_choice(flag: str, value: str, choices: tuple[str, ...] | None) -> None:
-    if choices and value not in choices:
-        raise InputError(f"{flag} {value!r} is unknown", f"use one of: {', '.join(choices)}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise InputError(f"--{name.replace('_', '-')} {value:g} is not above zero", "use a positive number")
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise InputError(f"--{name.replace('_', '-')} {value:g} is out of range", f"use a number from {low} to {high}")
-
-
-def _suggest(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else "see 'qrosa finetune --help' for all settings"

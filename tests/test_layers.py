@@ -30,12 +30,13 @@ TIERS = {
 }
 # Neighbours that one of a tier may use: repair reads the 16-bit base, training plans and evaluates, export verifies.
 ALLOWED_SIDEWAYS = {("masks", "base"), ("train", "memory"), ("train", "eval"), ("export", "eval")}
-LEAVES = ("config", "errors", "quantities")
+LEAVES = ("config", "errors", "fields", "quantities")
 FACADE = ("__init__", "api")  # `import qrosa`: the public names, from wherever they live
 TORCH_FREE = (
     "qrosa",
     "qrosa.config",
     "qrosa.errors",
+    "qrosa.fields",
     "qrosa.adapters.budget",
     "qrosa.memory.shape",
     "qrosa.memory.model",
