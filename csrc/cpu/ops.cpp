@@ -1,6 +1,7 @@
 // The CPU bindings: check, split among torch's threads, call the kernels.
 #include <torch/csrc/stable/library.h>
 
+#include <cstring>
 #include <vector>
 
 #include "binding.h"
@@ -68,29 +69,83 @@ const void* low_rank_data(const Tensor& tensor, ScalarType type, int64_t rows, i
   return tensor.data_ptr();
 }
 
-Tensor decode_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, const OptionalTensor& absmax_code,
-                     const OptionalTensor& absmax_scale, const OptionalTensor& absmax_offset, int64_t block_size,
-                     int64_t features, const OptionalTensor& bias, const OptionalTensor& row_ptr,
-                     const OptionalTensor& col, const OptionalTensor& values, const OptionalTensor& a,
-                     const OptionalTensor& b, double scale) {
-  STD_TORCH_CHECK(x.dim() >= 1 && is_kernel_float(x.scalar_type()), "x must be bf16, fp16 or fp32 [..., K]");
-  check_dense(x, "x");
+// All of a layer but x and y; `like` names the device.
+DecodeWork layer_work(const Tensor& like, const Nf4View& nf4, int64_t features, int64_t columns,
+                      const OptionalTensor& bias, const CsrView& csr, const OptionalTensor& a, const OptionalTensor& b,
+                      double scale) {
   DecodeWork work{};
   work.features = features;
-  work.columns = x.size(x.dim() - 1);
-  work.tokens = work.columns > 0 ? x.numel() / work.columns : 0;
-  work.nf4 = nf4_view(codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, features, work.columns, x);
-  work.csr = optional_csr_view(row_ptr, col, values, features, work.columns, x);
+  work.columns = columns;
+  work.nf4 = nf4;
+  work.csr = csr;
   STD_TORCH_CHECK(a.has_value() == b.has_value(), "the low-rank part needs both a and b");
   if (a.has_value()) {
     work.rank = a->size(0);
     work.scale = static_cast<float>(scale);
     work.low_rank_type = float_type(*a);
-    work.a = low_rank_data(*a, a->scalar_type(), work.rank, work.columns, "a");
+    work.a = low_rank_data(*a, a->scalar_type(), work.rank, columns, "a");
     work.b = low_rank_data(*b, a->scalar_type(), features, work.rank, "b");
   }
-  if (bias.has_value()) work.bias = checked_data<void>(*bias, x.scalar_type(), features, x, "bias");
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(is_kernel_float(bias->scalar_type()), "bias must be bf16, fp16 or fp32");
+    work.type = float_type(*bias);
+    work.bias = checked_data<void>(*bias, bias->scalar_type(), features, like, "bias");
+  }
+  return work;
+}
+
+Tensor decode_rows_of(const Tensor& x, DecodeWork& work) {
+  STD_TORCH_CHECK(x.dim() >= 1 && is_kernel_float(x.scalar_type()), "x must be bf16, fp16 or fp32 [..., K]");
+  check_dense(x, "x");
+  STD_TORCH_CHECK(x.size(x.dim() - 1) == work.columns, "x has ", x.size(x.dim() - 1), " columns, the layer ",
+                  work.columns);
+  STD_TORCH_CHECK(work.bias == nullptr || work.type == float_type(x), "bias has the wrong dtype");
+  work.tokens = work.columns > 0 ? x.numel() / work.columns : 0;
   return decode(x, work);
+}
+
+Tensor decode_linear(const Tensor& x, const Tensor& codes, const Tensor& absmax, const OptionalTensor& absmax_code,
+                     const OptionalTensor& absmax_scale, const OptionalTensor& absmax_offset, int64_t block_size,
+                     int64_t features, const OptionalTensor& bias, const OptionalTensor& row_ptr,
+                     const OptionalTensor& col, const OptionalTensor& values, const OptionalTensor& a,
+                     const OptionalTensor& b, double scale) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x must be [..., K]");
+  check_dense(x, "x");
+  const int64_t columns = x.size(x.dim() - 1);
+  const Nf4View nf4 =
+      nf4_view(codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, features, columns, x);
+  const CsrView csr = optional_csr_view(row_ptr, col, values, features, columns, x);
+  DecodeWork work = layer_work(x, nf4, features, columns, bias, csr, a, b, scale);
+  return decode_rows_of(x, work);
+}
+
+// A checked layer, packed into bytes: its caller keeps the tensors, and makes a new plan when they change.
+struct DecodePlan {
+  uint64_t mark;
+  DecodeWork work;
+};
+constexpr uint64_t kPlanMark = 0x71726F7361706C6EULL;
+
+Tensor decode_plan(const Tensor& codes, const Tensor& absmax, const OptionalTensor& absmax_code,
+                   const OptionalTensor& absmax_scale, const OptionalTensor& absmax_offset, int64_t block_size,
+                   int64_t features, int64_t columns, const OptionalTensor& bias, const OptionalTensor& row_ptr,
+                   const OptionalTensor& col, const OptionalTensor& values, const OptionalTensor& a,
+                   const OptionalTensor& b, double scale) {
+  const Nf4View nf4 =
+      nf4_view(codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, features, columns, codes);
+  const CsrView csr = optional_csr_view(row_ptr, col, values, features, columns, codes);
+  const DecodePlan plan{kPlanMark, layer_work(codes, nf4, features, columns, bias, csr, a, b, scale)};
+  Tensor packed = torch::stable::new_empty(codes, {static_cast<int64_t>(sizeof(plan))});
+  std::memcpy(packed.mutable_data_ptr(), &plan, sizeof(plan));
+  return packed;
+}
+
+Tensor decode_planned(const Tensor& x, const Tensor& packed) {
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.numel() == sizeof(DecodePlan), "not a plan");
+  DecodePlan plan;
+  std::memcpy(&plan, packed.data_ptr(), sizeof(plan));
+  STD_TORCH_CHECK(plan.mark == kPlanMark, "not a plan");
+  return decode_rows_of(x, plan.work);
 }
 
 void score_block(const Kernels& use, const Tensor& dy, const Tensor& x, float* stat, bool square, int64_t n0,
@@ -159,6 +214,8 @@ STABLE_TORCH_LIBRARY_IMPL(qrosa, CPU, library) {
   library.impl("dequant_add", TORCH_BOX(&dequant_add));
   library.impl("dequant_spmm", TORCH_BOX(&dequant_spmm));
   library.impl("decode_linear", TORCH_BOX(&decode_linear));
+  library.impl("decode_plan", TORCH_BOX(&decode_plan));
+  library.impl("decode_planned", TORCH_BOX(&decode_planned));
   library.impl("score_accumulate", TORCH_BOX(&score_accumulate));
   library.impl("dropout", TORCH_BOX(&dropout));
 }

@@ -11,7 +11,9 @@ come and go: warm-up trains the low-rank part alone, mask selection adds the spa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,16 @@ from qrosa import ops
 from qrosa.errors import InputError
 from qrosa.quant.nf4 import NF4Weight
 from qrosa.sparse.csr import CsrDelta
+
+
+class _Plan(NamedTuple):
+    weight: NF4Weight
+    """What the plan was made of; a streamed base puts another one in its place, which no plan fits."""
+    layer: ops.DecodePlan
+    dtype: torch.dtype
+    """Of x; the bias was converted to it."""
+    elements: int
+    """Most of x."""
 
 
 class QRosaLinear(nn.Module):
@@ -57,6 +69,7 @@ class QRosaLinear(nn.Module):
         self.alpha = 0.0
         self.dropout = 0.0
         self.adapter_enabled = True
+        self._plan: _Plan | None = None
 
     @classmethod
     def from_linear(
@@ -158,6 +171,9 @@ class QRosaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map X [..., K] to Y [..., N] in X's dtype."""
+        plan = self._plan
+        if plan is not None and plan.weight is self.weight and x.numel() <= plan.elements and x.dtype is plan.dtype:
+            return ops.decode_planned(x.contiguous(), plan.layer.packed)  # type: ignore[no-any-return]
         # The dictionaries: a Module's attributes cost more than all else here that is not arithmetic.
         own, buffers, weight = self._parameters, self._buffers, self.weight
         nf4, bias, features = weight.operands(), own["bias"], weight.shape[0]
@@ -173,6 +189,26 @@ class QRosaLinear(nn.Module):
         # Drawn from the CPU generator: no device sync, and checkpointing replays it with the RNG state.
         seed = int(torch.randint(2**31, ())) if dropout else 0
         return ops.linear(x, nf4, features, bias, csr, a, b, self.alpha / a.shape[0], dropout, seed)
+
+    def _planned(self) -> _Plan | None:
+        csr, a, b, dtype = None, None, None, self.weight.dtype
+        if self.adapter_enabled:
+            delta, a, b = self.sparse_delta(), self.low_rank_A, self.low_rank_B
+            csr = None if delta is None else ops.CsrOperands(delta.row_ptr, delta.col, delta.values)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        layer = ops.plan_decode(self.weight.operands(), self.weight.shape, bias, csr, a, b, self.scale)
+        if layer is None:
+            return None
+        return _Plan(self.weight, layer, dtype, ops.decode_rows(self.device) * self.in_features)
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """Inside the block the layer is called without gradients, and nothing of it changes: calls cost less."""
+        self._plan = self._planned() if self.weight.device == self.device else None
+        try:
+            yield
+        finally:
+            self._plan = None
 
     @torch.no_grad()
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,12 +11,14 @@ Three config attributes bend the logits of some families and are honoured: ``fin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from qrosa.adapters.inject import quantized_linears
 
 CHUNK_TOKENS = 256
 
@@ -37,9 +39,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def generating(model: nn.Module) -> Iterator[None]:
     """``evaluating`` for one token after another: what a call costs besides its arithmetic counts here.
 
-    Inference mode saves the bookkeeping of autograd, whose part in a small op is large. Attention is fused where the
-    model has that: training on a CPU prefers the eager kind, whose backward is the quicker one there, but with one
-    query at a time it only costs copies of the keys and values. What the model had is put back afterwards.
+    Quantised layers are checked once, and must stay as they are inside the block. Inference mode saves the bookkeeping
+    of autograd, whose part in a small op is large. Attention is fused where the model has that: training on a CPU
+    prefers the eager kind, whose backward is the quicker one there, but with one query at a time it only costs copies
+    of the keys and values. What the model had is put back afterwards.
     """
     hf = cast(Any, model)
     kind = getattr(hf.config, "_attn_implementation", None)
@@ -47,7 +50,9 @@ def generating(model: nn.Module) -> Iterator[None]:
     if turn:
         hf.set_attn_implementation("sdpa")
     try:
-        with evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.inference_mode(), ExitStack() as layers:
+            for layer in quantized_linears(model).values():
+                layers.enter_context(layer.fixed())
             yield
     finally:
         if turn:

@@ -13,6 +13,7 @@ import torch
 
 from qrosa.ops import autograd as autograd
 from qrosa.ops import library, reference
+from qrosa.ops.decode import DecodePlan, plan_decode
 from qrosa.ops.library import force_cpu_isa
 from qrosa.ops.linear import release_workspace
 from qrosa.ops.operands import MAX_UINT16_COLUMNS, NESTED_BLOCK, NF4_TABLE, CsrOperands, NF4Operands
@@ -22,11 +23,15 @@ __all__ = [
     "NESTED_BLOCK",
     "NF4_TABLE",
     "CsrOperands",
+    "DecodePlan",
     "NF4Operands",
+    "decode_planned",
+    "decode_rows",
     "dequant_add",
     "dequant_spmm",
     "force_cpu_isa",
     "linear",
+    "plan_decode",
     "release_workspace",
     "score_accumulate",
     "sddmm",
@@ -36,9 +41,17 @@ __all__ = [
 library.load()
 
 _decode_linear = torch.ops.qrosa.decode_linear.default
+decode_planned = torch.ops.qrosa.decode_planned.default
+"""(x [..., K], the ``packed`` of a plan) -> [..., N]"""
 
 _DECODE_ROWS = {"cpu": 15, "cuda": 16}
 """Up to so many rows, multiplying straight from 4 bits beats dequantising first (``bench/bench_dequant_spmm.py``)."""
+
+
+def decode_rows(device: torch.device) -> int:
+    """Up to so many rows of x, a layer without gradients is multiplied straight from 4 bits."""
+    return _DECODE_ROWS.get(device.type, 0)
+
 
 _NO_DELTA = (None, None, None)
 

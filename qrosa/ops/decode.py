@@ -1,13 +1,21 @@
-"""The layer for few rows and no gradient out of other ops: what ``qrosa::decode_linear`` is where no kernel fuses it.
+"""The layer for few rows and no gradient: by other ops where no kernel fuses it, by a plan where calls must be cheap.
 
-The CPU kernel (``csrc/cpu/dequant_spmm.h``) sums the base, both adapters and the bias in fp32 and rounds once; here
-each part is rounded as it is added.
+The CPU kernel (``csrc/cpu/dequant_spmm.h``) sums the base, both adapters and the bias in fp32 and rounds once; the
+composition rounds each part as it is added.
+
+A layer of a small model takes some 20 us a token, and handing eleven tensors to an op takes a third of that. So a layer
+that stays as it is for many tokens is checked once and packed into a plan, which holds the addresses of its data. That
+is for one scope, which keeps the tensors and changes none of them (``qrosa.eval.head.generating``); a layer outside
+such a scope is called with its tensors.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from qrosa.ops import linear
 from qrosa.ops.operands import CsrOperands, NF4Operands
 
 
@@ -29,3 +37,29 @@ def decode_linear(
     if bias is not None:
         y.add_(bias)
     return y.view(*x.shape[:-1], out_features)
+
+
+class DecodePlan(NamedTuple):
+    """A layer with a fixed place in memory."""
+
+    packed: torch.Tensor
+    """What ``qrosa::decode_planned`` takes beside x."""
+    kept: tuple[torch.Tensor | None, ...]
+    """The tensors whose addresses the plan holds."""
+
+
+def plan_decode(
+    nf4: NF4Operands,
+    shape: tuple[int, int],
+    bias: torch.Tensor | None,
+    csr: CsrOperands | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    scale: float,
+) -> DecodePlan | None:
+    """The plan of a layer [N, K], or None where no kernel takes one: only the CPU's does."""
+    if nf4.codes.device.type != "cpu" or "cpu" not in linear.compiled:
+        return None
+    parts = (bias, *(csr or (None, None, None)), a, b)
+    packed = torch.ops.qrosa.decode_plan(*nf4, *shape, *parts, scale)
+    return DecodePlan(packed, (*nf4[:5], *parts))

@@ -132,6 +132,13 @@ def _(  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+# For generation on the CPU, outside of graphs, so without fakes: a layer checked once, then called by its plan.
+LIBRARY.define(
+    f"decode_plan({_NF4}, int out_features, int in_features, Tensor? bias, {_CSR}, Tensor? a, Tensor? b, float scale) "
+    "-> Tensor"
+)
+LIBRARY.define("decode_planned(Tensor x, Tensor plan) -> Tensor")
+
 LIBRARY.define("score_accumulate(Tensor dy, Tensor x, Tensor(a!) stat, bool square) -> ()")
 
 

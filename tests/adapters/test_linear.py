@@ -125,3 +125,30 @@ def test_masks_of_another_shape_are_refused() -> None:
         QRosaLinear.from_linear(nn.Linear(K, N), mask=torch.ones(N, K + 1, dtype=torch.bool))
     with pytest.raises(InputError, match="mask"):
         QRosaLinear.from_linear(nn.Linear(K, N), mask=CsrDelta.from_positions(torch.tensor([0]), (1, 1)))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_fixed_layer_computes_the_same(bias: bool) -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(128, 48, bias=bias, dtype=torch.bfloat16)
+    layer = QRosaLinear.from_linear(dense, rank=4, mask=torch.rand(48, 128) < 0.05).eval()
+    layer.low_rank_B.data.normal_()
+    layer.sparse_values.data.normal_()
+    few, many, wide = torch.randn(1, 2, 128).bfloat16(), torch.randn(40, 128).bfloat16(), torch.randn(2, 128)
+    with torch.inference_mode():
+        free = [layer(x) for x in (few, many, wide)]
+        with layer.fixed():
+            assert layer._plan is not None
+            fixed = [layer(x) for x in (few, many, wide)]
+            other = QRosaLinear.from_linear(nn.Linear(128, 48).bfloat16()).weight
+            weight, layer.weight = layer.weight, other  # as a streamed base does
+            assert not torch.equal(layer(few), fixed[0])
+            layer.weight = weight
+    assert layer._plan is None
+    assert all(torch.equal(one, same) for one, same in zip(free, fixed, strict=True))
+    layer.adapter_enabled = False
+    with torch.inference_mode():
+        free_bare = layer(few)
+        with layer.fixed():
+            bare = layer(few)
+    assert torch.equal(bare, free_bare) and not torch.equal(bare, free[0])

@@ -156,3 +156,30 @@ def test_bad_inputs_are_refused(isa: str) -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.qrosa.decode_linear(*flat({**good, **change}, 6))
+
+
+def test_a_plan_is_the_layer(isa: str) -> None:
+    for rank, density in ((0, None), (16, 0.05)):
+        given = arguments(3, 70, 192, rank, density, torch.bfloat16)
+        plan = ops.plan_decode(given["nf4"], (70, 192), given["bias"], given["csr"], given["a"], given["b"], SCALE)
+        assert plan is not None
+        x = given["x"].view(1, 3, 192)
+        expected = torch.ops.qrosa.decode_linear(*flat(given, 70))
+        assert torch.equal(ops.decode_planned(x, plan.packed), expected.view(1, 3, 70))
+        for bad, message in ((x[..., :64].contiguous(), "columns"), (x.float(), "dtype"), (x.mT, "contiguous")):
+            with pytest.raises(RuntimeError, match=message):
+                ops.decode_planned(bad, plan.packed)
+        with pytest.raises(RuntimeError, match="not a plan"):
+            ops.decode_planned(x, torch.zeros_like(plan.packed))
+
+
+def test_a_plan_is_checked_like_the_layer(isa: str) -> None:
+    given = arguments(1, 6, 64, 4, 0.2, torch.bfloat16)
+    nf4, csr, a, b = (given[name] for name in ("nf4", "csr", "a", "b"))
+    for args, message in (
+        ((nf4, (7, 64), None, csr, a, b, SCALE), "codes"),
+        ((nf4, (6, 64), given["bias"][:5], csr, a, b, SCALE), "bias"),
+        ((nf4, (6, 64), None, csr, a[:, :63].contiguous(), b, SCALE), "a must be"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.plan_decode(*args)
