@@ -1,6 +1,6 @@
 """Whether ranks by sensitivity do better than ranks in the default order, everything else the same.
 
-    python bench/bench_rank_by.py       # some 10 minutes on one core; writes bench/results/rank-by-cpu.json
+    python bench/bench_rank_by.py       # some 8 minutes of one core; writes bench/results/rank-by-cpu.json
 
 SmolLM2-135M-Instruct learns to judge film reviews (rows and prompt of bench/demo.py) within 0.3% of its parameters,
 once low-rank only (one rank everywhere fits, and 98k parameters are left to give out) and once with the default sparse

@@ -170,6 +170,23 @@ def host_memory() -> str:
     return markdown(["training", "planned MB", "measured MB", "difference"], rows) + text
 
 
+def rank_by() -> str:
+    """Held-out accuracy and loss by how ranks were given out, a row a seed and sparse share."""
+    found = read("rank-by-cpu")["rows"]
+    cases = dict.fromkeys((row["sparse_share"], row["seed"]) for row in sorted(found, key=lambda r: r["sparse_share"]))
+    rows = []
+    for share, seed in cases:
+        by = {r["rank_by"]: r for r in found if (r["sparse_share"], r["seed"]) == (share, seed)}
+        cells = [f"{by[o]['accuracy']:.3f} / {by[o]['loss']:.3f}" for o in ("order", "sensitivity")]
+        rows.append([f"{share:g}", str(seed), *cells])
+    first = found[0]
+    text = (
+        f"\nSmolLM2-135M, film reviews, budget 0.3%, {first['train_rows']} training rows, {first['steps']} steps, "
+        f"{first['test_rows']} held-out rows: accuracy / loss. Reproduce: `python bench/bench_rank_by.py`\n"
+    )
+    return markdown(["sparse share", "seed", "--rank-by order", "--rank-by sensitivity"], rows) + text
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-ops": cpu_ops,
     "cpu-layer": cpu_layer,
@@ -178,6 +195,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "plan": plan,
     "host-memory": host_memory,
+    "rank-by": rank_by,
 }
 
 
