@@ -60,6 +60,8 @@ gpu: build
 	$(PY) bench/gpu.py --part ops
 	$(PY) bench/gpu.py --part layer
 	$(PY) bench/gpu.py --part steps
+	$(PY) bench/gpu.py --part resident
+	$(PY) bench/gpu.py --part streamed
 
 # A copy of the tree with its CPU library under AddressSanitizer and UBSan, so that the one in use stays as it is.
 SANITIZED := build/sanitize

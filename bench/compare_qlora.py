@@ -28,42 +28,20 @@ import torch
 from torch import nn
 
 from bench.gpu_measure import require_card, save
+from bench.random_checkpoint import SHAPES
 
 CAP = 24 * 10**9
 BUDGET, DROPOUT, SEQUENCE, STEPS, WARMUP = 0.003, 0.05, 2048, 8, 2
 SYSTEMS = ("peft", "qrosa", "qrosa-sparse")
-MODELS: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "mistral-nemo-12b": {
-        "model_type": "mistral",
-        "hidden_size": 5120,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 131072,
-        "sliding_window": None,
-    },
-}
+MODELS = ("llama-3.1-8b", "mistral-nemo-12b")
 
 
 def config_of(name: str) -> Any:
     """The transformers config of a model's shape."""
     from transformers import AutoConfig
 
-    settings = dict(MODELS[name])
-    config = AutoConfig.for_model(
-        settings.pop("model_type"), **settings, tie_word_embeddings=False, max_position_embeddings=8192
-    )
+    settings = dict(SHAPES[name])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     config._attn_implementation = "sdpa"
     return config
 

@@ -1,7 +1,7 @@
 """Every figure that needs a card: ops, the layer, and whole training steps, as shares of this card's own peaks.
 
     python bench/gpu.py                  # all parts, one after the other
-    python bench/gpu.py --part ops       # ops | layer | steps, each under ten minutes
+    python bench/gpu.py --part ops       # ops | layer | steps | resident | streamed, each under ten minutes
 
 Writes ``bench/results/<device>-<date>.json``. Bandwidth counts the bytes that an op must move (4-bit codes, absmax,
 output); ``share`` is of the copy bandwidth, or of the bf16 product, measured at the start of the same part.
@@ -28,6 +28,7 @@ SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 DENSITIES = (0.003, 0.006)
 CROSSING = (0.003, 0.006, 0.01, 0.02, 0.03, 0.045, 0.06, 0.1)
 RANK = 16
+SMALL, LARGE = ("llama-3.1-8b", "mistral-nemo-12b"), ("qwen2.5-32b", "llama-3.1-70b")
 Row = dict[str, Any]
 
 
@@ -214,11 +215,24 @@ def layer_part() -> None:
 def steps_part() -> None:
     """Whole training steps, one process each so that no memory is left over."""
     script = Path(__file__).with_name("compare_qlora.py")
-    for model in ("llama-3.1-8b", "mistral-nemo-12b"):
+    for model in SMALL:
         subprocess.run([sys.executable, str(script), "--model", model], check=True)
 
 
-PARTS = {"ops": ops_part, "layer": layer_part, "steps": steps_part}
+def plan_part(*models: str) -> None:
+    """Planned against measured memory, and the speed of a streamed base."""
+    script = Path(__file__).with_name("compare_plan.py")
+    for model in models:
+        subprocess.run([sys.executable, str(script), "--model", model], check=True)
+
+
+PARTS: dict[str, Callable[[], None]] = {
+    "ops": ops_part,
+    "layer": layer_part,
+    "steps": steps_part,
+    "resident": lambda: plan_part(*SMALL),
+    "streamed": lambda: plan_part(*LARGE),
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
