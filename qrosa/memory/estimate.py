@@ -17,7 +17,7 @@ from typing import Any
 from qrosa.errors import InputError
 from qrosa.memory.arithmetic import BANDWIDTH_SHARE, Cost, passes
 from qrosa.memory.cards import Card, Network
-from qrosa.memory.deepspeed import sent_bytes
+from qrosa.memory.deepspeed import offload_seconds, sent_bytes
 from qrosa.memory.model import traffic
 from qrosa.memory.workload import Workload
 
@@ -172,10 +172,17 @@ def estimate(work: Workload, batch_size: int, machines: Machines) -> Estimate:
         took, cost = micro_batch_time(sized, machines.card), cost + passes(sized).total
         for part in seconds:
             seconds[part] += getattr(took, part)
-    trained = work.allocation.trainable
-    seconds["optimizer"] = _OPTIMIZER * trained / (BANDWIDTH_SHARE * machines.card.bandwidth)
+    seconds["optimizer"] = _optimizer_seconds(work, machines.card)
     seconds["network"] = all_reduce_seconds(work, machines)
     return Estimate(machines, work, batch_size, micro_batches, cost, seconds, step_traffic(work, micro_batches))
+
+
+def _optimizer_seconds(work: Workload, card: Card) -> float:
+    """AdamW over what a card owns; offloaded, two copies and the host's bandwidth (a drive's time is not known)."""
+    bandwidth, zero = BANDWIDTH_SHARE * card.bandwidth, work.zero
+    owned = work.allocation.trainable / (work.processes if zero is not None else 1)
+    offloaded = offload_seconds(work, card.link, bandwidth) if zero is not None and zero.offload is not None else 0.0
+    return _OPTIMIZER * owned / bandwidth + offloaded
 
 
 def micro_batch_rows(work: Workload, rows: int) -> list[int]:
@@ -228,7 +235,7 @@ def all_reduce_seconds(work: Workload, machines: Machines) -> float:
 
 def _scaling(made: Estimate) -> dict[str, Any]:
     machines = made.machines
-    alone = estimate(made.work, made.batch_size, Machines(machines.card))
+    alone = estimate(dataclasses.replace(made.work, processes=1), made.batch_size, Machines(machines.card))
     return {
         "gpus": machines.gpus,
         "nodes": machines.nodes,

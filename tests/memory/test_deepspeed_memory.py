@@ -120,6 +120,23 @@ def test_a_step_with_offload_takes_longer_by_copy_and_adam():
     assert seconds < 0.2  # 24M parameters
 
 
+def test_the_estimated_step_has_the_offloads_time_and_shares_it_out():
+    card = find_card("rtx4090")
+    one, four = Machines(card), Machines(card, 4)
+
+    def optimizer(machines, **train):
+        return planned(machines=machines, **train).estimate().seconds["optimizer"]
+
+    plain = optimizer(one)
+    assert optimizer(four) == optimizer(one, deepspeed="zero2") == plain
+    assert optimizer(four, deepspeed="zero2") == pytest.approx(plain / 4)
+    offloaded = planned(machines=one, offload="auto,optimizer")
+    words = f"{offloaded.estimate().seconds['optimizer'] - plain:.2f} s a step"
+    assert words in offloaded.reasons["deepspeed"] and words != "0.00 s a step"
+    shared = planned(machines=four, offload="auto,optimizer").estimate()
+    assert shared.seconds["optimizer"] < 0.3 * offloaded.estimate().seconds["optimizer"]
+
+
 def test_every_card_sends_masters_too():
     machines = Machines(find_card("rtx4090"), 1, 4, find_network("10gbe"))
     plain, zero2, zero3 = (
