@@ -34,7 +34,7 @@ ALIGNED = 1024  # elements that a process's share of a piece is a multiple of (q
 # PCIe where no card is named: generation 4 on 8 lanes, or 3 on 16, have 15.8e9.
 HOST_RATE = 10e9
 LINK_RATE = 12e9
-_STEP_BYTES = 28  # gradient in; master and two states in and out
+STEP_BYTES = 28  # gradient in; master and two states in and out
 _SENT = {None: 2, 2: 3, 3: 4}  # shares of (p - 1) / p: all-reduce; that and a gather; reduce-scatter and three gathers
 
 
@@ -127,8 +127,8 @@ def sent_bytes(work: Workload, cards: int) -> float:
 def offload_seconds(work: Workload, link: float, bandwidth: float) -> float:
     """Time that an offloaded step takes beyond one on the card: both ways over PCIe, and AdamW at the host's rate."""
     share = work.allocation.trainable / work.processes
-    on_card = _STEP_BYTES * share / bandwidth if bandwidth else 0.0
-    return 2 * FULL * share / link + _STEP_BYTES * share / HOST_RATE - on_card
+    on_card = STEP_BYTES * share / bandwidth if bandwidth else 0.0
+    return 2 * FULL * share / link + STEP_BYTES * share / HOST_RATE - on_card
 
 
 def optimizer_reason(request: Request, work: Workload) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 from qrosa.errors import InputError
 from qrosa.memory.arithmetic import BANDWIDTH_SHARE, Cost, passes
 from qrosa.memory.cards import Card, Network
-from qrosa.memory.deepspeed import offload_seconds, sent_bytes
+from qrosa.memory.deepspeed import STEP_BYTES, offload_seconds, sent_bytes
 from qrosa.memory.model import traffic
 from qrosa.memory.workload import Workload
 
@@ -26,7 +26,6 @@ NETWORK_SHARE = 0.9  # TCP over Ethernet
 DISK_RATE = 3e9  # bytes a second of an NVMe drive, reading
 HOST_SECONDS = 0.0008  # to start the kernels of a layer's forward pass; backward takes twice that
 CARD_LATENCY, NETWORK_LATENCY = 20e-6, 50e-6  # seconds of a hop of the ring
-_OPTIMIZER = 40  # bytes that its step moves for a trained parameter: gradient, master and two states, in and out
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ def _optimizer_seconds(work: Workload, card: Card) -> float:
     bandwidth, zero = BANDWIDTH_SHARE * card.bandwidth, work.zero
     owned = work.allocation.trainable / (work.processes if zero is not None else 1)
     offloaded = offload_seconds(work, card.link, bandwidth) if zero is not None and zero.offload is not None else 0.0
-    return _OPTIMIZER * owned / bandwidth + offloaded
+    return STEP_BYTES * owned / bandwidth + offloaded
 
 
 def micro_batch_rows(work: Workload, rows: int) -> list[int]:
