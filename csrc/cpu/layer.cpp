@@ -10,6 +10,10 @@ namespace {
 
 constexpr int64_t kPackedBytes = 1 << 20;  // of a packed chunk of X: half of a common L2 cache
 constexpr int64_t kStripRows = 256;        // columns of dY packed at a time
+constexpr int64_t kUnit = 64;              // columns of dY and X that threads share out
+// Up to so many threads pack all of X each for itself: to fetch what another core has just written takes longer than to
+// pack it again (2048 x 2048 on two cores: 350 us against 200).
+constexpr uint32_t kOwnCopies = 3;
 constexpr int64_t kTileBytes = 1024;
 // Tokens that are multiplied with one decoding of the weight: their sums for a panel (512 fp32 numbers each) stay in
 // L2.
@@ -49,7 +53,6 @@ struct Chunk {
 
 Chunk make_chunk(const Kernels& use, const GradientWork& work, int64_t start, int64_t depth) {
   Chunk chunk{start, depth, use.packed_words(work.type, depth), nullptr, nullptr, nullptr};
-  chunk.packed_x = shared_space.get<uint32_t>(chunk.words * work.columns);
   if (work.rank == 0) return chunk;
   const int64_t bytes = factor_bytes(work.rank, depth);
   char* tiles = factor_space.get<char>(2 * bytes);
@@ -64,18 +67,16 @@ Chunk make_chunk(const Kernels& use, const GradientWork& work, int64_t start, in
   return chunk;
 }
 
-void pack_x(const Kernels& use, const GradientWork& work, const Chunk& chunk) {
-  if (work.csr.row_ptr == nullptr && work.inner == nullptr) return;
-  torch::stable::parallel_for(0, groups(work.columns, 64), 4, [&](int64_t begin, int64_t end) {
-    const int64_t first = 64 * begin, last = 64 * end < work.columns ? 64 * end : work.columns;
-    uint32_t* target = chunk.packed_x + first * chunk.words;
-    use.pack_columns(work.type, offset(work.x, chunk.start * work.columns + first, work.type), work.columns,
-                     chunk.depth, last - first, target);
-    if (work.inner == nullptr) return;
-    ColumnWork thin{work.columns, work.rank, chunk.words, chunk.inner, work.dropout, chunk.start == 0};
-    thin.dropout.first = static_cast<uint32_t>(chunk.start * work.columns);
-    use.column_products(thin, target, first, last, work.sums_a, tile_space.get<char>(64 * chunk.words));
-  });
+// Columns [first, last) of X into their place, and their part of dA if wanted.
+void pack_x(const Kernels& use, const GradientWork& work, const Chunk& chunk, int64_t first, int64_t last,
+            bool products) {
+  uint32_t* target = chunk.packed_x + first * chunk.words;
+  use.pack_columns(work.type, offset(work.x, chunk.start * work.columns + first, work.type), work.columns, chunk.depth,
+                   last - first, target);
+  if (!products || work.inner == nullptr) return;
+  ColumnWork thin{work.columns, work.rank, chunk.words, chunk.inner, work.dropout, chunk.start == 0};
+  thin.dropout.first = static_cast<uint32_t>(chunk.start * work.columns);
+  use.column_products(thin, target, first, last, work.sums_a, tile_space.get<char>(64 * chunk.words));
 }
 
 // Columns [first, last) of dY.
@@ -101,16 +102,37 @@ void adapter_gradients(const Kernels& use, const GradientWork& work) {
   }
   const int64_t size = chunk_rows(work.rows, work.columns, work.type);
   for (int64_t start = 0; start < work.rows; start += size) {
-    const Chunk chunk = make_chunk(use, work, start, start + size < work.rows ? size : work.rows - start);
-    pack_x(use, work, chunk);
-    over_rows(groups(work.features, kStripRows), 1, [&](int64_t begin, int64_t end) {
+    Chunk chunk = make_chunk(use, work, start, start + size < work.rows ? size : work.rows - start);
+    const auto strips = [&](const Chunk& with, int64_t begin, int64_t end) {
       bool sound = true;
-      for (int64_t strip = begin; strip < end; ++strip) {
-        const int64_t first = strip * kStripRows;
-        const int64_t last = first + kStripRows < work.features ? first + kStripRows : work.features;
-        sound = strip_gradients(use, work, chunk, first, last) && sound;
+      const int64_t stop = kUnit * end < work.features ? kUnit * end : work.features;
+      for (int64_t first = kUnit * begin; first < stop; first += kStripRows) {
+        const int64_t last = first + kStripRows < stop ? first + kStripRows : stop;
+        sound = strip_gradients(use, work, with, first, last) && sound;
       }
       return sound;
+    };
+    const bool sparse = work.csr.row_ptr != nullptr;
+    const int64_t units = groups(work.features, kUnit), x_units = groups(work.columns, kUnit);
+    const auto x_end = [&](int64_t unit) { return kUnit * unit < work.columns ? kUnit * unit : work.columns; };
+    if (units == 0 || torch::stable::get_num_threads() > kOwnCopies) {
+      chunk.packed_x = shared_space.get<uint32_t>(chunk.words * work.columns);
+      torch::stable::parallel_for(0, sparse || work.inner != nullptr ? x_units : 0, 4, [&](int64_t begin, int64_t end) {
+        pack_x(use, work, chunk, x_end(begin), x_end(end), true);
+      });
+      over_rows(units, 1, [&](int64_t begin, int64_t end) { return strips(chunk, begin, end); });
+      continue;
+    }
+    over_rows(units, 1, [&](int64_t begin, int64_t end) {
+      Chunk own = chunk;
+      own.packed_x = shared_space.get<uint32_t>(chunk.words * work.columns);
+      const int64_t first = x_end(x_units * begin / units), last = x_end(x_units * end / units);
+      pack_x(use, work, own, first, last, true);
+      if (sparse) {
+        pack_x(use, work, own, 0, first, false);
+        pack_x(use, work, own, last, work.columns, false);
+      }
+      return strips(own, begin, end);
     });
   }
 }

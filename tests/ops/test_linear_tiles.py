@@ -105,7 +105,7 @@ def test_bits_do_not_depend_on_threads(p: float) -> None:
     (x, dy), nf4, csr, low_rank = layer(600, 640, 1088, 20)
     before, results = torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 5):  # few threads pack X each for itself, more share one copy
             torch.set_num_threads(threads)
             y, projected = forward(x, nf4, csr, 640, low_rank, None, p)
             results.append((y, *backward(dy, x, projected, nf4, csr, low_rank, p)))

@@ -46,7 +46,7 @@ def test_bits_do_not_depend_on_threads(isa: str) -> None:
     before = torch.get_num_threads()
     results = []
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 5):  # few threads pack X each for itself, more share one copy
             torch.set_num_threads(threads)
             results.append(check(600, 100, 300, 0.05, torch.bfloat16))
     finally:
