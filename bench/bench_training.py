@@ -145,19 +145,20 @@ def measure(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[st
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def speeds(rounds: int, rows: int, length: int, new_tokens: int) -> list[dict[str, Any]]:
+def speeds(rounds: int, rows: int, lengths: list[int], new_tokens: int) -> list[dict[str, Any]]:
     """Tokens a second of every candidate and their ratios."""
-    folder, batch = smollm2(), batch_of(rows, length)
-    found = []
+    folder, found = smollm2(), []
     for checkpointing in (False, True):
         models = {
             "peft": peer(folder, checkpointing=checkpointing),
             "low_rank": ours(folder, sparse=False, checkpointing=checkpointing),
             "sparse": ours(folder, sparse=True, checkpointing=checkpointing),
         }
-        steps = {name: (peer_step if name == "peft" else our_step)(model, batch) for name, model in models.items()}
-        work = f"training, {rows} x {length} tokens" + (", recomputing" if checkpointing else "")
-        found.append(_row(work, measure(steps, rounds), rows * length))
+        for length in lengths:
+            batch = batch_of(rows, length)
+            steps = {name: (peer_step if name == "peft" else our_step)(model, batch) for name, model in models.items()}
+            work = f"training, {rows} x {length} tokens" + (", recomputing" if checkpointing else "")
+            found.append(_row(work, measure(steps, rounds), rows * length))
         if not checkpointing:
             answers = {name: generation(model.eval(), new_tokens) for name, model in models.items()}
             found.append(_row(f"generating {new_tokens} tokens", measure(answers, rounds), new_tokens))
@@ -180,10 +181,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--lengths", default="128,256")
     parser.add_argument("--new-tokens", type=int, default=32)
     arguments = parser.parse_args()
-    report("training", speeds(arguments.rounds, arguments.rows, arguments.length, arguments.new_tokens))
+    lengths = [int(length) for length in arguments.lengths.split(",")]
+    report("training", speeds(arguments.rounds, arguments.rows, lengths, arguments.new_tokens))
 
 
 if __name__ == "__main__":
