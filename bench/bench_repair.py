@@ -113,8 +113,10 @@ def sparse_results(bench: Bench, rows: list[Sample]) -> list[dict[str, Any]]:
                 set_masks(bench.model, masks)
                 nnz = sum(positions.numel() for positions in masks.values())
                 results.append(bench.record(kind="sparse", score=score, scope=scope, density=density, bytes=6 * nnz))
-    set_masks(bench.model, choose(bench, "signed", "matrix", DENSITIES[0], squares, means))
-    results.append(bench.record(kind="sparse", score="signed", scope="matrix", density=DENSITIES[0]))
+    masks = choose(bench, "signed", "matrix", DENSITIES[0], squares, means)
+    set_masks(bench.model, masks)
+    size = 6 * sum(positions.numel() for positions in masks.values())
+    results.append(bench.record(kind="sparse", score="signed", scope="matrix", density=DENSITIES[0], bytes=size))
     set_masks(bench.model, {})
     return results
 
