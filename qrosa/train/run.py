@@ -95,6 +95,7 @@ class _Run:
         self.identity = {"settings": to_flat(self.config), "fingerprints": prepared.fingerprints()}
 
     def go(self, *, resume: bool, force: bool) -> dict[str, Any]:
+        """Everything from loading the base to the report, in order; returns the report."""
         checkpoint = self._found_checkpoint() if resume else None
         with self.meter.phase("load"):
             base = self._load()
