@@ -21,12 +21,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.real_models import MODELS
 from qrosa.adapters.budget import allocate
+from qrosa.base.shape import from_config
 from qrosa.config import AdapterConfig
-from qrosa.memory.model import phases
-from qrosa.memory.shape import from_config
-from qrosa.memory.workload import Workload
-from tests.memory.memory_cases import MODELS
+from qrosa.planner.bytes.phases import phases
+from qrosa.planner.workload import Workload
 
 LENGTHS = (512, 2048, 8192)
 LEVERS: dict[str, dict[str, Any]] = {
@@ -95,7 +95,7 @@ def model_config(name: str) -> Any:
 
 def compare(name: str, length: int, lever: str) -> Iterator[dict[str, Any]]:
     """Planned and simulated bytes of each phase."""
-    from qrosa.train.simulate import simulate_model
+    from qrosa.measure.simulate import simulate_model
 
     work = workload(name, length, **LEVERS[lever])
     started = time.perf_counter()

@@ -23,8 +23,8 @@ from bench.assets import smollm2
 from bench.bench_training import batch_of, ours
 from bench.measure import report
 from qrosa.adapters.inject import quantized_linears
+from qrosa.optim.adamw import AdapterOptimizer
 from qrosa.train.loss import model_loss
-from qrosa.train.optim import AdapterOptimizer
 
 OPTIMIZER = "part: optimizer"
 KINDS = {

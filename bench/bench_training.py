@@ -31,10 +31,10 @@ from qrosa.base.load import load_base
 from qrosa.config import AdapterConfig
 from qrosa.data.batching import MicroBatch
 from qrosa.eval.generate import continue_ids
+from qrosa.model.modes import set_attention, set_checkpointing
+from qrosa.optim.adamw import AdapterOptimizer
 from qrosa.sparse.csr import CsrDelta
 from qrosa.train.loss import model_loss
-from qrosa.train.modes import set_attention, set_checkpointing
-from qrosa.train.optim import AdapterOptimizer
 
 RANK, DENSITY, DROPOUT = 16, 0.006, 0.05
 

@@ -71,10 +71,10 @@ def ours(name: str, *, sparse: bool) -> tuple[Any, Callable[[Any], None], int]:
     from qrosa.adapters.inject import inject_low_rank, linear_shapes, quantized_linears, trainable_parameters
     from qrosa.base.load import count_parameters, empty_model
     from qrosa.config import AdapterConfig
+    from qrosa.model.modes import set_checkpointing
+    from qrosa.optim.adamw import AdapterOptimizer
     from qrosa.quant.nf4 import NF4Weight
     from qrosa.train.loss import model_loss
-    from qrosa.train.modes import set_checkpointing
-    from qrosa.train.optim import AdapterOptimizer
 
     model = empty_model(config_of(name))
     for layer in quantized_linears(model).values():

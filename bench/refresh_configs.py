@@ -4,7 +4,7 @@
     python -m bench.refresh_configs --check    # changes nothing, exits with 1 where one would
 
 From the root of the repository. Nothing is downloaded: the models' config.json values are those of
-tests/memory/memory_cases.py, which tests/test_configs.py plans with too.
+bench/real_models.py, which tests/test_configs.py plans with too.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import re
 import sys
 from pathlib import Path
 
+from bench.real_models import HUB
+from qrosa.base.shape import from_config
 from qrosa.config import make_run_config, read_yaml
-from qrosa.memory.plan import Plan, size_text
-from qrosa.memory.shape import from_config
-from qrosa.memory.solve import plan
-from tests.memory.memory_cases import HUB
+from qrosa.planner.plan import Plan
+from qrosa.planner.search.solve import plan
+from qrosa.quantities import size_text
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 COMMENT = re.compile(r"^# Planned peak: .* on (a card|the CPU)\b.*$", re.MULTILINE)

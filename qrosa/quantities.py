@@ -122,3 +122,8 @@ def parse_offload(text: str) -> Offload:
 def optimizer_parts(text: str) -> list[str]:
     """What a text for ``parse_offload`` says of the optimizer, as it stands there; no plan moves that by itself."""
     return [part.strip() for part in text.split(",") if part.strip().startswith("optimizer")]
+
+
+def size_text(size: int) -> str:
+    """Bytes in binary units, as card makers mean them: ``23.4 GB``."""
+    return f"{size / 2**30:.2f} GB" if size >= 2**30 else f"{size / 2**20:.1f} MB"

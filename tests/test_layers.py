@@ -38,9 +38,9 @@ TORCH_FREE = (
     "qrosa.errors",
     "qrosa.fields",
     "qrosa.adapters.budget",
-    "qrosa.memory.shape",
-    "qrosa.memory.model",
-    "qrosa.memory.solve",
+    "qrosa.base.shape",
+    "qrosa.planner.bytes.phases",
+    "qrosa.planner.search.solve",
     "qrosa.cli.main",
     "qrosa.cli.options",
 )

@@ -21,8 +21,8 @@ from qrosa.adapters.inject import (
     quantized_linears,
     trainable_parameters,
 )
-from qrosa.base.checkpoint import open_checkpoint
 from qrosa.base.load import Progress, base_info, load_base
+from qrosa.base.open import open_checkpoint
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
 from qrosa.sparse.store import ADAPTER_FILE, CONFIG_FILE, read_adapter, read_adapter_config, write_adapter

@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 
 from qrosa.errors import InputError, StorageError
+from qrosa.files import read_json, read_safetensors_header
 from qrosa.quant.nf4 import NF4Weight
-from qrosa.sparse.store import read_json, read_safetensors_header
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 _SAMPLE = 1024  # bytes hashed at the start, middle and end of each tensor
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
 # Config values that change what a model computes without changing a tensor.
 _COMPUTING_KEYS = (
     "model_type", "hidden_act", "hidden_activation", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -198,27 +197,6 @@ class SafetensorsCheckpoint(Checkpoint):
         return entry
 
 
-def open_checkpoint(source: str) -> Checkpoint:
-    """Open a base: a local folder, a ``.gguf`` file, or a Hugging Face id.
-
-    Raises:
-        InputError: There is no such model, or it is of a kind that cannot be a base.
-        StorageError: Its files are damaged or unreadable.
-    """
-    path = Path(source).expanduser()
-    if path.suffix.lower() == ".gguf":
-        from qrosa.base.gguf import GGUFCheckpoint
-
-        return GGUFCheckpoint(source, path)
-    if path.is_dir():
-        return SafetensorsCheckpoint(source, path)
-    if path.exists():
-        raise InputError(
-            f"{source} is neither a model folder nor a .gguf file", "give the folder that holds config.json"
-        )
-    return SafetensorsCheckpoint(source, _download(source))
-
-
 def read_original_weight(checkpoint: Checkpoint, path: str) -> Tensor:
     """The 16-bit weight [N, K] of the module at ``path``, for repair and for merging into the original.
 
@@ -230,28 +208,6 @@ def read_original_weight(checkpoint: Checkpoint, path: str) -> Tensor:
             f"{checkpoint.source} is already quantised: its 16-bit weights are not known", "use the 16-bit checkpoint"
         )
     return checkpoint.read(f"{path}.weight")
-
-
-def _download(source: str) -> Path:
-    """Fetch the text files and safetensors of a hub model into the hub's cache."""
-    hint = "give a local folder, a .gguf file, or a Hugging Face id such as HuggingFaceTB/SmolLM2-135M-Instruct"
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
-    if looks_local or not source.strip():
-        raise InputError(f"model {source!r} does not exist", hint)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
-    except HFValidationError:
-        raise InputError(f"model {source!r} does not exist", hint) from None
-    except LocalEntryNotFoundError:
-        raise InputError(
-            f"model {source!r} is no local folder and is not in the Hugging Face cache, and the hub cannot be reached",
-            hint,
-        ) from None
-    except Exception as error:  # the hub client's errors differ by transport
-        raise InputError(f"model {source!r} cannot be fetched: {first_line(error)}", hint) from None
 
 
 def _safetensors_files(source: str, folder: Path) -> list[Path]:

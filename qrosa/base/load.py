@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from qrosa.adapters.inject import quantized_linears, replace_module, target_linears
 from qrosa.adapters.linear import QRosaLinear
-from qrosa.base.checkpoint import Checkpoint, SafetensorsCheckpoint, first_line, open_checkpoint
+from qrosa.base.checkpoint import Checkpoint, SafetensorsCheckpoint, first_line
 from qrosa.base.head import OutputHead
+from qrosa.base.open import open_checkpoint
 from qrosa.errors import InputError, StorageError
 from qrosa.quant.nf4 import NF4Weight
 

@@ -52,7 +52,8 @@ def describe_adapter(source: str | Path) -> dict[str, Any]:
         StorageError: Its files are damaged or do not belong together.
     """
     from qrosa.base.adapter_io import adapter_folder
-    from qrosa.sparse.store import ADAPTER_FILE, read_adapter_config, read_safetensors_header
+    from qrosa.files import read_safetensors_header
+    from qrosa.sparse.store import ADAPTER_FILE, read_adapter_config
 
     folder = adapter_folder(source)
     config = read_adapter_config(folder)

@@ -108,7 +108,7 @@ def open_source(source: str, base_model: str | None = None) -> Opened:
         StorageError: Damaged files.
     """
     from qrosa.base.adapter_io import adapter_folder, base_source, is_run_or_adapter
-    from qrosa.base.checkpoint import open_checkpoint
+    from qrosa.base.open import open_checkpoint
     from qrosa.export.source import open_base
 
     if is_run_or_adapter(source):
@@ -142,7 +142,7 @@ def load(opened: Opened, device: str | None, console: Console, offload: str = "a
 
     from qrosa.base.adapter_io import load_adapter
     from qrosa.base.load import load_base
-    from qrosa.train.setup import load_streamed
+    from qrosa.model.place import load_streamed
 
     place = choose_device(device)
     resident, disk = _streaming(opened, place, offload)
@@ -170,8 +170,8 @@ def _streaming(opened: Opened, place: str, offload: str) -> tuple[int | None, st
         return None, None
     import torch
 
-    from qrosa.memory.inference import resident_blocks
-    from qrosa.memory.shape import ModelShape
+    from qrosa.base.shape import ModelShape
+    from qrosa.planner.bytes.inference import resident_blocks
 
     if not place.startswith("cuda"):
         return 0, asked.disk

@@ -12,8 +12,8 @@ from qrosa.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qrosa.memory.estimate import Machines
-    from qrosa.memory.plan import Plan
+    from qrosa.planner.cards import Machines
+    from qrosa.planner.plan import Plan
 
 DEFAULT_NETWORK = "10gbe"
 
@@ -49,8 +49,7 @@ def read_machines(settings: dict[str, Any]) -> Machines | None:
         if extra is not None:
             raise InputError(f"--{extra} is for the estimate, which needs a card", "add --gpu, such as --gpu rtx4090")
         return None
-    from qrosa.memory.cards import find_card, find_network
-    from qrosa.memory.estimate import Machines
+    from qrosa.planner.cards import Machines, find_card, find_network
 
     card, nodes = find_card(gpu), nodes or 1
     if network is not None and nodes == 1:
@@ -60,8 +59,8 @@ def read_machines(settings: dict[str, Any]) -> Machines | None:
 
 def show_reach(made: Plan, console: Console) -> None:
     """Print the estimated step, what crosses PCIe in it, and the what-if rows."""
-    from qrosa.memory.estimate import traffic_words
-    from qrosa.memory.whatif import what_if_table
+    from qrosa.planner.show import what_if_table
+    from qrosa.planner.time.estimate import traffic_words
 
     estimated = made.estimate()
     for line in estimated.describe() if estimated else traffic_words(made.traffic):

@@ -22,8 +22,8 @@ from qrosa.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qrosa.memory.estimate import Machines
-    from qrosa.memory.plan import Plan
+    from qrosa.planner.cards import Machines
+    from qrosa.planner.plan import Plan
 
 # Settings that change memory, or what the plan is made from; the rest of a config is read and passed over.
 _SETTINGS = (
@@ -89,9 +89,9 @@ def make_plan(source: str, values: dict[str, Any], machines: Machines | None = N
     Raises:
         InputError: A model, a budget, rows or a setting that cannot be.
     """
-    from qrosa.memory.candidates import DEFAULT_SEQ_LEN
-    from qrosa.memory.shape import ModelShape
-    from qrosa.memory.solve import plan
+    from qrosa.base.shape import ModelShape
+    from qrosa.planner.search.candidates import DEFAULT_SEQ_LEN
+    from qrosa.planner.search.solve import plan
 
     adapter, masks = make_group(AdapterConfig, values), make_group(MaskConfig, values)
     data, train = make_group(DataConfig, values), make_group(TrainConfig, values)
@@ -122,7 +122,7 @@ def measure_rows(source: str, data: DataConfig, seq_len: int) -> tuple[int, int]
 def _tokenizer(source: str) -> Any:
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
-        from qrosa.base.checkpoint import open_checkpoint
+        from qrosa.base.open import open_checkpoint
 
         return open_checkpoint(source).tokenizer()
     from transformers import AutoTokenizer

@@ -12,8 +12,8 @@ from qrosa.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qrosa.memory.plan import Plan
-    from qrosa.train.probe import Probe
+    from qrosa.measure.probe import Probe
+    from qrosa.planner.plan import Plan
 
 probe_option = click.option(
     "--probe",
@@ -37,7 +37,7 @@ def probed_device(machines: object) -> str:
 
 def run_probe(source: str, made: Plan) -> Probe:
     """Run the planned settings for a few steps."""
-    from qrosa.train.probe import probe
+    from qrosa.measure.probe import probe
 
     with progress_console().status("probing") as status:
 

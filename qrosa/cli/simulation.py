@@ -11,8 +11,8 @@ from qrosa.cli.options import progress_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qrosa.memory.plan import Plan
-    from qrosa.train.simulate import Simulation
+    from qrosa.measure.simulate import Simulation
+    from qrosa.planner.plan import Plan
 
 simulate_option = click.option(
     "--simulate", is_flag=True, help="Also run the real step on tensors without data, and compare; takes seconds."
@@ -21,7 +21,7 @@ simulate_option = click.option(
 
 def run_simulation(source: str, made: Plan) -> Simulation:
     """Run the planned phases on tensors without data."""
-    from qrosa.train.simulate import simulate
+    from qrosa.measure.simulate import simulate
 
     with progress_console().status("simulating a step"):
         return simulate(source, made.work)
@@ -42,7 +42,7 @@ def show_simulation(made: Plan, simulation: Simulation, console: Console) -> Non
     """Print two tables: planned and simulated by phase, and the largest tensors of the highest phase."""
     from rich.table import Table
 
-    from qrosa.memory.plan import size_text
+    from qrosa.quantities import size_text
 
     table = Table(title="Tensors, planned and simulated, in MB", title_justify="left")
     for column in ("phase", "planned", "simulated", "difference", "highest at"):

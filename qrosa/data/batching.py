@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from qrosa.data.template import IGNORE, EncodedRow
+from qrosa.train.loss import IGNORED
 
 
 def step_rows(n_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -112,3 +113,25 @@ def _pad(rows: list[EncodedRow], row_ids: list[int], pad_id: int) -> MicroBatch:
         attention_mask[index, :size] = 1
         labels[index, :size] = torch.tensor(row.labels, dtype=torch.int64)
     return MicroBatch(input_ids, attention_mask, labels, list(row_ids))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that is computed at once.
+
+    Attributes:
+        rows: Sequences in a micro-batch.
+        tokens: Tokens in a micro-batch, padding included; a single longer row still makes a micro-batch.
+    """
+
+    rows: int
+    tokens: int
+
+    def halved(self) -> Limits:
+        """Half of both, and at least one."""
+        return Limits(max(1, self.rows // 2), max(1, self.tokens // 2))
+
+
+def supervised_tokens(row: EncodedRow) -> int:
+    """Tokens of a row that carry loss; the first token of a row is never predicted."""
+    return len(row.labels) - 1 - row.labels[1:].count(IGNORED)

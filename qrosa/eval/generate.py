@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qrosa.data.template import encode_prompt
 from qrosa.errors import InputError
-from qrosa.eval.head import generating, model_device
+from qrosa.model.head import generating, model_device
 
 Message = dict[str, Any]
 OnText = Callable[[str], None]

@@ -14,7 +14,7 @@ from torch import nn
 from qrosa.data.batching import micro_batches
 from qrosa.data.template import EncodedRow
 from qrosa.errors import InputError
-from qrosa.eval.head import decoder_output, evaluating, model_device, token_log_probs
+from qrosa.model.head import decoder_output, evaluating, model_device, token_log_probs
 
 IGNORED = -100
 MAX_TOKENS = 4096

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from qrosa.sparse.store import write_text
+from qrosa.files import write_text
 
 CARD_FILE = "README.md"
 _KINDS = {

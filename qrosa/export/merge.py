@@ -33,8 +33,8 @@ from qrosa.export.card import write_card
 from qrosa.export.folder import check_target, export_folder
 from qrosa.export.shards import MAX_SHARD_BYTES, TensorSpec, plan_shards, storage_errors, write_shards
 from qrosa.export.source import OpenedAdapter, card_facts, open_adapter, write_tokenizer
+from qrosa.files import write_json
 from qrosa.sparse.csr import CsrDelta
-from qrosa.sparse.store import write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

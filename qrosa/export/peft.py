@@ -20,7 +20,7 @@ from qrosa.export.card import write_card
 from qrosa.export.folder import check_target, export_folder
 from qrosa.export.merge import ExportReport
 from qrosa.export.source import card_facts, open_adapter, write_tokenizer
-from qrosa.sparse.store import write_json, write_tensors
+from qrosa.files import write_json, write_tensors
 
 _ROOT = "base_model.model."  # PEFT's wrapper and tuner around the model
 

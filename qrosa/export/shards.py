@@ -27,7 +27,7 @@ from typing import IO
 
 import torch
 
-from qrosa.sparse.store import write_fault, write_json
+from qrosa.files import write_fault, write_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from qrosa.adapters.inject import load_adapter_state
 from qrosa.base.adapter_io import adapter_folder
-from qrosa.base.checkpoint import Checkpoint, open_checkpoint
+from qrosa.base.checkpoint import Checkpoint
 from qrosa.base.load import empty_model
+from qrosa.base.open import open_checkpoint
 from qrosa.errors import InputError
 from qrosa.export.card import Facts
 from qrosa.export.shards import storage_errors

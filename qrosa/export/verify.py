@@ -26,8 +26,8 @@ from qrosa.base.adapter_io import load_adapter, load_run_or_model
 from qrosa.base.load import load_base
 from qrosa.data.template import EncodedRow
 from qrosa.errors import InputError
-from qrosa.eval.head import CHUNK_TOKENS, Head, decoder_output, evaluating, model_device
 from qrosa.export.card import Drift
+from qrosa.model.head import CHUNK_TOKENS, Head, decoder_output, evaluating, model_device
 
 VERIFY_ROWS = 32
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qrosa.base.checkpoint import Checkpoint, open_checkpoint, read_original_weight
+from qrosa.base.checkpoint import Checkpoint, read_original_weight
+from qrosa.base.open import open_checkpoint
 from qrosa.errors import InputError
 from qrosa.quant.nf4 import NF4Weight
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from qrosa.errors import InputError, StorageError
+from qrosa.files import read_safetensors_header, write_tensors
 from qrosa.offload.pool import HostPool
 from qrosa.quant.nf4 import NF4Weight
-from qrosa.sparse.store import read_safetensors_header, write_tensors
 
 ALIGNMENT = 256
 _TENSORS = ("codes", "absmax", "absmax_scale", "absmax_offset")

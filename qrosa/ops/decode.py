@@ -5,7 +5,7 @@ composition rounds each part as it is added.
 
 A layer of a small model takes some 20 us a token, and handing eleven tensors to an op takes a third of that. So a layer
 that stays as it is for many tokens is checked once and packed into a plan, which holds the addresses of its data. That
-is for one scope, which keeps the tensors and changes none of them (``qrosa.eval.head.generating``); a layer outside
+is for one scope, which keeps the tensors and changes none of them (``qrosa.model.head.generating``); a layer outside
 such a scope is called with its tensors.
 """
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qrosa.data.batching import supervised_tokens
 from qrosa.errors import DoesNotFitError
 from qrosa.eval.perplexity import evaluate_loss, loss_result
-from qrosa.train.step import free_memory, is_out_of_memory, supervised_tokens
+from qrosa.train.step import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

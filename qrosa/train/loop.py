@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qrosa.data.batching import step_rows
+from qrosa.data.batching import Limits, step_rows, supervised_tokens
 from qrosa.errors import InterruptedRunError
+from qrosa.optim.schedule import learning_rate_factor, sparse_learning_rate_factor
+from qrosa.record.checkpoint import checkpoint_steps, prune, save_checkpoint, step_folder
+from qrosa.record.folder import EVAL_FILE, METRICS_FILE, append_line, size_of
 from qrosa.train import guard
-from qrosa.train.checkpoint import checkpoint_steps, prune, save_checkpoint, step_folder
 from qrosa.train.evaluate import evaluate
-from qrosa.train.folder import EVAL_FILE, METRICS_FILE, append_line, size_of
 from qrosa.train.interrupt import Interrupts
 from qrosa.train.progress import Progress, StepLine
-from qrosa.train.schedule import learning_rate_factor, sparse_learning_rate_factor
-from qrosa.train.step import Limits, StepRunner, supervised_tokens
+from qrosa.train.step import StepRunner
 from qrosa.train.work import Work, metrics_line
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qrosa.errors import InputError
+from qrosa.model.head import logit_rule
 
 IGNORED = -100
 CHUNK_TOKENS = 256
@@ -148,14 +149,6 @@ def chunked_loss(
         hidden, labels, weight, head.bias, chunk_tokens, softcap, scale
     )
     return cast(Tensor, total)
-
-
-def logit_rule(config: Any) -> tuple[float | None, float]:
-    """A transformers config's ``(softcap, scale)`` of the logits."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    softcap = getattr(text, "final_logit_softcapping", None)
-    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    return (float(softcap) if softcap else None), scale
 
 
 def model_loss(model: nn.Module, batch: TokenBatch, chunk_tokens: int = CHUNK_TOKENS) -> tuple[Tensor, int]:

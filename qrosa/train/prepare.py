@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrosa.adapters.budget import Allocation, allocate
+from qrosa.base.shape import ModelShape
 from qrosa.config import RunConfig
 from qrosa.errors import InputError
-from qrosa.memory.deepspeed import drive_bytes, processes_on_this_host
-from qrosa.memory.hardware import card_memory
-from qrosa.memory.plan import Plan
-from qrosa.memory.shape import ModelShape
-from qrosa.memory.solve import plan as make_plan
-from qrosa.offload.zero import ZeroSettings, zero_settings
+from qrosa.optim.schedule import Phases, warmup_and_total
+from qrosa.optim.zero.settings import ZeroSettings, zero_settings
+from qrosa.planner.bytes.zero import drive_bytes
+from qrosa.planner.hardware import card_memory, processes_on_this_host
+from qrosa.planner.plan import Plan
+from qrosa.planner.search.solve import plan as make_plan
 from qrosa.quantities import parse_share, parse_size
-from qrosa.train.folder import check_output, check_room
-from qrosa.train.schedule import Phases, warmup_and_total
-from qrosa.train.trackers import check_trackers
+from qrosa.record.folder import check_output, check_room
+from qrosa.record.trackers import check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
         DoesNotFitError: The plan does not fit the memory asked for.
         StorageError: Damaged, unreadable or unwritable files.
     """
-    from qrosa.base.checkpoint import open_checkpoint
+    from qrosa.base.open import open_checkpoint
 
     if not dry_run:
         check_output(Path(config.output), resume=resume, force=force)
@@ -119,7 +119,7 @@ def _deepspeed(config: RunConfig, *, dry_run: bool) -> ZeroSettings | None:
     """What DeepSpeed is to do, which it is asked whether it can."""
     settings = zero_settings(config.train)
     if settings is not None and not dry_run:
-        from qrosa.offload.deepspeed import check_available
+        from qrosa.optim.zero.engine import check_available
 
         check_available(settings, "cuda" if _on_card() else "cpu")
     return settings

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from qrosa.train.checkpoint import Checkpoint
+    from qrosa.record.checkpoint import Checkpoint
     from qrosa.train.prepare import Prepared
 
 

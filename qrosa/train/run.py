@@ -15,30 +15,30 @@ import torch
 from qrosa.adapters.inject import quantized_linears
 from qrosa.base.adapter_io import attach_adapter, load_adapter, save_adapter
 from qrosa.config import RunConfig, to_flat
+from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.errors import InputError
+from qrosa.files import write_json, write_text
 from qrosa.masks.repair import init_low_rank, set_masks
 from qrosa.masks.select import Progress as SelectionProgress
 from qrosa.masks.select import select_masks
+from qrosa.model.place import hold_to_cap, load_planned
+from qrosa.optim.adamw import PAGED, AdapterOptimizer
+from qrosa.optim.parts import Optimizer
+from qrosa.optim.zero.optimizer import ZeroOptimizer
 from qrosa.quantities import parse_offload
-from qrosa.sparse.store import write_json, write_text
-from qrosa.train.checkpoint import Checkpoint, check_same_run, cut_back, latest
-from qrosa.train.facts import Facts, ModuleShare
-from qrosa.train.flat import Optimizer
-from qrosa.train.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, make_folder
+from qrosa.record.checkpoint import Checkpoint, check_same_run, cut_back, latest
+from qrosa.record.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, make_folder
+from qrosa.record.meter import MemoryMeter
+from qrosa.record.state import RunState
+from qrosa.record.trackers import check_trackers, make_accelerator, start_trackers
+from qrosa.report.facts import Facts, ModuleShare
+from qrosa.report.report import write_report
 from qrosa.train.loop import TrainingLoop
-from qrosa.train.optim import PAGED, AdapterOptimizer
-from qrosa.train.peak import MemoryMeter
 from qrosa.train.prepare import Prepared, prepare
 from qrosa.train.progress import Progress
 from qrosa.train.ranks import measure_ranks, stored_ranks, with_ranks
-from qrosa.train.report import write_report
 from qrosa.train.selection import agree_on, agree_on_values, sample_loss, selection_rows
-from qrosa.train.setup import hold_to_cap, load_planned
-from qrosa.train.state import RunState
-from qrosa.train.step import Limits, supervised_tokens
-from qrosa.train.trackers import check_trackers, make_accelerator, start_trackers
 from qrosa.train.work import Work
-from qrosa.train.zero import ZeroOptimizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

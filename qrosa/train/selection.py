@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qrosa.masks.samples import Sample
-from qrosa.train.loss import chunked_loss, logit_rule
+from qrosa.model.head import logit_rule
+from qrosa.train.loss import chunked_loss
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

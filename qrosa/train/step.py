@@ -14,41 +14,18 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from qrosa.data.batching import MicroBatch, micro_batches
+from qrosa.data.batching import Limits, MicroBatch, micro_batches
 from qrosa.errors import DoesNotFitError
-from qrosa.train.flat import Optimizer
-from qrosa.train.loss import CHUNK_TOKENS, IGNORED, model_loss
+from qrosa.optim.parts import Optimizer
+from qrosa.train.loss import CHUNK_TOKENS, model_loss
 
 if TYPE_CHECKING:
     from qrosa.data.template import EncodedRow
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The most that is computed at once.
-
-    Attributes:
-        rows: Sequences in a micro-batch.
-        tokens: Tokens in a micro-batch, padding included; a single longer row still makes a micro-batch.
-    """
-
-    rows: int
-    tokens: int
-
-    def halved(self) -> Limits:
-        """Half of both, and at least one."""
-        return Limits(max(1, self.rows // 2), max(1, self.tokens // 2))
-
-
-def supervised_tokens(row: EncodedRow) -> int:
-    """Tokens of a row that carry loss; the first token of a row is never predicted."""
-    return len(row.labels) - 1 - row.labels[1:].count(IGNORED)
 
 
 def micro_batch_seed(seed: int, step: int, process: int, index: int) -> int:

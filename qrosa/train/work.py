@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from qrosa.config import RunConfig
-from qrosa.train.flat import Optimizer
-from qrosa.train.peak import MemoryMeter
-from qrosa.train.schedule import Phases
-from qrosa.train.state import RunState
+from qrosa.optim.parts import Optimizer
+from qrosa.optim.schedule import Phases
+from qrosa.record.meter import MemoryMeter
+from qrosa.record.state import RunState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qrosa.adapters.inject import quantized_linears
-from qrosa.base.checkpoint import SafetensorsCheckpoint, open_checkpoint, read_original_weight
+from qrosa.base.checkpoint import SafetensorsCheckpoint, read_original_weight
 from qrosa.base.load import empty_model, load_base
+from qrosa.base.open import open_checkpoint
 from qrosa.errors import InputError, QrosaError, StorageError
 from tests.conftest import TINY_FAMILIES, save_tiny_model
 

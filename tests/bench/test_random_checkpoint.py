@@ -10,7 +10,7 @@ import torch
 from bench.compare_plan import CASES, PHASES, Case, longest, measure
 from bench.random_checkpoint import SHAPES, write_checkpoint
 from qrosa.base.load import load_base
-from qrosa.memory.shape import ModelShape, from_config
+from qrosa.base.shape import ModelShape, from_config
 
 TINY = SHAPES["llama-3.1-8b"] | {
     "hidden_size": 128,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from bench.real_models import write_config
 from qrosa.cli.main import cli
-from tests.memory.memory_cases import write_config
 
 
 def run(*arguments: str) -> Any:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from bench.real_models import HUB, MODELS
+from qrosa.base.shape import from_config
 from qrosa.cli.main import cli
-from qrosa.memory import parts
-from qrosa.memory.inference import beside_base_bytes, resident_blocks
-from qrosa.memory.shape import from_config
+from qrosa.planner.bytes import components as parts
+from qrosa.planner.bytes.inference import beside_base_bytes, resident_blocks
 from tests.export.conftest import MakeAdapter, make_adapter
-from tests.memory.memory_cases import HUB, MODELS
 
 __all__ = ["make_adapter"]
 GB = 2**30

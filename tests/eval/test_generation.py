@@ -15,7 +15,7 @@ from qrosa.config import AdapterConfig
 from qrosa.data.template import encode_prompt
 from qrosa.errors import InputError
 from qrosa.eval.generate import Answer, Chat, Sampling, encode_messages, end_tokens, generate, generate_ids
-from qrosa.eval.head import generating
+from qrosa.model.head import generating
 from qrosa.sparse.csr import CsrDelta
 from tests.conftest import TINY_FAMILIES
 from tests.eval.conftest import LoadTiny

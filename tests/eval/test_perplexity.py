@@ -12,8 +12,8 @@ from torch import nn
 
 from qrosa.data.template import EncodedRow
 from qrosa.errors import InputError
-from qrosa.eval.head import Head, token_log_probs
 from qrosa.eval.perplexity import evaluate_loss, loss_result
+from qrosa.model.head import Head, token_log_probs
 from tests.conftest import TINY_FAMILIES
 from tests.eval.conftest import LoadTiny
 

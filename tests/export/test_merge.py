@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qrosa.adapters.inject import quantized_linears
-from qrosa.base.checkpoint import open_checkpoint
+from qrosa.base.open import open_checkpoint
 from qrosa.errors import InputError, StorageError
 from qrosa.export.merge import merge
 from qrosa.sparse.store import write_adapter

@@ -20,7 +20,7 @@ from qrosa.export import folder as folders
 from qrosa.export import shards
 from qrosa.export.folder import check_target, export_folder
 from qrosa.export.shards import INDEX_FILE, TensorSpec, plan_shards, write_shards
-from qrosa.sparse.store import read_safetensors_header
+from qrosa.files import read_safetensors_header
 
 
 def _tensors() -> dict[str, torch.Tensor]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qrosa.adapters.inject import inject_low_rank, quantized_linears
-from qrosa.base.checkpoint import open_checkpoint, read_original_weight
+from qrosa.base.checkpoint import read_original_weight
+from qrosa.base.open import open_checkpoint
 from qrosa.config import MaskConfig
 from qrosa.errors import InputError
 from qrosa.masks import repair

@@ -11,8 +11,8 @@ import torch
 
 import qrosa
 from qrosa.adapters.inject import trainable_parameters
+from qrosa.model.modes import set_checkpointing
 from qrosa.offload.activations import ActivationOffload
-from qrosa.train.modes import set_checkpointing
 from tests.conftest import save_tiny_model
 
 IDS = torch.arange(60).view(2, 30)

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrosa.memory import parts
-from qrosa.memory.shape import from_config
+from bench.real_models import MODELS
+from qrosa.base.shape import from_config
 from qrosa.offload import pool
 from qrosa.offload.packing import flat_layout
 from qrosa.offload.pool import HostPool
+from qrosa.planner.bytes import components as parts
 from qrosa.quant.nf4 import NF4Weight
-from tests.memory.memory_cases import MODELS
 
 
 @given(st.lists(st.integers(0, 5000), max_size=40))

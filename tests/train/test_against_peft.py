@@ -26,8 +26,8 @@ from qrosa.base.load import load_base
 from qrosa.config import make_run_config
 from qrosa.data.batching import micro_batches, step_rows
 from qrosa.data.dataset import load_rows
+from qrosa.optim.schedule import learning_rate_factor
 from qrosa.train.run import finetune
-from qrosa.train.schedule import learning_rate_factor
 from tests.train.conftest import losses
 
 STEPS, BATCH, RANK, ALPHA, LR, CLIP, SEED = 30, 4, 4, 16.0, 1e-3, 1.0, 11

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrosa.errors import InputError
-from qrosa.train.loss import chunked_loss, logit_rule
+from qrosa.model.head import logit_rule
+from qrosa.train.loss import chunked_loss
 
 
 def make_head(

@@ -21,14 +21,14 @@ from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, mak
 from qrosa.errors import InputError, InterruptedRunError
 from qrosa.masks.samples import Sample
 from qrosa.masks.sensitivity import measure_sensitivity
-from qrosa.memory.solve import plan
+from qrosa.measure.card import hidden_bytes
+from qrosa.measure.trace import Trace
+from qrosa.measure.tracker import StorageTracker
+from qrosa.model.modes import set_attention, set_checkpointing
+from qrosa.planner.search.solve import plan
 from qrosa.train import ranks as ranks_module
-from qrosa.train.modes import set_attention, set_checkpointing
 from qrosa.train.run import finetune
 from qrosa.train.selection import sample_loss
-from qrosa.train.simulate_card import hidden_bytes
-from qrosa.train.simulate_trace import Trace
-from qrosa.train.simulate_tracker import StorageTracker
 from tests.train.conftest import Recorder, losses
 
 SMALL = {"rank_by": "sensitivity", "budget": "1%", "max_steps": 4}  # less than one rank everywhere

@@ -8,7 +8,7 @@ import pytest
 
 from qrosa.config import make_run_config
 from qrosa.errors import InputError, InterruptedRunError
-from qrosa.train.checkpoint import checkpoint_steps
+from qrosa.record.checkpoint import checkpoint_steps
 from qrosa.train.run import finetune
 from tests.train.conftest import Recorder, losses
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from qrosa.config import make_run_config, read_yaml, to_flat
 from qrosa.errors import InputError, StorageError, TrainingError
+from qrosa.record.checkpoint import checkpoint_steps
 from qrosa.train import step as step_module
-from qrosa.train.checkpoint import checkpoint_steps
 from qrosa.train.run import finetune
 from tests.train.conftest import losses
 
@@ -219,7 +219,7 @@ def test_a_paged_optimizer_on_the_cpu_says_so(config, recorder):
 
 
 def test_a_missing_tracker_is_named(config, monkeypatch):
-    monkeypatch.setattr("qrosa.train.trackers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("qrosa.record.trackers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--log-to wandb needs the package wandb"):
         finetune(config(log_to="wandb"))
     assert not Path(config().output).exists()
@@ -257,7 +257,7 @@ def test_an_output_below_a_file_or_without_permission_is_refused(config, tmp_pat
         finetune(config(output=str(tmp_path / "file")))
     with pytest.raises(InputError, match="lies below a file"):
         finetune(config(output=str(tmp_path / "file" / "run")))
-    monkeypatch.setattr("qrosa.train.folder.os.access", lambda path, mode: False)
+    monkeypatch.setattr("qrosa.record.folder.os.access", lambda path, mode: False)
     with pytest.raises(StorageError, match="cannot be written"):
         finetune(config())
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from qrosa.errors import StorageError
-from qrosa.train.charts import Series, bar_pairs, heat_map, line_chart, nice_ticks, thin_out
+from qrosa.record.meter import MemoryMeter, resident
+from qrosa.report.charts import Series, bar_pairs, heat_map, line_chart, nice_ticks, thin_out
 from qrosa.train.interrupt import Interrupts
-from qrosa.train.peak import MemoryMeter, resident
 
 
 def svg(markup):
@@ -107,7 +107,7 @@ def test_the_plan_is_for_the_device_that_accelerate_takes(monkeypatch):
 
 
 def test_a_full_drive_is_named_with_its_own_remedy(tmp_path):
-    from qrosa.train.folder import check_room
+    from qrosa.record.folder import check_room
 
     check_room(tmp_path / "drive", 1)
     with pytest.raises(StorageError, match=f"free in {tmp_path}") as full:

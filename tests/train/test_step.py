@@ -5,12 +5,13 @@ import torch
 
 from qrosa.adapters.inject import inject_low_rank, quantized_linears, trainable_parameters
 from qrosa.base.load import load_base
+from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.dataset import load_rows
 from qrosa.errors import InputError, TrainingError
+from qrosa.model.modes import set_checkpointing
+from qrosa.optim.adamw import AdapterOptimizer
 from qrosa.train import guard
-from qrosa.train.modes import set_checkpointing
-from qrosa.train.optim import AdapterOptimizer
-from qrosa.train.step import Limits, StepRunner, is_out_of_memory, micro_batch_seed, supervised_tokens
+from qrosa.train.step import StepRunner, is_out_of_memory, micro_batch_seed
 
 
 @pytest.fixture

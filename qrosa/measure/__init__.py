@@ -1,0 +1,1 @@
+"""Measuring: the real training step under fake tensors (simulate), or for real at the longest rows (probe)."""

@@ -1,1 +1,0 @@
-"""Memory: what each phase of a run takes, computed from a model's shape before anything is loaded."""

@@ -1,0 +1,1 @@
+"""Optimizers of the adapter's parameters, and the schedules of their learning rates."""

@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO behind one door: settings, engine, masters and states, and the optimizer over them."""

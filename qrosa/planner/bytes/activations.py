@@ -1,0 +1,193 @@
+"""Activations of one decoder layer: what autograd saves, and what backward needs beside it.
+
+T tokens in a micro-batch, rows of L; d, f, H as in the model; bf16 unless said. The lists follow the transformers
+modules with ``qrosa::linear`` in place of their projections: that op saves its input once (shared where several
+projections read the same tensor) and drop(X) A^T; norms save their fp32 input; a frozen weight saves nothing. A test
+holds the sum against the tensors that autograd really saves, family by family, to the byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qrosa.base.families import Dimensions
+
+HALF, FULL = 2, 4  # bytes of bf16 and fp32
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The micro-batch that takes most memory.
+
+    Attributes:
+        tokens: T, padding included.
+        length: L, tokens of the longest row.
+        rows: Most rows; one row alone needs no attention mask,
+        windowed: unless it is longer than the window of sliding attention.
+    """
+
+    tokens: int
+    length: int
+    rows: int
+    windowed: bool = False
+
+    @property
+    def mask_elements(self) -> int:
+        """Most elements of one attention mask [B, 1, L, L].
+
+        When one longest row fills the micro-batch, the worst are two rows of half its length.
+        """
+        if self.windowed:
+            return self.tokens * self.length
+        return 0 if self.rows == 1 else self.tokens * min(self.length, max(1, self.tokens // 2))
+
+
+def saved_by_layer(dims: Dimensions, batch: MicroBatch, attention: str, rank_sum: float) -> dict[str, int]:
+    """Bytes that one layer saves for backward, by kind of tensor.
+
+    Args:
+        dims: The decoder's sizes.
+        batch: The micro-batch.
+        attention: ``sdpa`` or ``eager``.
+        rank_sum: Sum of the ranks of the layer's low-rank parts.
+
+    Returns:
+        ``norms``: each RMSNorm's fp32 input [T, d] and scale [T] (LayerNorm: bf16 input, fp32 mean and scale); the same
+        for norms on queries and keys; Gemma's 1 + weight in fp32.
+        ``inputs``: X of the projections, [T, d] and [T, heads * head_dim]; for the down projection in ``feed_forward``.
+        ``attention``: see below.
+        ``feed_forward``: gate, its activation, up, and their product, [T, f] each; Phi: GELU's four steps and result.
+        ``projected``: drop(X) A^T [T, r].
+    """
+    tokens, heads = batch.tokens, dims.heads + dims.kv_heads
+    layer_norm = dims.family == "phi"
+    width, scales = (HALF, 2 * FULL) if layer_norm else (FULL, FULL)
+    norms = dims.wide_norms * tokens * (width * dims.hidden + scales)
+    if dims.head_norms:
+        norms += tokens * (width * (dims.query_width + dims.key_width) + scales * heads)
+    if dims.family.startswith("gemma"):
+        norms += FULL * (dims.wide_norms * dims.hidden + (2 * dims.head_dim if dims.head_norms else 0))
+    reads = 1 if layer_norm else 2  # attention and feed-forward read one norm's output, or one each
+    return {
+        "norms": norms,
+        "inputs": HALF * tokens * (reads * dims.hidden + dims.query_width),
+        "attention": _saved_attention(dims, batch, attention),
+        "feed_forward": (5 if layer_norm else 4) * HALF * tokens * dims.intermediate,
+        "projected": round(HALF * tokens * rank_sum),
+    }
+
+
+def _saved_attention(dims: Dimensions, batch: MicroBatch, attention: str) -> int:
+    """Rotated queries and keys, values; then by implementation.
+
+    Eager: keys and values repeated for every query head, probabilities [heads, T, L] in fp32 and bf16, the tanh of
+    capped scores. Fused: log-sum-exp fp32 [T, heads]; under a mask, keys and values repeated and the mask in bf16.
+    Phi's and Phi-3's partial rotation joins tensors, which gives flash attention's output a layout that has to be
+    copied for the projection; Phi-3's values are a view that keeps the whole fused projection alive.
+    """
+    query, key = HALF * batch.tokens * dims.query_width, HALF * batch.tokens * dims.key_width
+    if attention == "eager":
+        score_bytes = FULL + HALF + (HALF if dims.attention_softcap else 0)
+        return 3 * query + score_bytes * batch.tokens * batch.length * dims.heads
+    saved, masked = FULL * batch.tokens * dims.heads, HALF * batch.mask_elements
+    if masked and dims.kv_heads < dims.heads:
+        return saved + 3 * query + masked
+    fused = query + key if dims.family == "phi3" else 0
+    copied = query if dims.family in ("phi", "phi3") and not masked else 0
+    return saved + query + 2 * key + fused + copied + masked
+
+
+def mask_bytes(dims: Dimensions, batch: MicroBatch, attention: str) -> int:
+    """Attention masks that all layers read; families that mix full and sliding attention keep two kinds.
+
+    Fused attention gets one byte an element, and none at all where rows need no padding; eager attention always adds a
+    mask to its scores, in bf16.
+    """
+    if attention == "eager":
+        return dims.masks * HALF * batch.tokens * batch.length
+    return dims.masks * batch.mask_elements
+
+
+def first_norm_bytes(dims: Dimensions, batch: MicroBatch) -> int:
+    """What the first layer's first norm does not save: its input are the frozen embeddings."""
+    return batch.tokens * (HALF * dims.hidden if dims.family == "phi" else FULL * (dims.hidden + 1))
+
+
+def rotary_bytes(dims: Dimensions, batch: MicroBatch) -> int:
+    """Cosines and sines [1, L, head_dim] of the rotation, which all layers share."""
+    return 2 * HALF * batch.length * dims.head_dim
+
+
+def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps_scratch: bool) -> int:
+    """What the backward pass of one layer holds at its peak, over what the layer saved.
+
+    Backward may peak at any of these, the first for most models. *Entry*, in the down projection: the gradient of the
+    layer's output [T, d], of the projection's input [T, f], then the larger of the dense weight and another [T, f]:
+    with dropout the low-rank part's term before its mask, or the second of the gradients that the product of gate and
+    up gives (by when its own value is free). *Gate and up*, where they are one matrix twice as large: when it is
+    decoded in the forward pass, embeddings, layer input and residual [T, d] are there, and neither activation nor
+    product. *Scores* of eager attention: their gradient in fp32 before and after the softmax, by when what came after
+    is free. Families with norms after their blocks have backed through the last one at entry, which took five fp32
+    [T, d] of its own.
+
+    Args:
+        dims: The decoder's sizes.
+        batch: The micro-batch.
+        attention: ``sdpa`` or ``eager``.
+        keeps_scratch: The dense weight's scratch outlives the call (on the CPU) and is counted by itself.
+    """
+    stream, inner = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.intermediate
+    down = 0 if keeps_scratch else HALF * dims.hidden * dims.intermediate
+    entry = stream + inner + max(down, inner)
+    moments = [entry]
+    if dims.wide_norms == 4:
+        moments = [entry + stream - _norm_bytes(dims, batch), stream + 5 * FULL * batch.tokens * dims.hidden]
+    if dims.fused_gate:
+        moments.append(3 * stream - 2 * inner + 2 * down)
+    if attention == "eager":
+        moments.append(_score_workspace(dims, batch))
+    return max(moments)
+
+
+def _score_workspace(dims: Dimensions, batch: MicroBatch) -> int:
+    """Softmax's backward in eager attention: two fp32 gradients of the scores, the stream's and the values'.
+
+    Free by then: the feed-forward block with its norms and input, the output projection's input, the bf16 probabilities
+    and the repeated values.
+    """
+    stream, query = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.query_width
+    inner = HALF * batch.tokens * dims.intermediate
+    scores = batch.tokens * batch.length * dims.heads
+    freed = 4 * inner + (dims.wide_norms - 1) * _norm_bytes(dims, batch) + stream + 2 * query + HALF * scores
+    return 2 * FULL * scores + stream + query - freed
+
+
+def _norm_bytes(dims: Dimensions, batch: MicroBatch) -> int:
+    """An RMSNorm's fp32 input [T, d] and scale [T]."""
+    return FULL * batch.tokens * (dims.hidden + 1)
+
+
+def norm_workspace(dims: Dimensions, batch: MicroBatch) -> int:
+    """The backward pass of a wide RMSNorm: its saved input and five tensors like it, fp32 [T, d]."""
+    return 6 * FULL * batch.tokens * dims.hidden
+
+
+def forward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps_scratch: bool) -> int:
+    """What one layer holds at its peak when nothing is saved: a norm, the feed-forward block, or attention.
+
+    Beside the embeddings [T, d], which the model holds on to, and the layer's input. Norm: the residual in bf16, in
+    fp32 and squared. Feed-forward: the residual and its normed form [T, d], the activation and up [T, f], with the
+    dense weight or with their product; gate and up in one are twice as wide and stay until their product is there.
+    Attention: the normed input, queries, keys and values, repeated ones, the output; for the eager kind scores in bf16,
+    fp32, and fp32 after the softmax.
+    """
+    stream, inner = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.intermediate
+    query, key = HALF * batch.tokens * dims.query_width, HALF * batch.tokens * dims.key_width
+    matrix = 0 if keeps_scratch else HALF * dims.hidden * dims.intermediate
+    feed_forward = 2 * stream + 2 * inner + (2 if dims.fused_gate else 1) * max(matrix, inner)
+    attended = stream + 3 * query + 2 * key
+    if attention == "eager":
+        attended += (HALF + 2 * FULL) * batch.tokens * batch.length * dims.heads
+    else:
+        attended += query + HALF * batch.mask_elements
+    return 2 * stream + max(5 * stream, feed_forward, attended)

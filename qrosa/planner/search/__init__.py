@@ -1,0 +1,1 @@
+"""Search: from a memory cap to settings, their alternatives, and how far each lever reaches."""

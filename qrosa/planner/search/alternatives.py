@@ -1,0 +1,150 @@
+"""The settings nearest to a plan that does not fit, one change at a time, each tried before it is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from qrosa.errors import InputError
+from qrosa.planner.plan import Plan
+from qrosa.planner.request import Request
+from qrosa.planner.search.solve import sharing_a_host, solve_smallest
+from qrosa.quantities import optimizer_parts, parse_offload, parse_size
+
+_LENGTH_STEP = 64
+_GB_TENTH = 2**30 / 10
+
+
+def nearest(plan: Plan) -> list[Suggestion]:
+    """Single changes that make ``plan`` fit, the least painful first.
+
+    Undoing a forced micro-batch, checkpointing or offload comes first, then 8-bit optimizer states, shorter rows, a
+    smaller budget, a base that is mapped from files, and more memory, which always helps.
+    """
+    return [suggestion for suggestion in _tries(plan) if suggestion is not None]
+
+
+def _tries(plan: Plan) -> Iterator[Suggestion | None]:
+    request = plan.request
+    train = request.train
+    freed = {
+        "micro_batch": "auto",
+        "checkpointing": "auto",
+        "offload": ",".join(["auto", *optimizer_parts(train.offload)]),
+    }
+    if train.optimizer == "adamw" and request.zero is None:  # DeepSpeed's states are in fp32
+        freed["optimizer"] = "adamw8bit"
+    for name, free in freed.items():
+        if getattr(train, name) != free:
+            change: dict[str, Any] = {name: free}
+            changed = dataclasses.replace(request, train=dataclasses.replace(train, **change))
+            yield _if_fits(changed, name, free)
+    yield _longest(request, plan.work.length)
+    yield _smaller_budget(request)
+    yield _on_disk(plan)
+    if not plan.fits_host:
+        yield _more("host_memory", plan.host_peak * sharing_a_host(request.machines))
+    yield _larger_card(plan)
+
+
+def _on_disk(plan: Plan) -> Suggestion | None:
+    """A streamed base mapped from files, where it is the host that is too small."""
+    if plan.fits_host or not plan.work.streamed or plan.work.base_on_disk:
+        return None
+    value = ",".join("base=disk:FOLDER" if part == "base" else part for part in plan.offload.split(","))
+    train = dataclasses.replace(plan.request.train, offload=value)
+    return _if_fits(dataclasses.replace(plan.request, train=train), "offload", value)
+
+
+def _larger_card(plan: Plan) -> Suggestion | None:
+    """The smallest card that would do; where the host is too small, one that needs less of it."""
+    sharing = sharing_a_host(plan.request.machines)
+    host_memory = plan.request.train.host_memory
+    if plan.work.on_cpu and host_memory is not None and parse_size(host_memory, "--host-memory") < plan.peak * sharing:
+        return _more("host_memory", plan.peak * sharing)
+    if plan.fits_host:
+        return _more("vram", plan.peak)
+    asked = parse_offload(plan.request.train.offload)
+    if asked.activations or asked.base:  # which stay on the host, whatever the card
+        return None
+    train = dataclasses.replace(
+        plan.request.train, offload=",".join(optimizer_parts(plan.request.train.offload)) or "none"
+    )
+    resident = solve_smallest(dataclasses.replace(plan.request, train=train))
+    return _more("vram", resident.peak) if resident.fits_host else None
+
+
+def _more(name: str, needed: int) -> Suggestion:
+    """More memory of a kind, in tenths of a gigabyte."""
+    return Suggestion(name, f"{math.ceil(needed / _GB_TENTH) / 10:g}GB", needed)
+
+
+def _if_fits(request: Request, name: str, value: str) -> Suggestion | None:
+    try:
+        tried = solve_smallest(request)
+    except InputError:
+        return None
+    return Suggestion(name, value, tried.peak) if tried.fits else None
+
+
+def _longest(request: Request, length: int) -> Suggestion | None:
+    """The longest rows that fit, in steps of 64 tokens."""
+
+    def attempt(steps: int) -> Suggestion | None:
+        seq_len = steps * _LENGTH_STEP
+        data = dataclasses.replace(request.data, seq_len=seq_len)
+        return _if_fits(dataclasses.replace(request, data=data), "seq_len", str(seq_len))
+
+    return _largest(attempt, (length - 1) // _LENGTH_STEP)
+
+
+def _smaller_budget(request: Request) -> Suggestion | None:
+    """The largest share of the budget, in tenths, that fits."""
+    if request.adapter.budget is None:
+        return None
+    from qrosa.adapters.budget import allocate
+
+    trainable = allocate(request.adapter, request.shape.linears, request.shape.base_parameters).trainable
+
+    def attempt(tenths: int) -> Suggestion | None:
+        count = trainable * tenths // 10
+        if count < 1:
+            return None
+        adapter = dataclasses.replace(request.adapter, budget=str(count))
+        return _if_fits(dataclasses.replace(request, adapter=adapter), "budget", str(count))
+
+    return _largest(attempt, 9)
+
+
+def _largest(attempt: Callable[[int], Suggestion | None], most: int) -> Suggestion | None:
+    """What ``attempt`` gives for the largest number from 1 to ``most`` that succeeds, by bisection."""
+    found, low, high = None, 1, most
+    while low <= high:
+        middle = (low + high) // 2
+        tried = attempt(middle)
+        if tried is None:
+            high = middle - 1
+        else:
+            found, low = tried, middle + 1
+    return found
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change that makes a plan fit.
+
+    Attributes:
+        setting: Name of the setting, with underscores.
+        value: What to set it to.
+        peak: Bytes that the plan then takes at most.
+    """
+
+    setting: str
+    value: str
+    peak: int
+
+    def __str__(self) -> str:
+        return f"--{self.setting.replace('_', '-')} {self.value}"

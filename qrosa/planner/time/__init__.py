@@ -1,0 +1,1 @@
+"""Seconds: the operations and copies of a step, and how long a card takes for them."""

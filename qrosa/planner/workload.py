@@ -1,0 +1,85 @@
+"""A run as far as its memory depends on it: the base, where parameters are trained, and the settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qrosa.adapters.budget import Allocation
+from qrosa.base.shape import ModelShape
+from qrosa.optim.zero.settings import ZeroSettings
+
+GRADIENT_SCORES = ("squared", "mean", "repair")  # mask scores that need statistics of gradients
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A run as far as memory depends on it.
+
+    Attributes:
+        shape: The base.
+        allocation: Where the trained parameters are.
+        device: ``cuda`` or ``cpu``.
+        attention: ``sdpa`` or ``eager``.
+        optimizer: Name of the optimizer.
+        dropout: Of the low-rank part.
+        mask_score: What ranks positions.
+        mask_scope: ``matrix`` or ``global``.
+        length: Longest row in tokens.
+        rows: Most rows of a micro-batch.
+        tokens: Most tokens of a micro-batch.
+        eval_tokens: The same in evaluation.
+        checkpointing: Activations are recomputed.
+        loss_chunk_tokens: Positions whose logits exist at once.
+        mask_group_bytes: Bound on the statistics that are collected together.
+        checkpoints: Checkpoints on disk at once.
+        offload_activations: Boundary activations are kept on the host.
+        resident_blocks: Decoder blocks of the base that stay on the device; None where it is not streamed.
+        base_on_disk: A streamed base is mapped from files.
+        sparse_init: Where sparse values start; ``residual`` reads the quantisation error of each matrix.
+        low_rank_init: Where the low-rank part starts; ``svd`` decomposes that error.
+        rank_by: What gives out ranks; ``sensitivity`` runs rows through the bare base first.
+        row_tokens: Tokens of all encoded rows, 0 where no rows are known.
+        zero: What DeepSpeed does with the optimizer, None without it.
+        processes: Cards that share the optimizer.
+    """
+
+    shape: ModelShape
+    allocation: Allocation
+    device: str
+    attention: str
+    optimizer: str
+    dropout: float
+    mask_score: str
+    mask_scope: str
+    length: int
+    rows: int
+    tokens: int
+    eval_tokens: int
+    checkpointing: bool
+    loss_chunk_tokens: int
+    mask_group_bytes: int
+    checkpoints: int
+    offload_activations: bool = False
+    resident_blocks: int | None = None
+    base_on_disk: bool = False
+    sparse_init: str = "residual"
+    low_rank_init: str = "lora"
+    rank_by: str = "order"
+    row_tokens: int = 0
+    zero: ZeroSettings | None = None
+    processes: int = 1
+
+    @property
+    def streamed(self) -> bool:
+        """The base visits the device block by block."""
+        return self.resident_blocks is not None
+
+    @property
+    def has_original(self) -> bool:
+        """The 16-bit weights are there, so that a quantisation error can be read."""
+        return self.shape.kind != "nf4"
+
+    @property
+    def on_cpu(self) -> bool:
+        """Device and host are the same memory."""
+        return self.device == "cpu"

@@ -1,0 +1,1 @@
+"""What a run leaves on disk while it trains: its folder, checkpoints, state, memory peaks, trackers."""

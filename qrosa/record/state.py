@@ -1,0 +1,53 @@
+"""What a run remembers between two steps, and therefore between two processes: plain values, stored as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from qrosa.data.batching import Limits
+
+
+@dataclass
+class RunState:
+    """The part of a run that changes.
+
+    Attributes:
+        step: Optimizer steps done.
+        selected_at: Steps that were done when the masks were picked, or None before.
+        limits: Training micro-batch now in use.
+        eval_tokens: Tokens, padding included, that an evaluation computes at once.
+        chunk_tokens: Positions whose logits exist at once.
+        seconds: Time spent in steps, over all processes that carried the run.
+        tokens: Tokens trained on, padding not counted.
+        first_loss: Loss of the first step.
+        last_loss: Loss of the last step done.
+        evaluation: The last evaluation, as ``qrosa.eval`` gave it, with its step.
+        changes: Micro-batches that were halved for want of memory.
+        digests: Part -> SHA-256 of its values before the first step on them.
+        peaks: Phase -> highest memory in bytes.
+    """
+
+    limits: Limits
+    eval_tokens: int
+    chunk_tokens: int
+    step: int = 0
+    selected_at: int | None = None
+    seconds: float = 0.0
+    tokens: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunState:
+        """The state that ``to_json`` gave."""
+        return cls(**{**values, "limits": Limits(**values["limits"])})

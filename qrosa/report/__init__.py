@@ -1,0 +1,1 @@
+"""What a run says at its end: report.json, the page and its charts."""

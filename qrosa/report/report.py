@@ -1,0 +1,100 @@
+"""The figures of a finished run, and the files that tell them.
+
+``report.json`` is the contract (seconds, bytes, fractions); ``report.html`` draws the same figures and the two logs;
+``README.md`` is the model card of the adapter. Nothing here needs torch: all of it can be made again from the files
+of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qrosa.files import write_json, write_text
+from qrosa.record.folder import CARD_FILE, EVAL_FILE, METRICS_FILE, REPORT_HTML, REPORT_JSON, read_lines
+from qrosa.report.facts import Facts
+from qrosa.report.page import loss_text, page
+
+
+def write_report(folder: Path, facts: Facts) -> dict[str, Any]:
+    """Write ``report.json``, ``report.html`` and ``README.md`` into the run.
+
+    Returns:
+        What ``report.json`` holds.
+    """
+    report = figures(facts)
+    write_json(folder / REPORT_JSON, report)
+    metrics, evals = read_lines(folder / METRICS_FILE), read_lines(folder / EVAL_FILE)
+    write_text(folder / REPORT_HTML, page(facts, report, metrics, evals))
+    write_text(folder / CARD_FILE, card(facts, report))
+    return report
+
+
+def figures(facts: Facts) -> dict[str, Any]:
+    """The contents of ``report.json``."""
+    state = facts.state
+    evaluation = {key: value for key, value in state.evaluation.items() if key != "step"}
+    return {
+        "steps": state.step,
+        "seconds": round(state.seconds, 3),
+        "tokens": state.tokens,
+        "tokens_per_s": round(state.tokens / state.seconds, 3) if state.seconds else 0.0,
+        "loss": {"first": state.first_loss, "last": state.last_loss},
+        "eval": evaluation,
+        "memory": {"planned": dict(facts.planned), "measured": dict(state.peaks)},
+        "micro_batch_changes": state.changes,
+        "micro_batch": {"rows": state.limits.rows, "tokens": state.limits.tokens},
+        "trainable": facts.trainable,
+        "share": facts.trainable / facts.base["parameters"],
+        "where": list(facts.where),
+        "data": dict(facts.data),
+    }
+
+
+def card(facts: Facts, report: Mapping[str, Any]) -> str:
+    """``README.md``: what the adapter is, how it was made, and how to use it."""
+    settings, base = facts.settings, facts.base
+    evaluation = report["eval"]
+    held_out = (
+        f"On {evaluation['rows']} held-out rows: loss {evaluation['loss']:.4f}, "
+        f"perplexity {evaluation['perplexity']:.3f}."
+        if evaluation
+        else "No rows were held out, so nothing is known about rows that it was not trained on."
+    )
+    first, last = report["loss"]["first"], report["loss"]["last"]
+    output = settings["output"]
+    ranks = [module.rank for module in facts.modules]
+    low_rank = f"{sum(rank > 0 for rank in ranks)} of {len(ranks)} matrices, ranks up to {max(ranks)}"
+    return f"""---
+library_name: qrosa
+base_model: {base["source"]}
+tags: [qrosa, lora, sparse]
+---
+# {Path(str(output)).name}
+
+An adapter for `{base["source"]}`, trained with qrosa: the base stays frozen in 4 bits (NF4, double quantisation),
+and {facts.trainable:,} parameters ({report["share"]:.3%} of the base's {base["parameters"]:,}) are trained, as a
+low-rank and a sparse part.
+
+| | |
+|---|---|
+| rows | {facts.data.get("rows", "?")} from `{settings["data"]}` |
+| steps | {report["steps"]} of {settings["batch_size"]} rows ({report["tokens"]:,} tokens) |
+| low-rank part | {low_rank} |
+| sparse part | {sum(m.nnz for m in facts.modules):,} values, chosen by `{settings["mask_score"]}` |
+| learning rates | {settings["lr"]:g} low-rank, {settings["sparse_lr"]:g} sparse, {settings["schedule"]} |
+| training loss | {loss_text(first)} at the first step, {loss_text(last)} at the last |
+| seed | {settings["seed"]} |
+
+{held_out}
+
+Where the parameters are: {"; ".join(facts.where[1:])}.
+
+## Use
+
+    qrosa generate {output} --prompt "..."
+    qrosa export {output} --output DIR        # a model that loads in plain transformers
+
+The adapter fits this base and no other: fingerprint `{base["fingerprint"]}`.
+"""

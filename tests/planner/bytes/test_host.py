@@ -1,0 +1,166 @@
+"""Host memory beside a card: counted, capped, and named where it is what runs out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bench.bench_host_memory import PROBES
+from bench.real_models import write_config
+from qrosa.cli.main import cli
+from qrosa.errors import DoesNotFitError
+from qrosa.planner.bytes import components as parts
+from qrosa.planner.bytes.host import ROW_BYTES
+from qrosa.planner.cards import Machines, find_card
+from qrosa.planner.search import solve
+from tests.planner.search.test_solve import GB, SHAPES, SMOL, made
+
+LLAMA = SHAPES["Llama-3.1-8B"]
+STREAMED = {"vram": 5 * GB, "offload": "activations,base", "micro_batch": "1"}
+
+
+@pytest.mark.parametrize(("size", "taken"), [(1, 1), (3, 4), (4096, 4096), (4097, 8192)])
+def test_pinned_memory_comes_in_powers_of_two(size: int, taken: int) -> None:
+    assert parts.pinned_bytes(size) == taken
+
+
+def test_a_pinned_base_takes_more_than_its_bytes() -> None:
+    exact, pinned = (parts.host_base_bytes(LLAMA), parts.pinned_base_bytes(LLAMA))
+    assert parts.base_bytes(LLAMA) <= exact < 1.01 * parts.base_bytes(LLAMA)
+    assert exact < pinned < 1.1 * exact
+
+
+def test_a_streamed_base_must_fit_the_host() -> None:
+    need = made(LLAMA, **STREAMED).host_peak
+    assert made(LLAMA, **STREAMED, host_memory=str(need)).fits
+    cramped = made(LLAMA, **STREAMED, host_memory=str(need - 1))
+    assert cramped.fits_device and not cramped.fits_host and not cramped.fits
+    with pytest.raises(DoesNotFitError, match="of host memory at the least"):
+        cramped.require_fit()
+    assert "does not fit" in cramped.verdict() and "host memory" in cramped.verdict()
+
+
+def test_what_is_named_for_a_small_host_fits() -> None:
+    cramped = made(LLAMA, **STREAMED, host_memory="5GB")
+    ways = {(way.setting, way.value.partition("=")[0]): way for way in cramped.nearest()}
+    on_disk = next(way for (setting, _), way in ways.items() if setting == "offload" and "disk" in way.value)
+    assert made(LLAMA, **(STREAMED | {"offload": on_disk.value}), host_memory="5GB").fits
+    larger = next(way for (setting, _), way in ways.items() if setting == "host_memory")
+    assert made(LLAMA, **STREAMED, host_memory=larger.value).fits
+
+
+def test_a_larger_card_is_named_for_a_small_host_only_where_the_base_may_stay_on_it() -> None:
+    open_ = made(LLAMA, 5 * GB, micro_batch="1", host_memory="4GB")
+    assert not open_.fits_host
+    card = next(way for way in open_.nearest() if way.setting == "vram")
+    gigabytes = float(card.value.removesuffix("GB"))
+    assert made(LLAMA, int(gigabytes * GB), micro_batch="1", host_memory="4GB").fits
+    forced = made(LLAMA, **STREAMED, host_memory="5GB")
+    assert "vram" not in {way.setting for way in forced.nearest()}
+    assert not made(LLAMA, **(STREAMED | {"vram": 48 * GB}), host_memory="5GB").fits
+
+
+def test_streaming_is_not_chosen_where_the_host_cannot_hold_the_base() -> None:
+    assert made(LLAMA, 5 * GB).work.streamed
+    assert not made(LLAMA, 5 * GB, host_memory="4GB").fits
+    assert not made(LLAMA, 24 * GB, host_memory="4GB").work.streamed
+
+
+def test_the_host_is_known_where_the_card_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "host_memory", lambda: 6 * GB)
+    monkeypatch.setattr(solve, "card_memory", lambda: None)
+    elsewhere = made(LLAMA, **STREAMED)
+    assert elsewhere.request.host_cap is None and elsewhere.fits
+    monkeypatch.setattr(solve, "card_memory", lambda: 8 * GB)
+    here = made(LLAMA, **STREAMED)
+    assert here.request.host_cap == 6 * GB and not here.fits
+    another = made(LLAMA, **STREAMED, machines=Machines(find_card("rtx4060")))
+    assert another.request.host_cap is None and another.fits
+
+
+@pytest.mark.parametrize("launcher", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    monkeypatch.setattr(solve, "host_memory", lambda: 12 * GB)
+    monkeypatch.setattr(solve, "card_memory", lambda: 8 * GB)
+    assert made(LLAMA, **STREAMED).fits
+    monkeypatch.setenv(launcher, "4")
+    shared = made(LLAMA, **STREAMED)
+    assert shared.request.host_cap == 3 * GB and not shared.fits
+    assert made(SMOL, None, device="cpu").request.cap == 3 * GB
+    more = next(way.value for way in shared.nearest() if way.setting == "host_memory")
+    assert made(LLAMA, **STREAMED, host_memory=more).fits
+    monkeypatch.delenv(launcher)
+    two = Machines(find_card("rtx4060"), gpus=2)
+    assert made(LLAMA, **STREAMED, host_memory="12GB", machines=two).request.host_cap == 6 * GB
+
+
+def test_on_the_cpu_host_memory_is_the_cap() -> None:
+    asked = made(SMOL, None, device="cpu", seq_len=256, host_memory="3GB")
+    assert asked.request.cap == 3 * GB and asked.request.host_cap is None and asked.fits
+
+
+def test_rows_are_counted() -> None:
+    bare, full = (made(SMOL, 8 * GB, device="cpu", seq_len=256, row_tokens=tokens) for tokens in (0, 10**7))
+    assert full.phases["train"].host["rows"] == ROW_BYTES * 10**7 and "rows" not in bare.phases["train"].host
+
+
+def test_rows_take_what_is_counted(smollm2: Path, tmp_path: Path) -> None:
+    import sys
+
+    from transformers import AutoTokenizer
+
+    from qrosa.data.dataset import load_rows
+
+    words = "the quick brown fox jumps over a lazy dog while wizards mix potions".split()
+    lines = [{"text": " ".join(words[(i * k) % len(words)] for k in range(60))} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = load_rows(str(tmp_path / "rows.jsonl"), AutoTokenizer.from_pretrained(smollm2), seq_len=512)
+    taken = sum(sys.getsizeof(part) for row in found.rows for part in (row, row.where, row.input_ids, row.labels))
+    assert taken < ROW_BYTES * 1.3 * found.report.tokens
+    assert taken > ROW_BYTES * 0.7 * found.report.tokens
+
+
+def test_starting_at_the_error_is_part_of_loading() -> None:
+    plain, svd = made(LLAMA), made(LLAMA, low_rank_init="svd")
+    assert svd.phases["load"].device_total > plain.phases["load"].device_total
+    assert svd.phases["load"].moment == "decomposing the largest error"
+    assert svd.phases["load"].device["factors"] >= parts.error_bytes(LLAMA)
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, "Llama-3.1-8B")
+    asked = ["plan", "--model", str(folder), "--budget", "0.3%", "--vram", "5GB", "--host-memory", "4GB", "--json"]
+    result = CliRunner().invoke(cli, asked)
+    document = json.loads(result.stdout)
+    assert result.exit_code == 3 and document["host_memory"] == 4 * GB < document["host_peak"]
+    assert "host memory" in result.stderr
+    assert CliRunner().invoke(cli, [*asked[:7], "--host-memory", "much"]).exit_code == 2
+
+
+MEASURED = json.loads((Path(__file__).parents[2] / "bench" / "results" / "host-memory-cpu.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_plan_of_now_is_a_bound_over_what_was_seen(smollm2: Path, name: str) -> None:
+    """Resident bytes of whole processes, as the benchmark measured them."""
+    from qrosa.cli.plan import make_plan
+
+    flags = PROBES[name].replace("--", "").replace("-", "_").split()
+    planned = make_plan(str(smollm2), dict(zip(flags[::2], flags[1::2], strict=True)), device="cpu").planned
+    seen = {row["phase"]: row["measured"] for row in MEASURED if row["setting"] == name}
+    assert {"load", "train", "eval"} <= set(seen)
+    for phase, measured in seen.items():
+        assert planned[phase] >= 0.99 * measured, phase
+
+
+def test_evaluation_finds_the_heap_that_training_left() -> None:
+    small, large = (made(SMOL, 16 * GB, device="cpu", seq_len=256, micro_batch=rows).phases for rows in ("1", "4"))
+    assert large["eval"].device == small["eval"].device
+    assert large["eval"].host["kept_heap"] > small["eval"].host["kept_heap"]
+    assert large["train"].host["kept_heap"] > large["eval"].host["kept_heap"] - large["train"].passing
+    recompute = made(SMOL, 16 * GB, device="cpu", seq_len=256, micro_batch="4", checkpointing="on").phases["train"]
+    assert recompute.host["kept_heap"] > recompute.passing
+    assert "kept_heap" not in made(SMOL, 16 * GB, seq_len=256).phases["train"].host

@@ -1,0 +1,239 @@
+"""Choosing settings under a cap: always within it, never wasteful, and honest when nothing fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.real_models import MODELS
+from qrosa.base.shape import ModelShape, from_config
+from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
+from qrosa.errors import DoesNotFitError, InputError
+from qrosa.planner import hardware
+from qrosa.planner.plan import Plan
+from qrosa.planner.search import solve
+from qrosa.planner.search.solve import plan
+
+GB = 2**30
+SHAPES = {name: from_config(name, model.config) for name, model in MODELS.items()}
+SMOL = from_config(
+    "smol",
+    {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192},
+)  # fmt: skip
+
+
+def made(shape: ModelShape, vram: int | None = 24 * GB, **changes: Any) -> Plan:
+    """A plan with some settings changed, by name."""
+    groups: list[Any] = [AdapterConfig(budget=changes.pop("budget", "0.3%")), MaskConfig(), DataConfig(), TrainConfig()]
+    keys = {field.name: i for i, group in enumerate(groups) for field in dataclasses.fields(group)}
+    extra = {key: changes.pop(key) for key in ("longest_row", "device", "row_tokens", "machines") if key in changes}
+    for key, value in changes.items():
+        groups[keys[key]] = dataclasses.replace(groups[keys[key]], **{key: value})
+    return plan(shape, *groups, vram=vram, **extra)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_7_to_14b_model_trains_on_24_gb(name: str) -> None:
+    found = made(SHAPES[name])
+    assert found.fits and found.peak <= 24 * GB and found.nearest() == []
+    found.require_fit()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(MODELS)),
+    gigabytes=st.floats(5, 80),
+    seq_len=st.integers(16, 4096),
+    batch=st.integers(1, 64),
+    share=st.sampled_from([0.0, 0.5, 1.0]),
+    device=st.sampled_from(["cuda", "cpu"]),
+)
+def test_what_fits_is_within_the_cap(
+    name: str, gigabytes: float, seq_len: int, batch: int, share: float, device: str
+) -> None:
+    cap = int(gigabytes * GB)
+    found = made(SHAPES[name], cap, seq_len=seq_len, batch_size=batch, sparse_share=share, device=device)
+    assert found.fits == (found.peak <= cap)
+    work = found.work
+    assert work.length <= work.tokens <= max(work.length, batch * work.length, 8192)
+    assert 1 <= work.rows <= batch and 1 <= work.loss_chunk_tokens <= max(work.tokens, 64)
+    for memory in found.phases.values():
+        assert all(size > 0 for size in memory.device.values())
+
+
+def test_more_memory_never_gives_slower_settings() -> None:
+    speeds = []
+    for gigabytes in (8, 12, 16, 24, 40, 80):
+        work = made(SHAPES["Llama-3.1-8B"], gigabytes * GB).work
+        speeds.append((not work.checkpointing, work.tokens))
+    assert speeds == sorted(speeds)
+    assert speeds[0][0] is False and speeds[-1][0] is True
+
+
+def test_a_fixed_micro_batch_and_fixed_checkpointing_are_kept() -> None:
+    work = made(SHAPES["Llama-3.1-8B"], 80 * GB, micro_batch="2", checkpointing="on", seq_len=1024).work
+    assert (work.rows, work.tokens, work.checkpointing) == (2, 2048, True)
+
+
+def test_short_rows_need_less_than_the_seq_len() -> None:
+    long, short = made(SHAPES["Llama-3.1-8B"]), made(SHAPES["Llama-3.1-8B"], longest_row=200)
+    assert short.work.length == 200 and short.settings["longest_row"] == 200 and long.work.length == 2048
+    assert not short.work.checkpointing or short.work.tokens > 200
+    assert made(SHAPES["Llama-3.1-8B"], longest_row=10**6).work.length == 2048
+
+
+def test_what_does_not_fit_names_what_would() -> None:
+    found = made(SHAPES["Llama-3.1-8B"], 7 * GB, offload="none")
+    assert not found.fits
+    ways = {way.setting: way for way in found.nearest()}
+    assert {"offload", "seq_len", "vram"} <= set(ways)
+    assert made(SHAPES["Llama-3.1-8B"], 7 * GB, offload=ways["offload"].value).fits
+    assert made(SHAPES["Llama-3.1-8B"], 7 * GB, offload="none", seq_len=int(ways["seq_len"].value)).fits
+    assert made(SHAPES["Llama-3.1-8B"], int(float(ways["vram"].value[:-2]) * GB), offload="none").fits
+    with pytest.raises(DoesNotFitError, match=r"7\.00 GB") as caught:
+        found.require_fit()
+    assert "--seq-len" in caught.value.hint
+
+
+def test_forced_settings_that_do_not_fit_are_the_first_to_give_way() -> None:
+    found = made(SHAPES["Llama-3.1-8B"], 12 * GB, micro_batch="32", checkpointing="off")
+    assert not found.fits
+    assert made(SHAPES["Llama-3.1-8B"], 12 * GB, micro_batch="16").nearest()[0].setting == "micro_batch"
+    big = made(SHAPES["Llama-3.1-8B"], 9 * GB, budget="5%")
+    assert "budget" in {way.setting for way in big.nearest()}
+
+
+def test_levers_are_pulled_in_the_order_that_they_cost() -> None:
+    pulled = []
+    for gigabytes in (80, 24, 9, 7, 5):
+        work = made(SHAPES["Llama-3.1-8B"], gigabytes * GB, seq_len=2048).work
+        pulled.append((work.checkpointing, work.offload_activations, work.streamed))
+    assert pulled == sorted(pulled)
+    assert pulled[0] == (False, False, False) and pulled[-1] == (True, True, True)
+
+
+def test_a_larger_card_keeps_more_of_a_streamed_base() -> None:
+    llama = SHAPES["Llama-3.1-8B"]
+    made_for = [made(llama, cap * GB, offload="activations,base", micro_batch="1") for cap in (4, 5, 6, 24)]
+    resident = [found.work.resident_blocks for found in made_for]
+    assert resident == sorted(resident) and resident[0] < resident[1] < resident[2] and resident[3] == 32
+    assert all(found.fits for found in made_for)
+
+
+def test_a_streamed_base_is_on_the_host_and_crosses_the_bus() -> None:
+    streamed = made(SHAPES["Llama-3.1-8B"], 5 * GB, offload="base")
+    whole = made(SHAPES["Llama-3.1-8B"], offload="none")
+    train = streamed.phases["train"]
+    assert streamed.offload == "base" and not streamed.work.offload_activations
+    assert train.host["pinned_base"] >= whole.phases["train"].device["base"] > 3 * train.device["base"]
+    assert streamed.to_json()["traffic"]["base"] > train.host["pinned_base"]
+    mapped = made(SHAPES["Llama-3.1-8B"], 5 * GB, offload="base=disk:/scratch")
+    assert mapped.offload == "base=disk:/scratch" and "pinned_base" not in mapped.phases["train"].host
+
+
+def test_the_cpu_offloads_only_when_asked() -> None:
+    assert made(SMOL, 1 * GB, device="cpu", seq_len=512).offload == "none"
+    assert made(SMOL, 8 * GB, device="cpu", seq_len=512, offload="activations,base").offload == "activations,base"
+
+
+def test_mask_groups_take_what_is_left_and_no_more_than_asked() -> None:
+    small, large = (made(SHAPES["Llama-3.1-8B"], size * GB) for size in (8, 80))
+    assert small.mask_passes > large.mask_passes == 1
+    asked = made(SHAPES["Llama-3.1-8B"], 80 * GB, mask_memory="1GB")
+    assert asked.work.mask_group_bytes == GB
+    assert made(SHAPES["Llama-3.1-8B"], mask_score="random").mask_passes == 0
+
+
+def test_the_cpu_counts_the_whole_process() -> None:
+    found = made(SMOL, 8 * GB, device="cpu", seq_len=512)
+    assert found.fits and found.settings["device"] == "cpu" and found.work.attention == "sdpa"
+    assert made(SMOL, 8 * GB, device="cpu", seq_len=256).work.attention == "eager"
+    train = found.phases["train"]
+    assert found.planned["train"] == train.device_total + train.host_total
+
+
+def test_without_a_cap_the_card_then_the_host_is_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "card_memory", lambda: None)
+    monkeypatch.setattr(solve, "host_memory", lambda: 16 * GB)
+    on_host = made(SMOL, None)
+    assert (on_host.settings["device"], on_host.request.cap) == ("cpu", 16 * GB)
+    monkeypatch.setattr(solve, "card_memory", lambda: 12 * GB)
+    on_card = made(SMOL, None)
+    assert (on_card.settings["device"], on_card.request.cap) == ("cuda", 12 * GB)
+    assert (
+        plan(SMOL, AdapterConfig(budget="1%"), MaskConfig(), DataConfig(), TrainConfig(vram="6GB")).request.cap
+        == 6 * GB
+    )
+
+
+def test_this_machine_has_memory() -> None:
+    assert hardware.host_memory() > 2**28
+    assert hardware.card_memory() is None or hardware.card_memory() > 2**30
+
+
+def test_the_document_adds_up_and_is_json() -> None:
+    document = json.loads(json.dumps(made(SHAPES["Mistral-7B"]).to_json()))
+    assert {"model", "budget", "settings", "phases", "peak", "vram", "fits"} <= set(document)
+    assert {"trainable", "share", "rank", "density", "nnz"} <= set(document["budget"])
+    assert document["budget"]["share"] <= 0.003
+    for phase in document["phases"].values():
+        for side in ("device", "host"):
+            assert phase[side]["total"] == sum(size for name, size in phase[side].items() if name != "total")
+    assert document["peak"] == max(phase["device"]["total"] for phase in document["phases"].values())
+    assert document["vram"] == 24 * GB and document["fits"] is True
+
+
+def test_the_table_and_the_verdict_read_well() -> None:
+    from rich.console import Console
+
+    found = made(SHAPES["Mistral-7B"])
+    console = Console(width=120, record=True, file=Path("/dev/null").open("w"))
+    console.print(found.table())
+    text = console.export_text()
+    assert all(word in text for word in ("base", "train", "export", "device", "disk"))
+    assert found.verdict().startswith("fits:") and "at " in found.verdict()
+    assert set(found.reasons) <= set(found.settings)
+
+
+def test_more_than_the_model_reads() -> None:
+    with pytest.raises(InputError, match="more than the model reads"):
+        made(SHAPES["Gemma-2-9B"], seq_len=10_000)
+
+
+def test_capped_scores_need_plain_attention() -> None:
+    assert made(SHAPES["Gemma-2-9B"], 48 * GB).work.attention == "eager"
+    assert made(SHAPES["Qwen3-8B"]).work.attention == "sdpa"
+
+
+def test_the_fastest_that_fits_is_chosen_and_the_reason_says_over_what() -> None:
+    from qrosa.planner.cards import Machines, find_card
+    from qrosa.planner.time.estimate import estimate
+
+    card = Machines(find_card("rtx4060"))
+    free = made(SHAPES["Llama-3.1-8B"], 7 * GB, seq_len=512, machines=card)
+    times = []
+    for offload in ("none", "activations", "activations,base"):
+        for rows in ("1", "2", "4", "8", "16"):
+            forced = made(SHAPES["Llama-3.1-8B"], 7 * GB, seq_len=512, machines=card, offload=offload, micro_batch=rows)
+            if forced.fits:
+                times.append(estimate(forced.work, 32, card).step_seconds)
+    chosen = estimate(free.work, 32, card).step_seconds
+    assert free.fits and times and chosen <= solve.TIE * min(times)
+
+
+def test_a_lever_that_is_pulled_for_speed_says_so() -> None:
+    said = [
+        reason
+        for name in ("Llama-3.1-8B", "Qwen2.5-14B", "Mistral-Nemo-12B")
+        for cap in range(5, 25)
+        for setting, reason in made(SHAPES[name], cap * GB, seq_len=512).reasons.items()
+        if setting in ("checkpointing", "offload") and "faster than" in reason
+    ]
+    assert said and all("s a step against" in reason and "estimated on rtx" in reason for reason in said)
