@@ -18,8 +18,11 @@ from pathlib import Path
 from bench.real_models import HUB
 from qrosa.base.shape import from_config
 from qrosa.config import make_run_config, read_yaml
+from qrosa.planner.hardware import Here
 from qrosa.planner.plan import Plan
-from qrosa.planner.search.solve import plan
+from qrosa.planner.request import make_request
+from qrosa.planner.search.alternatives import require_fit
+from qrosa.planner.search.solve import solve
 from qrosa.quantities import size_text
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -48,7 +51,7 @@ def planned(path: Path, on_cpu: bool) -> Plan:
     config = make_run_config(read_yaml(path) | {"data": "rows.jsonl", "output": "run"})
     shape = from_config(config.model, HUB[config.model])
     device = "cpu" if on_cpu else "cuda"
-    return plan(shape, config.adapter, config.masks, config.data, config.train, device=device)
+    return solve(make_request(shape, config.groups, Here(card=None, host=0), device=device))
 
 
 def comment(made: Plan) -> str:
@@ -57,7 +60,7 @@ def comment(made: Plan) -> str:
     Raises:
         DoesNotFitError: A recipe has to fit.
     """
-    made.require_fit()
+    require_fit(made)
     where = "the CPU" if made.work.on_cpu else "a card"
     host_peak = max(memory.host_total for memory in made.phases.values())
     host = f", with {size_text(host_peak)} of host memory" if made.work.streamed else ""

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from qrosa.errors import InputError, StorageError
 from qrosa.fields import check_positive, check_range, coerce, setting, suggest
@@ -257,6 +257,20 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
 
+    @property
+    def groups(self) -> Groups:
+        """The settings without the places."""
+        return Groups(self.adapter, self.masks, self.data, self.train)
+
+
+class Groups(NamedTuple):
+    """The settings without the places that a run reads from and writes to."""
+
+    adapter: AdapterConfig
+    masks: MaskConfig
+    data: DataConfig
+    train: TrainConfig
+
 
 GROUPS: dict[str, type] = {"adapter": AdapterConfig, "masks": MaskConfig, "data": DataConfig, "train": TrainConfig}
 _PLAIN_KEYS = ("model", "output")
@@ -284,6 +298,11 @@ def make_group(group: type[_Group], values: Mapping[str, Any]) -> _Group:
     return group(**given)
 
 
+def make_groups(values: Mapping[str, Any]) -> Groups:
+    """Build all groups from flat values; keys of none are passed over."""
+    return Groups(*(make_group(group, values) for group in GROUPS.values()))
+
+
 def make_run_config(values: Mapping[str, Any]) -> RunConfig:
     """Build a whole run's config from flat values (YAML keys overlaid with flags).
 
@@ -297,8 +316,7 @@ def make_run_config(values: Mapping[str, Any]) -> RunConfig:
     for key, flag in (("model", "--model"), ("output", "--output"), ("data", "--data")):
         if not values.get(key):
             raise InputError(f"{flag} is missing", f"give {flag}, or {key}: in the config file")
-    groups: dict[str, Any] = {name: make_group(group, values) for name, group in GROUPS.items()}
-    return RunConfig(model=str(values["model"]), output=str(values["output"]), **groups)
+    return RunConfig(str(values["model"]), str(values["output"]), *make_groups(values))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

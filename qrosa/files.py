@@ -1,4 +1,10 @@
-"""TODO-DOC."""
+"""Files as this package reads and writes them: JSON, text and safetensors, nothing that can run code.
+
+Every write goes to a temporary name beside its target and is renamed when it is whole. Headers of safetensors files are
+read here without torch, both to open foreign files with care (every size is checked before a byte of data is trusted)
+and to plan from a checkpoint's shapes alone. The format: 8 bytes little-endian header length, a JSON header (name ->
+dtype, shape, byte range), then the data, back to back.
+"""
 
 from __future__ import annotations
 

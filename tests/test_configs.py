@@ -11,8 +11,8 @@ import pytest
 from bench.real_models import HUB
 from qrosa.base.shape import ModelShape, from_config
 from qrosa.config import make_run_config, read_yaml
-from qrosa.planner.search.solve import plan
 from qrosa.quantities import parse_size
+from tests.plans import plan
 
 RECIPES = sorted(Path(__file__).parents[1].glob("configs/*.yaml"))
 

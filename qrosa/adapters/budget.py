@@ -25,7 +25,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qrosa.adapters.describe import describe_allocation
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
 from qrosa.quantities import parse_budget
@@ -108,10 +107,6 @@ class Allocation:
     def density(self) -> float:
         """Sparse values over the weights of all modules."""
         return self.sparse_parameters / sum(linear.size for linear in self.linears) if self.linears else 0.0
-
-    def describe(self) -> list[str]:
-        """Where the budget went, in words, a line each."""
-        return describe_allocation(self)
 
 
 def allocate(

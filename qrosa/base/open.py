@@ -1,4 +1,4 @@
-"""TODO-DOC."""
+"""Which kind of base a source is: a local folder, a ``.gguf`` file, or a Hugging Face id, fetched first."""
 
 from __future__ import annotations
 

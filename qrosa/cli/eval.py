@@ -64,8 +64,8 @@ def command(
     often the model writes it by itself.
     """
     from qrosa.data.dataset import load_rows
+    from qrosa.data.length import row_length
     from qrosa.eval.tasks import evaluate_tasks
-    from qrosa.train.prepare import resolve_seq_len
 
     data = make_group(DataConfig, settings)
     if data.data is None:
@@ -73,7 +73,7 @@ def command(
     console = progress_console()
     place = choose_device(device)
     opened = open_source(source, base_model)
-    seq_len = resolve_seq_len(data.seq_len, opened.checkpoint.config)
+    seq_len = row_length(data.seq_len, getattr(opened.checkpoint.config, "max_position_embeddings", None))
     found = load_rows(
         data.data, opened.checkpoint.tokenizer(), seq_len=seq_len, train_on=data.train_on, limit=limit, split=split
     )

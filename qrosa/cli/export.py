@@ -118,16 +118,16 @@ def _verify_rows(source: str, data: str | None, model: str | None) -> list[Encod
         InputError: No rows are named, or none can be read.
     """
     from qrosa.data.dataset import load_rows
+    from qrosa.data.length import row_length
     from qrosa.export.source import open_adapter
     from qrosa.export.verify import VERIFY_ROWS
-    from qrosa.train.prepare import resolve_seq_len
 
     settings = _run_settings(Path(source))
     rows = data or settings.get("eval_data") or settings.get("data")
     if not rows:
         raise InputError(f"{source} does not name rows to verify on", "give some with --data")
     opened = open_adapter(source, model)
-    seq_len = resolve_seq_len(settings.get("seq_len"), opened.checkpoint.config)
+    seq_len = row_length(settings.get("seq_len"), getattr(opened.checkpoint.config, "max_position_embeddings", None))
     split = "train" if data is None and not settings.get("eval_data") else "test"
     train_on = str(settings.get("train_on") or "completion")
     try:

@@ -113,16 +113,18 @@ def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def _dry_run(config: RunConfig, *, as_json: bool) -> None:
+    from qrosa.planner.search.alternatives import require_fit
+    from qrosa.planner.show import document
     from qrosa.train.prepare import prepare
 
     prepared = prepare(config, dry_run=True)
     if as_json:
-        emit_json(prepared.plan.to_json())
+        emit_json(document(prepared.plan))
     else:
         console = result_console()
         _show_setup(console, prepared)
         _show_rows(console, prepared)
-    prepared.plan.require_fit()
+    require_fit(prepared.plan)
 
 
 def _show_setup(console: Console, prepared: Prepared) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qrosa.base.shape_source import read_shape
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
@@ -170,12 +171,11 @@ def _streaming(opened: Opened, place: str, offload: str) -> tuple[int | None, st
         return None, None
     import torch
 
-    from qrosa.base.shape import ModelShape
     from qrosa.planner.bytes.inference import resident_blocks
 
     if not place.startswith("cuda"):
         return 0, asked.disk
-    shape = ModelShape.from_source(opened.checkpoint.source)
+    shape = read_shape(opened.checkpoint.source)
     adapter = sum(file.stat().st_size for file in opened.adapter.glob("*.safetensors")) if opened.adapter else 0
     free, _ = torch.cuda.mem_get_info(torch.device(place))
     resident = resident_blocks(shape, free, adapter)

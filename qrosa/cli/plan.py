@@ -11,12 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrosa.cli.machines import machine_options, read_machines, show_reach
 from qrosa.cli.options import emit_json, given, json_option, model_option, progress_console, result_console
 from qrosa.cli.options import settings_options as settings_flags
-from qrosa.cli.probing import probe_json, probe_option, probed_device, run_probe, show_probe
-from qrosa.cli.simulation import run_simulation, show_simulation, simulate_option, simulation_json
-from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, make_group, read_yaml
+from qrosa.cli.plan_extras import (
+    machine_options,
+    probe_json,
+    probe_option,
+    probed_device,
+    read_machines,
+    run_probe,
+    run_simulation,
+    show_probe,
+    show_reach,
+    show_simulation,
+    simulate_option,
+    simulation_json,
+)
+from qrosa.config import DataConfig, make_groups, read_yaml
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,6 +35,7 @@ if TYPE_CHECKING:
 
     from qrosa.planner.cards import Machines
     from qrosa.planner.plan import Plan
+    from qrosa.planner.request import Rows
 
 # Settings that change memory, or what the plan is made from; the rest of a config is read and passed over.
 _SETTINGS = (
@@ -66,11 +78,14 @@ def command(model: str | None, config: str | None, simulate: bool, probe: bool, 
     if not source:
         raise InputError("--model is missing", "give --model, or model: in the config file")
     made = make_plan(str(source), values, machines, device=probed_device(machines) if probe else None)
+    from qrosa.planner.search.alternatives import require_fit
+    from qrosa.planner.show import document
+
     simulation = run_simulation(str(source), made) if simulate else None
     probed = run_probe(str(source), made) if probe and made.fits else None
     if as_json:
         added = (simulation_json(made, simulation) if simulation else {}) | (probe_json(probed) if probed else {})
-        emit_json(made.to_json() | added)
+        emit_json(document(made) | added)
     else:
         console = result_console()
         show(made, console)
@@ -78,7 +93,7 @@ def command(model: str | None, config: str | None, simulate: bool, probe: bool, 
             show_simulation(made, simulation, console)
         if probed:
             show_probe(probed, console)
-    made.require_fit()
+    require_fit(made)
     if probed:
         probed.require_fit()
 
@@ -89,34 +104,32 @@ def make_plan(source: str, values: dict[str, Any], machines: Machines | None = N
     Raises:
         InputError: A model, a budget, rows or a setting that cannot be.
     """
-    from qrosa.base.shape import ModelShape
-    from qrosa.planner.search.candidates import DEFAULT_SEQ_LEN
-    from qrosa.planner.search.solve import plan
+    from qrosa.base.shape_source import read_shape
+    from qrosa.data.length import row_length
+    from qrosa.planner.hardware import read_here
+    from qrosa.planner.request import UNKNOWN_ROWS, make_request
+    from qrosa.planner.search.solve import solve
 
-    adapter, masks = make_group(AdapterConfig, values), make_group(MaskConfig, values)
-    data, train = make_group(DataConfig, values), make_group(TrainConfig, values)
-    shape = ModelShape.from_source(source)
-    longest, tokens = None, 0
-    if data.data is not None:
-        seq_len = data.seq_len or min(DEFAULT_SEQ_LEN, shape.dims.max_positions)
-        longest, tokens = measure_rows(source, data, seq_len)
-    return plan(
-        shape, adapter, masks, data, train, longest_row=longest, device=device, machines=machines, row_tokens=tokens
-    )
+    groups, shape = make_groups(values), read_shape(source)
+    rows = UNKNOWN_ROWS
+    if groups.data.data is not None:
+        rows = measure_rows(source, groups.data, row_length(groups.data.seq_len, shape.dims.max_positions))
+    return solve(make_request(shape, groups, read_here(), rows=rows, device=device, machines=machines))
 
 
-def measure_rows(source: str, data: DataConfig, seq_len: int) -> tuple[int, int]:
+def measure_rows(source: str, data: DataConfig, seq_len: int) -> Rows:
     """Tokens of the longest training row, cut at ``seq_len``, and of all rows.
 
     Raises:
         InputError: No usable tokenizer or rows.
     """
     from qrosa.data.dataset import load_rows
+    from qrosa.planner.request import Rows
 
     assert data.data is not None
     with progress_console().status("measuring the rows"):
         rows = load_rows(data.data, _tokenizer(source), seq_len=seq_len, train_on=data.train_on)
-    return rows.report.longest, rows.report.tokens
+    return Rows(rows.report.longest, rows.report.tokens)
 
 
 def _tokenizer(source: str) -> Any:
@@ -139,18 +152,22 @@ def _tokenizer(source: str) -> Any:
 
 def show(made: Plan, console: Console) -> None:
     """Print a plan for people: table, where the budget went, the settings with their reasons, the verdict."""
-    console.print(made.table())
+    from qrosa.planner.reasons import reasons
+    from qrosa.planner.show import memory_table, verdict
+
+    console.print(memory_table(made))
+    why = reasons(made)
     for line in made.where:
         console.print(line)
     console.print()
     for name, value in made.settings.items():
         if value is None:
             continue
-        reason = made.reasons.get(name)
+        reason = why.get(name)
         shown = (
             ("on" if value else "off") if isinstance(value, bool) else f"{value:,}" if isinstance(value, int) else value
         )
         console.print(f"{name.replace('_', '-'):20} {shown!s:>14}" + (f"   {reason}" if reason else ""))
     console.print()
     show_reach(made, console)
-    console.print(made.verdict(), style="green" if made.fits else "red")
+    console.print(verdict(made), style="green" if made.fits else "red")

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from qrosa.data.template import IGNORE, EncodedRow
-from qrosa.train.loss import IGNORED
 
 
 def step_rows(n_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -134,4 +133,4 @@ class Limits:
 
 def supervised_tokens(row: EncodedRow) -> int:
     """Tokens of a row that carry loss; the first token of a row is never predicted."""
-    return len(row.labels) - 1 - row.labels[1:].count(IGNORED)
+    return len(row.labels) - 1 - row.labels[1:].count(IGNORE)

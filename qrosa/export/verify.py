@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qrosa.base.adapter_io import load_adapter, load_run_or_model
 from qrosa.base.load import load_base
-from qrosa.data.template import EncodedRow
+from qrosa.data.template import IGNORE, EncodedRow
 from qrosa.errors import InputError
 from qrosa.export.card import Drift
 from qrosa.model.head import CHUNK_TOKENS, Head, decoder_output, evaluating, model_device
@@ -80,7 +80,7 @@ def verify(
     Raises:
         InputError: No rows, none with a supervised token, or an export that computes NaN.
     """
-    if not any(label != -100 for row in rows for label in row.labels[1:]):
+    if not any(label != IGNORE for row in rows for label in row.labels[1:]):
         raise InputError("there are no supervised tokens to verify on", "give other rows with --data")
     say = progress or (lambda _: None)
     say("running the trained model")
@@ -124,7 +124,7 @@ def _add(sums: _Sums, p: Tensor, q: Tensor, labels: Tensor) -> None:
     sums.tokens += p.shape[0]
     sums.same += int((p.argmax(dim=-1) == q.argmax(dim=-1)).sum())
     sums.kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-    supervised = (labels != -100).nonzero().squeeze(1)
+    supervised = (labels != IGNORE).nonzero().squeeze(1)
     picked = labels[supervised, None]
     sums.supervised += len(supervised)
     sums.trained -= float(p[supervised].gather(1, picked).sum(dtype=torch.float64))

@@ -1,13 +1,40 @@
-"""How much memory there is here, asked without torch: the driver for a card, the kernel and its limits for the host."""
+"""What is here, asked without torch: the driver for a card, the kernel and its limits for the host, the launcher for
+the processes of a run.
+
+All of it is read once, at the edge (the command line, ``prepare``), into one record. A plan is a pure function of that
+record, of the model's shape and of what was asked for."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 HOST_SHARE = 0.9  # of the host's free memory: the rest is for what other programs do meanwhile
 _CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Here:
+    """What this machine has for a run.
+
+    Attributes:
+        card: Bytes of the first card's memory, None where there is no card.
+        host: Bytes of host memory that may be taken.
+        processes: Processes of the run, on all machines.
+        sharing: Those of them on this machine, which share its memory.
+    """
+
+    card: int | None
+    host: int
+    processes: int = 1
+    sharing: int = 1
+
+
+def read_here() -> Here:
+    """Ask driver, kernel and launcher."""
+    return Here(card_memory(), host_memory(), processes_here(), processes_on_this_host())
 
 
 def card_memory() -> int | None:

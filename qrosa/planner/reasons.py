@@ -6,25 +6,20 @@ import dataclasses
 from collections.abc import Callable
 
 from qrosa.planner.bytes.zero import drive_bytes, offload_seconds, resident_bytes
-from qrosa.planner.time.cost import BANDWIDTH_SHARE
-
-pass
-from typing import TYPE_CHECKING
-
-from qrosa.planner.plan import Choice
+from qrosa.planner.plan import Choice, Plan
 from qrosa.planner.request import Request
 from qrosa.planner.search.candidates import EAGER_TOKENS, WANTED_TOKENS
+from qrosa.planner.search.solve import solve
+from qrosa.planner.time.cost import BANDWIDTH_SHARE
 from qrosa.planner.workload import Workload
 from qrosa.quantities import size_text
 
-if TYPE_CHECKING:
-    from qrosa.planner.plan import Plan
 
-
-def reasons(request: Request, work: Workload, choice: Choice | None = None) -> dict[str, str]:
-    """Why each setting is what it is."""
+def reasons(plan: Plan) -> dict[str, str]:
+    """Setting -> why it is what it is."""
+    request, work, choice = plan.request, plan.work, plan.choice
     train = request.train
-    known = request.longest_row is not None
+    known = request.rows.longest is not None
     found = {
         "longest_row": "the longest row of the data" if known else "rows are taken to fill seq-len; --data would tell",
         "micro_batch": "as asked" if train.micro_batch != "auto" else "bounded by tokens, not by rows",
@@ -105,8 +100,6 @@ def optimizer_reason(request: Request, work: Workload) -> str | None:
         return None
     if work.on_cpu and work.zero.offload == "cpu":
         return "loses: device and host are one memory, so nothing is saved"
-    from qrosa.planner.search.solve import solve
-    from qrosa.quantities import size_text
 
     stays = dataclasses.replace(work.zero, offload=None)
     without = solve(dataclasses.replace(request, zero=stays), work.allocation)

@@ -1,13 +1,33 @@
-"""TODO-DOC."""
+"""What a plan is asked for: a base, settings and the memory that may be used, with nothing left to look up."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from qrosa.base.shape import ModelShape
-from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
-from qrosa.optim.zero.settings import ZeroSettings
+from qrosa.config import AdapterConfig, DataConfig, Groups, MaskConfig, TrainConfig
+from qrosa.data.length import row_length
+from qrosa.optim.zero.settings import ZeroSettings, zero_settings
 from qrosa.planner.cards import Machines
+from qrosa.planner.hardware import Here
+from qrosa.quantities import parse_size
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is known of the rows.
+
+    Attributes:
+        longest: Tokens of the longest, None where no rows are known: then they are taken to fill ``seq_len``.
+        tokens: Tokens of all of them, which lie encoded in host memory; 0 where no rows are known.
+    """
+
+    longest: int | None = None
+    tokens: int = 0
+
+
+UNKNOWN_ROWS = Rows()
 
 
 @dataclass(frozen=True)
@@ -18,15 +38,16 @@ class Request:
         shape: The base.
         adapter: Budget settings.
         masks: Mask settings.
-        data: Data settings.
+        data: Data settings, ``seq_len`` resolved.
         train: Training settings.
         device: ``cuda`` or ``cpu``.
         cap: Bytes that may be used: of the card, or of the host.
-        longest_row: Tokens of the longest row, None where no rows are known.
+        rows: What is known of the rows.
         machines: What to estimate the time of a step on, None for no estimate.
         host_cap: Bytes of host memory beside a card; None where device and host are one, or the host is not known.
-        row_tokens: Tokens of all rows, 0 where no rows are known.
         zero: What DeepSpeed is to do, None without it.
+        processes: Processes, each with a card of its own, that share a step.
+        sharing: Those of them that share a host's memory.
     """
 
     shape: ModelShape
@@ -36,8 +57,74 @@ class Request:
     train: TrainConfig
     device: str
     cap: int
-    longest_row: int | None
+    rows: Rows = UNKNOWN_ROWS
     machines: Machines | None = None
     host_cap: int | None = None
-    row_tokens: int = 0
     zero: ZeroSettings | None = None
+    processes: int = 1
+    sharing: int = 1
+
+
+def make_request(
+    shape: ModelShape,
+    groups: Groups,
+    here: Here,
+    *,
+    rows: Rows = UNKNOWN_ROWS,
+    vram: int | None = None,
+    device: str | None = None,
+    machines: Machines | None = None,
+) -> Request:
+    """Resolve what was asked for into a request.
+
+    Args:
+        shape: The base.
+        groups: The settings.
+        here: What this machine has.
+        rows: What is known of the rows.
+        vram: Bytes that may be used; default ``train.vram``, else the card's memory, else what the host has free.
+        device: ``cuda`` or ``cpu``; default a card where ``vram`` is given or a card is found.
+        machines: What to estimate the time of a step on; its card's memory is the cap where none is set.
+
+    Raises:
+        InputError: Sizes that cannot be read, longer rows than the model reads, DeepSpeed settings that cannot be.
+    """
+    train = groups.train
+    if vram is None and train.vram is not None:
+        vram = parse_size(train.vram, "--vram")
+    if vram is None and machines is not None:
+        vram = machines.card.memory
+    device = device or ("cuda" if vram is not None or here.card else "cpu")
+    sharing = here.sharing if machines is None else machines.gpus
+    cap, host_cap = _caps(groups.train, here, device, vram, sharing, elsewhere=machines is not None)
+    return Request(
+        shape,
+        groups.adapter,
+        groups.masks,
+        dataclasses.replace(groups.data, seq_len=row_length(groups.data.seq_len, shape.dims.max_positions)),
+        train,
+        device,
+        cap,
+        rows,
+        machines,
+        host_cap,
+        zero_settings(train),
+        here.processes if machines is None else machines.cards,
+        sharing,
+    )
+
+
+def _caps(
+    train: TrainConfig, here: Here, device: str, vram: int | None, sharing: int, *, elsewhere: bool
+) -> tuple[int, int | None]:
+    """Bytes that the run may use where it runs, and of host memory beside it (None: not known).
+
+    Each card or process of a machine has its own of the first and a share of its host's memory.
+    """
+    asked = parse_size(train.host_memory, "--host-memory") // sharing if train.host_memory is not None else None
+    free = here.host // sharing
+    if device == "cpu":
+        return min((cap for cap in (vram, asked) if cap is not None), default=free), None
+    # A card that is not here stands in a host that is not here either.
+    known = here.card is not None and not elsewhere
+    return vram or here.card or here.host, asked if asked is not None else free if known else None

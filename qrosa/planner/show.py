@@ -1,15 +1,97 @@
-"""TODO-DOC."""
+"""A plan for people and for programs: the JSON document, the table of phases, the verdict, the what-if rows.
+
+The only file of the planner that knows ``rich`` and the document's keys.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qrosa.planner.bytes.inference import verify_bytes
+from qrosa.planner.bytes.phases import traffic
 from qrosa.planner.plan import Plan
-from qrosa.planner.search.whatif import WhatIf
+from qrosa.planner.reasons import reasons
+from qrosa.planner.search.alternatives import alternatives
+from qrosa.planner.search.whatif import WhatIf, what_if
+from qrosa.planner.workload import Workload
 from qrosa.quantities import size_text
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+def document(plan: Plan) -> dict[str, Any]:
+    """The document that ``qrosa plan --json`` prints and a run keeps as ``plan.json``."""
+    estimated = plan.estimate()
+    return {
+        "model": plan.request.shape.source,
+        "base": {
+            "parameters": plan.request.shape.base_parameters,
+            "kind": plan.request.shape.kind,
+            "read_from": plan.request.shape.read_from,
+        },
+        "budget": {
+            "trainable": plan.allocation.trainable,
+            "share": plan.allocation.share,
+            "rank": plan.allocation.rank,
+            "density": plan.allocation.density,
+            "nnz": plan.allocation.nnz_total,
+            "low_rank_parameters": plan.allocation.low_rank_parameters,
+            "where": plan.where,
+        },
+        "settings": plan.settings,
+        "reasons": reasons(plan),
+        "phases": {
+            name: {
+                "device": {**memory.device, "total": memory.device_total},
+                "host": {**memory.host, "total": memory.host_total},
+                "disk": memory.disk,
+                "moment": memory.moment,
+            }
+            for name, memory in plan.phases.items()
+        },
+        "verify": verify_bytes(plan.work),
+        "traffic": traffic(plan.work),
+        "traffic_per_step": plan.traffic,
+        "peak": plan.peak,
+        "vram": plan.request.cap,
+        "host_peak": plan.host_peak,
+        "host_memory": plan.request.host_cap,
+        "fits": plan.fits,
+        "nearest": [{"setting": way.setting, "value": way.value, "peak": way.peak} for way in alternatives(plan)],
+        "estimate": estimated.to_json() if estimated else None,
+        "what_if": [row.to_json() for row in what_if(plan)],
+    }
+
+
+def memory_table(plan: Plan) -> Table:
+    """Phase by component, in megabytes, for a terminal."""
+    from rich.table import Table
+
+    table = Table(title=f"Memory in MB, on {_device_words(plan.work)}", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in plan.phases:
+        table.add_column(name, justify="right")
+    columns = list(plan.phases.values())
+    for component in dict.fromkeys(key for memory in columns for key in memory.device):
+        table.add_row(component.replace("_", " "), *(_megabytes(m.device.get(component)) for m in columns))
+    table.add_section()
+    table.add_row("device", *(_megabytes(m.device_total) for m in columns), style="bold")
+    for component in dict.fromkeys(key for memory in columns for key in memory.host):
+        name = f"host: {component.replace('_', ' ')}"
+        table.add_row(name, *(_megabytes(m.host.get(component)) for m in columns), style="dim")
+    table.add_row("host", *(_megabytes(m.host_total) for m in columns), style="bold")
+    table.add_section()
+    table.add_row("disk", *(_megabytes(m.disk) for m in columns))
+    return table
+
+
+def verdict(plan: Plan) -> str:
+    """One line: fits or not, in what, and where the peak is."""
+    phase, peak, cap, what = plan.tightest
+    word = "fits" if plan.fits else "does not fit"
+    moment = plan.phases[phase].moment
+    return f"{word}: {size_text(peak)} of {size_text(cap)} {what}, at {phase} ({moment})"
 
 
 def what_if_table(plan: Plan, rows: list[WhatIf]) -> Table:
@@ -32,3 +114,11 @@ def what_if_table(plan: Plan, rows: list[WhatIf]) -> Table:
             cells.append(f"{row.tokens_per_s:,.0f}" if row.tokens_per_s else "-")
         table.add_row(row.words + (" (plan)" if row.planned else ""), *cells, style="bold" if row.planned else None)
     return table
+
+
+def _device_words(work: Workload) -> str:
+    return "the CPU" if work.on_cpu else "the card"
+
+
+def _megabytes(size: int | None) -> str:
+    return "" if not size else f"{size / 2**20:,.1f}"

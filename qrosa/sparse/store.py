@@ -1,9 +1,4 @@
-"""Adapters on disk: one safetensors file, one JSON file, and nothing that can run code.
-
-Headers of safetensors files are read here without torch, both to open foreign files with care (every size is checked
-before a byte of data is trusted) and to plan from a checkpoint's shapes alone. The format: 8 bytes little-endian header
-length, a JSON header (name -> dtype, shape, byte range), then the data, back to back.
-"""
+"""Adapters on disk: one safetensors file, one JSON file, and nothing that can run code."""
 
 from __future__ import annotations
 

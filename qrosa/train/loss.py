@@ -19,10 +19,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from qrosa.data.template import IGNORE
 from qrosa.errors import InputError
 from qrosa.model.head import logit_rule
 
-IGNORED = -100
 CHUNK_TOKENS = 256
 _CACHED_ROWS = 8  # on the CPU: rows of logits that stay in the L2 cache through the passes of a softmax
 
@@ -139,7 +139,7 @@ def chunked_loss(
     """
     if head.weight.requires_grad:
         raise InputError("the output head is trainable", "freeze it: only adapters are trained")
-    supervised = (labels != IGNORED).nonzero().squeeze(1)
+    supervised = (labels != IGNORE).nonzero().squeeze(1)
     if supervised.numel() < labels.numel():
         hidden, labels = hidden.index_select(0, supervised), labels.index_select(0, supervised)
     weight = head.weight
@@ -166,7 +166,7 @@ def model_loss(model: nn.Module, batch: TokenBatch, chunk_tokens: int = CHUNK_TO
     output = hf.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
     hidden = output.last_hidden_state
     # Labels move one to the left, and the last position predicts nothing: cutting it off hidden would copy [T, d].
-    labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+    labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
     softcap, scale = logit_rule(hf.config)
     total = chunked_loss(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -176,4 +176,4 @@ def model_loss(model: nn.Module, batch: TokenBatch, chunk_tokens: int = CHUNK_TO
         softcap=softcap,
         scale=scale,
     )
-    return total, int((labels != IGNORED).sum())
+    return total, int((labels != IGNORE).sum())

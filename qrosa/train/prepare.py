@@ -9,18 +9,21 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qrosa.adapters.budget import Allocation, allocate
 from qrosa.base.shape import ModelShape
+from qrosa.base.shape_source import read_shape
 from qrosa.config import RunConfig
-from qrosa.errors import InputError
+from qrosa.data.length import row_length
 from qrosa.optim.schedule import Phases, warmup_and_total
 from qrosa.optim.zero.settings import ZeroSettings, zero_settings
 from qrosa.planner.bytes.zero import drive_bytes
-from qrosa.planner.hardware import card_memory, processes_on_this_host
+from qrosa.planner.hardware import Here, read_here
 from qrosa.planner.plan import Plan
-from qrosa.planner.search.solve import plan as make_plan
+from qrosa.planner.request import Rows, make_request
+from qrosa.planner.search.alternatives import require_fit
+from qrosa.planner.search.solve import solve
 from qrosa.quantities import parse_share, parse_size
 from qrosa.record.folder import check_output, check_room
 from qrosa.record.trackers import check_trackers
@@ -31,12 +34,10 @@ if TYPE_CHECKING:
     from qrosa.base.checkpoint import Checkpoint
     from qrosa.data.dataset import DataReport, Dataset
 
-DEFAULT_SEQ_LEN = 2048
-
 
 @dataclass
 class Prepared:
-    """A run that nothing speaks against.
+    """A run whose settings, base, rows and plan were all accepted.
 
     Attributes:
         config: Settings with every choice made.
@@ -95,21 +96,22 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
     check_trackers(config.train.log_to)
     zero = _deepspeed(config, dry_run=dry_run)
     checkpoint = open_checkpoint(config.model)
-    shape = ModelShape.from_source(config.model)
+    shape = read_shape(config.model)
+    here = read_here()
     allocation = allocate(config.adapter, shape.linears, shape.base_parameters)
     tokenizer = checkpoint.tokenizer()
-    seq_len = resolve_seq_len(config.data.seq_len, checkpoint.config)
+    seq_len = row_length(config.data.seq_len, getattr(checkpoint.config, "max_position_embeddings", None))
     train, heldout = load_data(config, tokenizer, seq_len)
     phases = warmup_and_total(
         config, len(train), low_rank=allocation.low_rank_parameters > 0, sparse=allocation.nnz_total > 0
     )
     reports = [rows.report for rows in (train, heldout) if rows]
-    plan, cap = _plan(config, shape, allocation, reports)
+    plan, cap = _plan(config, shape, allocation, reports, here)
     if not dry_run:
-        plan.require_fit()
+        require_fit(plan)
         check_room(Path(config.output), max(phase.disk for name, phase in plan.phases.items() if name != "export"))
         if zero is not None and zero.nvme is not None:
-            needed = drive_bytes(plan.work) * processes_on_this_host()
+            needed = drive_bytes(plan.work) * here.sharing
             check_room(Path(zero.nvme).expanduser(), needed, "free some of it, or name a folder on another drive")
     config = _resolve(config, seq_len, phases, plan)
     return Prepared(config, checkpoint, tokenizer, train, heldout, allocation, phases, plan, cap, zero)
@@ -134,40 +136,16 @@ def _on_card() -> bool:
 
 
 def _plan(
-    config: RunConfig, shape: ModelShape, allocation: Allocation, reports: list[DataReport]
+    config: RunConfig, shape: ModelShape, allocation: Allocation, reports: list[DataReport], here: Here
 ) -> tuple[Plan, int | None]:
     """The plan for the device that the run will use, and the cap it holds itself to."""
     on_card = _on_card()
     cap = parse_size(config.train.vram, "--vram") if config.train.vram is not None else None
     if on_card and cap is not None:
-        cap = min(cap, card_memory() or cap)  # a cap above what the card has promises nothing
-    made = make_plan(
-        shape,
-        config.adapter,
-        config.masks,
-        config.data,
-        config.train,
-        vram=cap,
-        longest_row=max(report.longest for report in reports),
-        row_tokens=sum(report.tokens for report in reports),
-        device="cuda" if on_card else "cpu",
-        allocation=allocation,
-    )
-    return made, cap
-
-
-def resolve_seq_len(asked: int | None, model_config: Any) -> int:
-    """The longest row in tokens: what was asked for, or the model's limit, at most 2048.
-
-    Raises:
-        InputError: More was asked for than the model can read.
-    """
-    limit = getattr(model_config, "max_position_embeddings", None)
-    if asked is None:
-        return min(DEFAULT_SEQ_LEN, limit or DEFAULT_SEQ_LEN)
-    if limit is not None and asked > limit:
-        raise InputError(f"--seq-len {asked} is more than the model reads ({limit})", f"use at most {limit}")
-    return asked
+        cap = min(cap, here.card or cap)  # a cap above what the card has promises nothing
+    rows = Rows(max(report.longest for report in reports), sum(report.tokens for report in reports))
+    device = "cuda" if on_card else "cpu"
+    return solve(make_request(shape, config.groups, here, rows=rows, vram=cap, device=device), allocation), cap
 
 
 def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tuple[Dataset, Dataset | None]:

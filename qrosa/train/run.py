@@ -25,6 +25,7 @@ from qrosa.model.place import hold_to_cap, load_planned
 from qrosa.optim.adamw import PAGED, AdapterOptimizer
 from qrosa.optim.parts import Optimizer
 from qrosa.optim.zero.optimizer import ZeroOptimizer
+from qrosa.planner.show import document
 from qrosa.quantities import parse_offload
 from qrosa.record.checkpoint import Checkpoint, check_same_run, cut_back, latest
 from qrosa.record.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, make_folder
@@ -135,7 +136,7 @@ class _Run:
             if fresh:
                 write_text(self.folder / CONFIG_FILE, yaml.safe_dump(self.identity["settings"], sort_keys=False))
             if fresh or checkpoint is None:
-                write_json(self.folder / PLAN_FILE, self.prepared.plan.to_json())
+                write_json(self.folder / PLAN_FILE, document(self.prepared.plan))
         self.accelerator.wait_for_everyone()
 
     def _load(self) -> PreTrainedModel:

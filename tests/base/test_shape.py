@@ -13,7 +13,8 @@ import torch
 
 from bench.real_models import MODELS, write_config
 from qrosa.base.families import _DEFAULTS, text_config
-from qrosa.base.shape import ModelShape, from_config
+from qrosa.base.shape import from_config
+from qrosa.base.shape_source import read_shape
 from qrosa.errors import InputError, QrosaError, StorageError
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
@@ -73,7 +74,7 @@ def test_defaults_that_a_config_leaves_out_are_transformers_own(family: str) -> 
 
 @pytest.mark.parametrize(("name", "billions"), [(name, model.billions) for name, model in MODELS.items()])
 def test_real_models_have_their_published_size(tmp_path: Path, name: str, billions: float) -> None:
-    shape = ModelShape.from_source(str(write_config(tmp_path, name)))
+    shape = read_shape(str(write_config(tmp_path, name)))
     assert shape.read_from == "config" and shape.dims.known
     assert round(shape.base_parameters / 1e9, 2 if billions < 10 else 1) == billions
 
@@ -88,9 +89,9 @@ def test_a_multimodal_config_is_read_for_its_text_model() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3"])
 def test_headers_say_the_same_as_the_config(tiny_model_dir: Callable[..., Path], tmp_path: Path, family: str) -> None:
     folder = tiny_model_dir(family)
-    from_headers = ModelShape.from_source(str(folder))
+    from_headers = read_shape(str(folder))
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    from_json = ModelShape.from_source(str(tmp_path))
+    from_json = read_shape(str(tmp_path))
     assert (from_headers.read_from, from_json.read_from) == ("headers", "config")
     assert from_headers.linears == from_json.linears
     assert from_headers.unquantised == from_json.unquantised
@@ -101,7 +102,7 @@ def test_a_folder_with_config_and_index_only(tmp_path: Path) -> None:
     folder = write_config(tmp_path, "Llama-3.1-8B")
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00004.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert ModelShape.from_source(str(folder)).read_from == "config"
+    assert read_shape(str(folder)).read_from == "config"
 
 
 def test_an_nf4_checkpoint(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_an_nf4_checkpoint(tiny_model_dir: Callable[..., Path], tmp_path: Path) 
     from qrosa.quant.nf4 import NF4Weight
 
     folder = tiny_model_dir("llama")
-    plain = ModelShape.from_source(str(folder))
+    plain = read_shape(str(folder))
     tensors = load_file(folder / "model.safetensors")
     for linear in plain.linears:
         name = f"{linear.path}.weight"
@@ -121,7 +122,7 @@ def test_an_nf4_checkpoint(tiny_model_dir: Callable[..., Path], tmp_path: Path) 
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    shape = ModelShape.from_source(str(tmp_path))
+    shape = read_shape(str(tmp_path))
     assert shape.kind == "nf4" and shape.nested
     assert shape.linears == plain.linears and shape.base_parameters == plain.base_parameters
 
@@ -153,7 +154,7 @@ def write_gguf(path: Path) -> None:
 
 def test_a_gguf_file(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    shape = ModelShape.from_source(str(tmp_path / "tiny.gguf"))
+    shape = read_shape(str(tmp_path / "tiny.gguf"))
     config = SMALL | {"model_type": "qwen2", "num_hidden_layers": 1, "num_key_value_heads": 2}
     same = from_config("test", config | {"tie_word_embeddings": True})
     assert shape.kind == "gguf" and shape.stored_bytes == 4 and shape.dims.tied
@@ -180,7 +181,7 @@ def test_bad_folders(tmp_path: Path, files: dict[str, str], says: str, hint: str
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(QrosaError, match=says) as caught:
-        ModelShape.from_source(str(tmp_path))
+        read_shape(str(tmp_path))
     assert hint in caught.value.hint
 
 
@@ -188,17 +189,17 @@ def test_bad_folders(tmp_path: Path, files: dict[str, str], says: str, hint: str
 def test_models_that_do_not_exist(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as caught:
-        ModelShape.from_source(source)
+        read_shape(source)
     assert caught.value.hint
 
 
 def test_a_damaged_gguf_file_and_a_file_that_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises((StorageError, InputError)):
-        ModelShape.from_source(str(tmp_path / "bad.gguf"))
+        read_shape(str(tmp_path / "bad.gguf"))
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(InputError, match="neither"):
-        ModelShape.from_source(str(tmp_path / "notes.txt"))
+        read_shape(str(tmp_path / "notes.txt"))
 
 
 def test_sizes_add_up() -> None:

@@ -16,7 +16,7 @@ from torch.autograd.profiler import profile
 from bench.real_models import write_config
 from qrosa.adapters.budget import allocate
 from qrosa.base.load import load_base
-from qrosa.base.shape import ModelShape
+from qrosa.base.shape_source import read_shape
 from qrosa.cli.main import cli
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
@@ -30,7 +30,7 @@ WITHIN = 0.03
 
 
 def workload(source: Path, **changes: Any) -> Workload:
-    shape = ModelShape.from_source(str(source))
+    shape = read_shape(str(source))
     settings: dict[str, Any] = {
         "shape": shape, "allocation": allocate(AdapterConfig(budget="1%"), shape.linears, shape.base_parameters),
         "device": "cpu", "attention": "eager", "optimizer": "adamw", "dropout": 0.05, "mask_score": "squared",

@@ -25,10 +25,10 @@ from qrosa.measure.card import hidden_bytes
 from qrosa.measure.trace import Trace
 from qrosa.measure.tracker import StorageTracker
 from qrosa.model.modes import set_attention, set_checkpointing
-from qrosa.planner.search.solve import plan
 from qrosa.train import ranks as ranks_module
 from qrosa.train.run import finetune
 from qrosa.train.selection import sample_loss
+from tests.plans import plan
 from tests.train.conftest import Recorder, losses
 
 SMALL = {"rank_by": "sensitivity", "budget": "1%", "max_steps": 4}  # less than one rank everywhere

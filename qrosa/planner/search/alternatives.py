@@ -8,23 +8,58 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from qrosa.errors import InputError
+from qrosa.adapters.budget import allocate
+from qrosa.errors import DoesNotFitError, InputError
 from qrosa.planner.plan import Plan
 from qrosa.planner.request import Request
-from qrosa.planner.search.solve import sharing_a_host, solve_smallest
-from qrosa.quantities import optimizer_parts, parse_offload, parse_size
+from qrosa.planner.search.solve import solve_smallest
+from qrosa.quantities import optimizer_parts, parse_offload, parse_size, size_text
 
 _LENGTH_STEP = 64
 _GB_TENTH = 2**30 / 10
 
 
-def nearest(plan: Plan) -> list[Suggestion]:
-    """Single changes that make ``plan`` fit, the least painful first.
+@dataclass(frozen=True)
+class Suggestion:
+    """A change that makes a plan fit.
+
+    Attributes:
+        setting: Name of the setting, with underscores.
+        value: What to set it to.
+        peak: Bytes that the plan then takes at most.
+    """
+
+    setting: str
+    value: str
+    peak: int
+
+    def __str__(self) -> str:
+        return f"--{self.setting.replace('_', '-')} {self.value}"
+
+
+def require_fit(plan: Plan) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        DoesNotFitError: It does not; the hint names the nearest settings that do.
+    """
+    if plan.fits:
+        return
+    ways = alternatives(plan)
+    phase, peak, cap, what = plan.tightest
+    raise DoesNotFitError(
+        f"{phase} needs at least {size_text(peak)} of {what}; {size_text(cap)} is available",
+        "these would fit: " + ", or ".join(str(way) for way in ways) if ways else "use a smaller model",
+    )
+
+
+def alternatives(plan: Plan) -> list[Suggestion]:
+    """Single changes that make ``plan`` fit, the least painful first; empty where it fits as it is.
 
     Undoing a forced micro-batch, checkpointing or offload comes first, then 8-bit optimizer states, shorter rows, a
     smaller budget, a base that is mapped from files, and more memory, which always helps.
     """
-    return [suggestion for suggestion in _tries(plan) if suggestion is not None]
+    return [] if plan.fits else [suggestion for suggestion in _tries(plan) if suggestion is not None]
 
 
 def _tries(plan: Plan) -> Iterator[Suggestion | None]:
@@ -46,7 +81,7 @@ def _tries(plan: Plan) -> Iterator[Suggestion | None]:
     yield _smaller_budget(request)
     yield _on_disk(plan)
     if not plan.fits_host:
-        yield _more("host_memory", plan.host_peak * sharing_a_host(request.machines))
+        yield _more("host_memory", plan.host_peak * request.sharing)
     yield _larger_card(plan)
 
 
@@ -61,7 +96,7 @@ def _on_disk(plan: Plan) -> Suggestion | None:
 
 def _larger_card(plan: Plan) -> Suggestion | None:
     """The smallest card that would do; where the host is too small, one that needs less of it."""
-    sharing = sharing_a_host(plan.request.machines)
+    sharing = plan.request.sharing
     host_memory = plan.request.train.host_memory
     if plan.work.on_cpu and host_memory is not None and parse_size(host_memory, "--host-memory") < plan.peak * sharing:
         return _more("host_memory", plan.peak * sharing)
@@ -105,8 +140,6 @@ def _smaller_budget(request: Request) -> Suggestion | None:
     """The largest share of the budget, in tenths, that fits."""
     if request.adapter.budget is None:
         return None
-    from qrosa.adapters.budget import allocate
-
     trainable = allocate(request.adapter, request.shape.linears, request.shape.base_parameters).trainable
 
     def attempt(tenths: int) -> Suggestion | None:
@@ -130,21 +163,3 @@ def _largest(attempt: Callable[[int], Suggestion | None], most: int) -> Suggesti
         else:
             found, low = tried, middle + 1
     return found
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A change that makes a plan fit.
-
-    Attributes:
-        setting: Name of the setting, with underscores.
-        value: What to set it to.
-        peak: Bytes that the plan then takes at most.
-    """
-
-    setting: str
-    value: str
-    peak: int
-
-    def __str__(self) -> str:
-        return f"--{self.setting.replace('_', '-')} {self.value}"

@@ -13,12 +13,11 @@ import dataclasses
 from collections.abc import Iterator
 
 from qrosa.adapters.budget import Allocation
-from qrosa.planner.hardware import processes_here
+from qrosa.data.length import row_length
 from qrosa.planner.request import Request
 from qrosa.planner.workload import Workload
 from qrosa.quantities import parse_offload
 
-DEFAULT_SEQ_LEN = 2048
 # Tokens of a micro-batch: above the first figure a device gains nothing more, below the second it idles. On a card
 # products of 2k rows and more run near peak; on a CPU the time to decode 4-bit weights is a few per cent at 512 rows.
 WANTED_TOKENS = {"cuda": 8192, "cpu": 2048}
@@ -88,8 +87,8 @@ def _sized(request: Request, first: Workload, way: _Lever, *, down_to_one_row: b
 
 def _first(request: Request, allocation: Allocation) -> Workload:
     train, dims = request.train, request.shape.dims
-    seq_len = request.data.seq_len or DEFAULT_SEQ_LEN
-    length = min(seq_len, request.longest_row or seq_len)
+    seq_len = row_length(request.data.seq_len, dims.max_positions)
+    length = min(seq_len, request.rows.longest or seq_len)
     fixed = train.micro_batch != "auto"
     return Workload(
         shape=request.shape,
@@ -111,9 +110,9 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         sparse_init=request.adapter.sparse_init,
         low_rank_init=request.adapter.low_rank_init,
         rank_by=request.adapter.rank_by,
-        row_tokens=request.row_tokens,
+        row_tokens=request.rows.tokens,
         zero=request.zero,
-        processes=processes_here() if request.machines is None else request.machines.cards,
+        processes=request.processes,
     )
 
 

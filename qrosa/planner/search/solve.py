@@ -13,18 +13,12 @@ from __future__ import annotations
 import dataclasses
 
 from qrosa.adapters.budget import Allocation, allocate
-from qrosa.base.shape import ModelShape
-from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
-from qrosa.errors import InputError
-from qrosa.optim.zero.settings import zero_settings
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.bytes.phases import phases
 from qrosa.planner.cards import LARGEST, Machines, smallest_card
-from qrosa.planner.hardware import card_memory, host_memory, processes_on_this_host
 from qrosa.planner.plan import Choice, Plan, Timed
-from qrosa.planner.reasons import reasons
 from qrosa.planner.request import Request
-from qrosa.planner.search.candidates import DEFAULT_SEQ_LEN, candidates
+from qrosa.planner.search.candidates import candidates
 from qrosa.planner.time.estimate import estimate
 from qrosa.planner.workload import GRADIENT_SCORES, Workload
 from qrosa.quantities import parse_size
@@ -32,101 +26,6 @@ from qrosa.quantities import parse_size
 EVAL_TOKENS = 4096
 TIE = 1.05  # estimates closer than this say nothing
 STATISTICS_SHARE = 0.9  # of the memory that selection leaves: one more pass is cheaper than running out
-
-
-def plan(
-    model: str | ModelShape,
-    adapter: AdapterConfig,
-    masks: MaskConfig,
-    data: DataConfig,
-    train: TrainConfig,
-    *,
-    vram: int | None = None,
-    longest_row: int | None = None,
-    device: str | None = None,
-    allocation: Allocation | None = None,
-    machines: Machines | None = None,
-    row_tokens: int = 0,
-) -> Plan:
-    """Plan a run.
-
-    Args:
-        model: What the user named, or its shape.
-        adapter: Budget settings.
-        masks: Mask settings.
-        data: Data settings.
-        train: Training settings.
-        vram: Bytes that may be used; default ``train.vram``, else the card's memory, else what the host has free.
-        longest_row: Tokens of the longest row, where rows are known; else rows are taken to fill ``seq_len``.
-        device: ``cuda`` or ``cpu``; default a card where ``vram`` is given or a card is found.
-        allocation: Where the trained parameters are; default from the budget.
-        machines: What to estimate the time of a step on; its card's memory is the cap where none is set.
-        row_tokens: Tokens of all rows, which lie encoded in host memory; 0 where no rows are known.
-
-    Returns:
-        The fastest settings that fit, or the smallest ones, with ``fits`` false.
-
-    Raises:
-        InputError: A model, a budget or a setting that cannot be.
-    """
-    shape = ModelShape.from_source(model) if isinstance(model, str) else model
-    device, cap, host_cap = _device_and_caps(train, vram, device, machines)
-    request = Request(
-        shape,
-        adapter,
-        masks,
-        dataclasses.replace(data, seq_len=_seq_len(data, shape)),
-        train,
-        device,
-        cap,
-        longest_row,
-        machines,
-        host_cap,
-        row_tokens,
-        zero_settings(train),
-    )
-    return solve(request, allocation)
-
-
-def _device_and_caps(
-    train: TrainConfig, vram: int | None, device: str | None, machines: Machines | None
-) -> tuple[str, int, int | None]:
-    """Where the run goes, the bytes that it may use there, and of host memory beside it (None: not known).
-
-    Each card or process of a machine has its own of the first and a share of its host's memory.
-    """
-    if vram is None and train.vram is not None:
-        vram = parse_size(train.vram, "--vram")
-    if vram is None and machines is not None:
-        vram = machines.card.memory
-    card = card_memory()
-    device = device or ("cuda" if vram is not None or card else "cpu")
-    sharing = sharing_a_host(machines)
-    asked = parse_size(train.host_memory, "--host-memory") // sharing if train.host_memory is not None else None
-    if device == "cpu":
-        caps = [cap for cap in (vram, asked) if cap is not None]
-        return device, min(caps) if caps else host_memory() // sharing, None
-    # A card that is not here stands in a host that is not here either.
-    here = card is not None and machines is None
-    return (
-        device,
-        vram or card or host_memory(),
-        asked if asked is not None else host_memory() // sharing if here else None,
-    )
-
-
-def sharing_a_host(machines: Machines | None) -> int:
-    """Processes that share a machine's memory: one for each of its cards."""
-    return processes_on_this_host() if machines is None else machines.gpus
-
-
-def _seq_len(data: DataConfig, shape: ModelShape) -> int:
-    limit = shape.dims.max_positions
-    if data.seq_len is None:
-        return min(DEFAULT_SEQ_LEN, limit)
-    if data.seq_len > limit:
-        raise InputError(f"--seq-len {data.seq_len} is more than the model reads ({limit})", f"use at most {limit}")
-    return data.seq_len
 
 
 def solve(request: Request, allocation: Allocation | None = None) -> Plan:
@@ -174,7 +73,7 @@ def solve_smallest(request: Request) -> Plan:
 
 
 def least(request: Request, allocation: Allocation) -> Plan:
-    """The same before it is given what memory is left, which is quicker to find and fits in the same cases."""
+    """The plan that takes least memory, what is left over not given out; quicker, and it fits in the same cases."""
     return _bare(request, _smallest(request, allocation))
 
 
@@ -185,14 +84,14 @@ def _smallest(request: Request, allocation: Allocation) -> Workload:
 
 def _bare(request: Request, candidate: Workload) -> Plan:
     """A candidate with nothing given to statistics, evaluation or resident blocks that it could do without."""
-    return Plan(request, candidate, candidate.allocation, phases(candidate), {})
+    return Plan(request, candidate, candidate.allocation, phases(candidate))
 
 
 def _made(request: Request, candidate: Workload, choice: Choice | None = None) -> Plan:
     """The plan of a candidate: what depends on the memory that is left is filled in."""
     work = _with_resident_blocks(candidate, request)
     work = _with_eval_tokens(_with_group_bytes(work, request), request)
-    return Plan(request, work, work.allocation, phases(work), reasons(request, work, choice))
+    return Plan(request, work, work.allocation, phases(work), choice)
 
 
 def _with_resident_blocks(work: Workload, request: Request) -> Workload:

@@ -105,7 +105,8 @@ def _longest(request: Request, allocation: Allocation) -> int | None:
 
     def fits(steps: int) -> bool:
         data = dataclasses.replace(request.data, seq_len=min(steps * LENGTH_STEP, limit))
-        return least(dataclasses.replace(request, data=data, longest_row=None), allocation).fits
+        rows = dataclasses.replace(request.rows, longest=None)
+        return least(dataclasses.replace(request, data=data, rows=rows), allocation).fits
 
     steps = _last(fits, -(-limit // LENGTH_STEP))
     return min(steps * LENGTH_STEP, limit) if steps else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from qrosa.errors import DoesNotFitError
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.bytes.host import ROW_BYTES
 from qrosa.planner.cards import Machines, find_card
-from qrosa.planner.search import solve
+from qrosa.planner.hardware import Here, read_here
+from qrosa.planner.search.alternatives import alternatives, require_fit
+from qrosa.planner.show import verdict
 from tests.planner.search.test_solve import GB, SHAPES, SMOL, made
 
 LLAMA = SHAPES["Llama-3.1-8B"]
@@ -38,14 +41,14 @@ def test_a_streamed_base_must_fit_the_host() -> None:
     assert made(LLAMA, **STREAMED, host_memory=str(need)).fits
     cramped = made(LLAMA, **STREAMED, host_memory=str(need - 1))
     assert cramped.fits_device and not cramped.fits_host and not cramped.fits
-    with pytest.raises(DoesNotFitError, match="of host memory at the least"):
-        cramped.require_fit()
-    assert "does not fit" in cramped.verdict() and "host memory" in cramped.verdict()
+    with pytest.raises(DoesNotFitError, match="needs at least .* of host memory"):
+        require_fit(cramped)
+    assert "does not fit" in verdict(cramped) and "host memory" in verdict(cramped)
 
 
 def test_what_is_named_for_a_small_host_fits() -> None:
     cramped = made(LLAMA, **STREAMED, host_memory="5GB")
-    ways = {(way.setting, way.value.partition("=")[0]): way for way in cramped.nearest()}
+    ways = {(way.setting, way.value.partition("=")[0]): way for way in alternatives(cramped)}
     on_disk = next(way for (setting, _), way in ways.items() if setting == "offload" and "disk" in way.value)
     assert made(LLAMA, **(STREAMED | {"offload": on_disk.value}), host_memory="5GB").fits
     larger = next(way for (setting, _), way in ways.items() if setting == "host_memory")
@@ -55,11 +58,11 @@ def test_what_is_named_for_a_small_host_fits() -> None:
 def test_a_larger_card_is_named_for_a_small_host_only_where_the_base_may_stay_on_it() -> None:
     open_ = made(LLAMA, 5 * GB, micro_batch="1", host_memory="4GB")
     assert not open_.fits_host
-    card = next(way for way in open_.nearest() if way.setting == "vram")
+    card = next(way for way in alternatives(open_) if way.setting == "vram")
     gigabytes = float(card.value.removesuffix("GB"))
     assert made(LLAMA, int(gigabytes * GB), micro_batch="1", host_memory="4GB").fits
     forced = made(LLAMA, **STREAMED, host_memory="5GB")
-    assert "vram" not in {way.setting for way in forced.nearest()}
+    assert "vram" not in {way.setting for way in alternatives(forced)}
     assert not made(LLAMA, **(STREAMED | {"vram": 48 * GB}), host_memory="5GB").fits
 
 
@@ -69,32 +72,35 @@ def test_streaming_is_not_chosen_where_the_host_cannot_hold_the_base() -> None:
     assert not made(LLAMA, 24 * GB, host_memory="4GB").work.streamed
 
 
-def test_the_host_is_known_where_the_card_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solve, "host_memory", lambda: 6 * GB)
-    monkeypatch.setattr(solve, "card_memory", lambda: None)
-    elsewhere = made(LLAMA, **STREAMED)
+def test_the_host_is_known_where_the_card_is() -> None:
+    elsewhere = made(LLAMA, **STREAMED, here=Here(card=None, host=6 * GB))
     assert elsewhere.request.host_cap is None and elsewhere.fits
-    monkeypatch.setattr(solve, "card_memory", lambda: 8 * GB)
-    here = made(LLAMA, **STREAMED)
+    with_card = Here(card=8 * GB, host=6 * GB)
+    here = made(LLAMA, **STREAMED, here=with_card)
     assert here.request.host_cap == 6 * GB and not here.fits
-    another = made(LLAMA, **STREAMED, machines=Machines(find_card("rtx4060")))
+    another = made(LLAMA, **STREAMED, here=with_card, machines=Machines(find_card("rtx4060")))
     assert another.request.host_cap is None and another.fits
 
 
-@pytest.mark.parametrize("launcher", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
-def test_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
-    monkeypatch.setattr(solve, "host_memory", lambda: 12 * GB)
-    monkeypatch.setattr(solve, "card_memory", lambda: 8 * GB)
-    assert made(LLAMA, **STREAMED).fits
-    monkeypatch.setenv(launcher, "4")
-    shared = made(LLAMA, **STREAMED)
+def test_processes_of_a_machine_share_its_memory() -> None:
+    alone = Here(card=8 * GB, host=12 * GB)
+    assert made(LLAMA, **STREAMED, here=alone).fits
+    four = dataclasses.replace(alone, processes=4, sharing=4)
+    shared = made(LLAMA, **STREAMED, here=four)
     assert shared.request.host_cap == 3 * GB and not shared.fits
-    assert made(SMOL, None, device="cpu").request.cap == 3 * GB
-    more = next(way.value for way in shared.nearest() if way.setting == "host_memory")
-    assert made(LLAMA, **STREAMED, host_memory=more).fits
-    monkeypatch.delenv(launcher)
+    assert made(SMOL, None, device="cpu", here=four).request.cap == 3 * GB
+    more = next(way.value for way in alternatives(shared) if way.setting == "host_memory")
+    assert made(LLAMA, **STREAMED, here=four, host_memory=more).fits
     two = Machines(find_card("rtx4060"), gpus=2)
-    assert made(LLAMA, **STREAMED, host_memory="12GB", machines=two).request.host_cap == 6 * GB
+    assert made(LLAMA, **STREAMED, host_memory="12GB", here=alone, machines=two).request.host_cap == 6 * GB
+
+
+@pytest.mark.parametrize("launcher", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_launchers_say_how_many_processes_there_are(monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv(launcher, "4")
+    here = read_here()
+    assert (here.processes, here.sharing) == (8, 4)
 
 
 def test_on_the_cpu_host_memory_is_the_cap() -> None:
@@ -140,7 +146,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert CliRunner().invoke(cli, [*asked[:7], "--host-memory", "much"]).exit_code == 2
 
 
-MEASURED = json.loads((Path(__file__).parents[2] / "bench" / "results" / "host-memory-cpu.json").read_text())["rows"]
+MEASURED = json.loads((Path(__file__).parents[3] / "bench" / "results" / "host-memory-cpu.json").read_text())["rows"]
 
 
 @pytest.mark.parametrize("name", PROBES)

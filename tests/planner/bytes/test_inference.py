@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from qrosa.adapters.inject import quantized_linears
-from qrosa.base.shape import ModelShape
+from qrosa.base.shape_source import read_shape
 from qrosa.export.verify import VERIFY_ROWS
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.bytes import inference
@@ -30,7 +30,7 @@ def test_the_trained_model_in_fp32_is_counted(tiny_model_dir: Callable[..., Path
 
     folder = tiny_model_dir("llama")
     model, _ = qrosa.load(str(folder), qrosa.AdapterConfig(rank=4))
-    work = made(ModelShape.from_source(str(folder)), budget="1%", seq_len=64).work
+    work = made(read_shape(str(folder)), budget="1%", seq_len=64).work
     counted = verify_bytes(work)["trained"]
     real = model_bytes(model.float())
     adapters = sum(p.nbytes for layer in quantized_linears(model).values() for p in layer.adapter_parameters().values())

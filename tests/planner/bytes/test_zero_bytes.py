@@ -9,8 +9,10 @@ from qrosa.base.shape import from_config
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
 from qrosa.planner.bytes.zero import drive_bytes, host_bytes, offload_seconds, resident_bytes, step_bytes
 from qrosa.planner.cards import Machines, find_card, find_network
-from qrosa.planner.search.solve import plan
+from qrosa.planner.reasons import reasons
+from qrosa.planner.search.whatif import what_if
 from qrosa.planner.time.estimate import all_reduce_bytes
+from tests.plans import plan
 
 LLAMA = from_config("Llama-3.1-8B", MODELS["Llama-3.1-8B"].config)
 MIB = 2**20
@@ -90,7 +92,7 @@ def test_large_buckets_are_counted(tmp_path):
 
 def test_offload_loses_where_nothing_needs_the_memory():
     made = planned(offload="auto,optimizer")
-    assert made.reasons["deepspeed"].startswith("loses: the same settings fit without")
+    assert reasons(made)["deepspeed"].startswith("loses: the same settings fit without")
     assert made.settings["deepspeed"] == "ZeRO-2, optimizer in host memory"
 
 
@@ -100,7 +102,7 @@ def test_offload_pays_where_it_lets_more_fit():
     full = next(gb for gb in range(8, 40) if planned(f"{gb}GB", budget, offload="optimizer", micro_batch="1").fits)
     made = planned(f"{full}GB", budget, offload="optimizer", micro_batch="1")
     assert not planned(f"{full}GB", budget, deepspeed="zero2", offload="none", micro_batch="1").fits
-    assert made.reasons["deepspeed"].endswith("without it nothing fits")
+    assert reasons(made)["deepspeed"].endswith("without it nothing fits")
 
 
 def test_offload_on_a_cpu_loses():
@@ -108,7 +110,7 @@ def test_offload_on_a_cpu_loses():
         LLAMA, AdapterConfig(budget="0.3%"), MaskConfig(), DataConfig(seq_len=512),
         TrainConfig(vram="64GB", offload="optimizer"), device="cpu",
     )  # fmt: skip
-    assert "one memory" in made.reasons["deepspeed"]
+    assert "one memory" in reasons(made)["deepspeed"]
 
 
 def test_a_step_with_offload_takes_longer_by_copy_and_adam():
@@ -132,7 +134,7 @@ def test_the_estimated_step_has_the_offloads_time_and_shares_it_out():
     assert optimizer(four, deepspeed="zero2") == pytest.approx(plain / 4)
     offloaded = planned(machines=one, offload="auto,optimizer")
     words = f"{offloaded.estimate().seconds['optimizer'] - plain:.2f} s a step"
-    assert words in offloaded.reasons["deepspeed"] and words != "0.00 s a step"
+    assert words in reasons(offloaded)["deepspeed"] and words != "0.00 s a step"
     shared = planned(machines=four, offload="auto,optimizer").estimate()
     assert shared.seconds["optimizer"] < 0.3 * offloaded.estimate().seconds["optimizer"]
 
@@ -150,4 +152,4 @@ def test_every_card_sends_masters_too():
 def test_suggestions_and_what_if_rows_keep_the_optimizer_where_it_is():
     made = planned(offload="auto,optimizer")
     assert made.offload.endswith("optimizer")
-    assert any(row.planned for row in made.what_if())
+    assert any(row.planned for row in what_if(made))

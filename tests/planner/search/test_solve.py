@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.real_models import MODELS
-from qrosa.base.shape import ModelShape, from_config
+from qrosa.base.shape import from_config
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
 from qrosa.errors import DoesNotFitError, InputError
 from qrosa.planner import hardware
-from qrosa.planner.plan import Plan
-from qrosa.planner.search import solve
-from qrosa.planner.search.solve import plan
+from qrosa.planner.hardware import Here
+from qrosa.planner.reasons import reasons
+from qrosa.planner.search.alternatives import alternatives, require_fit
+from qrosa.planner.search.solve import TIE
+from qrosa.planner.show import document, memory_table, verdict
+from tests.plans import made, plan
 
 GB = 2**30
 SHAPES = {name: from_config(name, model.config) for name, model in MODELS.items()}
@@ -29,21 +30,11 @@ SMOL = from_config(
 )  # fmt: skip
 
 
-def made(shape: ModelShape, vram: int | None = 24 * GB, **changes: Any) -> Plan:
-    """A plan with some settings changed, by name."""
-    groups: list[Any] = [AdapterConfig(budget=changes.pop("budget", "0.3%")), MaskConfig(), DataConfig(), TrainConfig()]
-    keys = {field.name: i for i, group in enumerate(groups) for field in dataclasses.fields(group)}
-    extra = {key: changes.pop(key) for key in ("longest_row", "device", "row_tokens", "machines") if key in changes}
-    for key, value in changes.items():
-        groups[keys[key]] = dataclasses.replace(groups[keys[key]], **{key: value})
-    return plan(shape, *groups, vram=vram, **extra)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_every_7_to_14b_model_trains_on_24_gb(name: str) -> None:
     found = made(SHAPES[name])
-    assert found.fits and found.peak <= 24 * GB and found.nearest() == []
-    found.require_fit()
+    assert found.fits and found.peak <= 24 * GB and alternatives(found) == []
+    require_fit(found)
 
 
 @settings(max_examples=60, deadline=None)
@@ -92,22 +83,22 @@ def test_short_rows_need_less_than_the_seq_len() -> None:
 def test_what_does_not_fit_names_what_would() -> None:
     found = made(SHAPES["Llama-3.1-8B"], 7 * GB, offload="none")
     assert not found.fits
-    ways = {way.setting: way for way in found.nearest()}
+    ways = {way.setting: way for way in alternatives(found)}
     assert {"offload", "seq_len", "vram"} <= set(ways)
     assert made(SHAPES["Llama-3.1-8B"], 7 * GB, offload=ways["offload"].value).fits
     assert made(SHAPES["Llama-3.1-8B"], 7 * GB, offload="none", seq_len=int(ways["seq_len"].value)).fits
     assert made(SHAPES["Llama-3.1-8B"], int(float(ways["vram"].value[:-2]) * GB), offload="none").fits
     with pytest.raises(DoesNotFitError, match=r"7\.00 GB") as caught:
-        found.require_fit()
+        require_fit(found)
     assert "--seq-len" in caught.value.hint
 
 
 def test_forced_settings_that_do_not_fit_are_the_first_to_give_way() -> None:
     found = made(SHAPES["Llama-3.1-8B"], 12 * GB, micro_batch="32", checkpointing="off")
     assert not found.fits
-    assert made(SHAPES["Llama-3.1-8B"], 12 * GB, micro_batch="16").nearest()[0].setting == "micro_batch"
+    assert alternatives(made(SHAPES["Llama-3.1-8B"], 12 * GB, micro_batch="16"))[0].setting == "micro_batch"
     big = made(SHAPES["Llama-3.1-8B"], 9 * GB, budget="5%")
-    assert "budget" in {way.setting for way in big.nearest()}
+    assert "budget" in {way.setting for way in alternatives(big)}
 
 
 def test_levers_are_pulled_in_the_order_that_they_cost() -> None:
@@ -133,7 +124,7 @@ def test_a_streamed_base_is_on_the_host_and_crosses_the_bus() -> None:
     train = streamed.phases["train"]
     assert streamed.offload == "base" and not streamed.work.offload_activations
     assert train.host["pinned_base"] >= whole.phases["train"].device["base"] > 3 * train.device["base"]
-    assert streamed.to_json()["traffic"]["base"] > train.host["pinned_base"]
+    assert document(streamed)["traffic"]["base"] > train.host["pinned_base"]
     mapped = made(SHAPES["Llama-3.1-8B"], 5 * GB, offload="base=disk:/scratch")
     assert mapped.offload == "base=disk:/scratch" and "pinned_base" not in mapped.phases["train"].host
 
@@ -159,13 +150,10 @@ def test_the_cpu_counts_the_whole_process() -> None:
     assert found.planned["train"] == train.device_total + train.host_total
 
 
-def test_without_a_cap_the_card_then_the_host_is_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solve, "card_memory", lambda: None)
-    monkeypatch.setattr(solve, "host_memory", lambda: 16 * GB)
-    on_host = made(SMOL, None)
+def test_without_a_cap_the_card_then_the_host_is_the_cap() -> None:
+    on_host = made(SMOL, None, here=Here(card=None, host=16 * GB))
     assert (on_host.settings["device"], on_host.request.cap) == ("cpu", 16 * GB)
-    monkeypatch.setattr(solve, "card_memory", lambda: 12 * GB)
-    on_card = made(SMOL, None)
+    on_card = made(SMOL, None, here=Here(card=12 * GB, host=16 * GB))
     assert (on_card.settings["device"], on_card.request.cap) == ("cuda", 12 * GB)
     assert (
         plan(SMOL, AdapterConfig(budget="1%"), MaskConfig(), DataConfig(), TrainConfig(vram="6GB")).request.cap
@@ -179,15 +167,15 @@ def test_this_machine_has_memory() -> None:
 
 
 def test_the_document_adds_up_and_is_json() -> None:
-    document = json.loads(json.dumps(made(SHAPES["Mistral-7B"]).to_json()))
-    assert {"model", "budget", "settings", "phases", "peak", "vram", "fits"} <= set(document)
-    assert {"trainable", "share", "rank", "density", "nnz"} <= set(document["budget"])
-    assert document["budget"]["share"] <= 0.003
-    for phase in document["phases"].values():
+    shown = json.loads(json.dumps(document(made(SHAPES["Mistral-7B"]))))
+    assert {"model", "budget", "settings", "phases", "peak", "vram", "fits"} <= set(shown)
+    assert {"trainable", "share", "rank", "density", "nnz"} <= set(shown["budget"])
+    assert shown["budget"]["share"] <= 0.003
+    for phase in shown["phases"].values():
         for side in ("device", "host"):
             assert phase[side]["total"] == sum(size for name, size in phase[side].items() if name != "total")
-    assert document["peak"] == max(phase["device"]["total"] for phase in document["phases"].values())
-    assert document["vram"] == 24 * GB and document["fits"] is True
+    assert shown["peak"] == max(phase["device"]["total"] for phase in shown["phases"].values())
+    assert shown["vram"] == 24 * GB and shown["fits"] is True
 
 
 def test_the_table_and_the_verdict_read_well() -> None:
@@ -195,11 +183,11 @@ def test_the_table_and_the_verdict_read_well() -> None:
 
     found = made(SHAPES["Mistral-7B"])
     console = Console(width=120, record=True, file=Path("/dev/null").open("w"))
-    console.print(found.table())
+    console.print(memory_table(found))
     text = console.export_text()
     assert all(word in text for word in ("base", "train", "export", "device", "disk"))
-    assert found.verdict().startswith("fits:") and "at " in found.verdict()
-    assert set(found.reasons) <= set(found.settings)
+    assert verdict(found).startswith("fits:") and "at " in verdict(found)
+    assert set(reasons(found)) <= set(found.settings)
 
 
 def test_more_than_the_model_reads() -> None:
@@ -225,7 +213,7 @@ def test_the_fastest_that_fits_is_chosen_and_the_reason_says_over_what() -> None
             if forced.fits:
                 times.append(estimate(forced.work, 32, card).step_seconds)
     chosen = estimate(free.work, 32, card).step_seconds
-    assert free.fits and times and chosen <= solve.TIE * min(times)
+    assert free.fits and times and chosen <= TIE * min(times)
 
 
 def test_a_lever_that_is_pulled_for_speed_says_so() -> None:
@@ -233,7 +221,7 @@ def test_a_lever_that_is_pulled_for_speed_says_so() -> None:
         reason
         for name in ("Llama-3.1-8B", "Qwen2.5-14B", "Mistral-Nemo-12B")
         for cap in range(5, 25)
-        for setting, reason in made(SHAPES[name], cap * GB, seq_len=512).reasons.items()
+        for setting, reason in reasons(made(SHAPES[name], cap * GB, seq_len=512)).items()
         if setting in ("checkpointing", "offload") and "faster than" in reason
     ]
     assert said and all("s a step against" in reason and "estimated on rtx" in reason for reason in said)

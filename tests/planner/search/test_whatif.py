@@ -16,9 +16,9 @@ from qrosa.base.shape import ModelShape, from_config
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
 from qrosa.planner.cards import CARDS, Machines
 from qrosa.planner.plan import Plan
-from qrosa.planner.search.solve import plan
 from qrosa.planner.search.whatif import LENGTH_STEP, MEMORY_STEP, WhatIf, what_if
-from qrosa.planner.show import what_if_table
+from qrosa.planner.show import document, what_if_table
+from tests.plans import plan
 
 GB = 2**30
 SHAPES = {name: from_config(name, model.config) for name, model in (MODELS | LARGE).items()}
@@ -130,11 +130,11 @@ def test_the_document_and_the_table_hold_the_rows() -> None:
     from rich.console import Console
 
     found = made(SHAPES["Mistral-7B"], 8 * GB)
-    document = json.loads(json.dumps(found.to_json()))["what_if"]
-    assert [row["planned"] for row in document].count(True) == 1
-    assert document[1]["smallest_card_name"] == "rtx4060"
+    shown = json.loads(json.dumps(document(found)))["what_if"]
+    assert [row["planned"] for row in shown].count(True) == 1
+    assert shown[1]["smallest_card_name"] == "rtx4060"
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(what_if_table(found, found.what_if()))
+    console.print(what_if_table(found, what_if(found)))
     text = console.export_text()
     assert "recompute, base on host" in text and "(plan)" in text and "tokens/s" not in text
 

@@ -17,7 +17,7 @@ from qrosa.errors import InputError
 from qrosa.planner.bytes.phases import traffic
 from qrosa.planner.cards import CARDS, NETWORKS, Card, Machines
 from qrosa.planner.plan import Plan
-from qrosa.planner.search.solve import plan
+from qrosa.planner.show import document
 from qrosa.planner.time.cost import passes
 from qrosa.planner.time.estimate import (
     Estimate,
@@ -29,6 +29,7 @@ from qrosa.planner.time.estimate import (
     step_traffic,
 )
 from qrosa.planner.workload import Workload
+from tests.plans import plan
 
 GB = 2**30
 SHAPES = {name: from_config(name, model.config) for name, model in (MODELS | LARGE).items()}
@@ -181,14 +182,14 @@ def test_more_cards_than_rows_stand_idle_and_are_told_so() -> None:
 
 
 def test_the_document_says_that_it_is_estimated_and_adds_up() -> None:
-    document = json.loads(json.dumps(made().to_json()))["estimate"]
-    assert document["estimated"] is True and document["card"] == "rtx4090" and document["scaling"] is None
-    assert sum(document["seconds"].values()) == pytest.approx(document["step_seconds"])
-    assert document["tokens"] / document["step_seconds"] == pytest.approx(document["tokens_per_s"])
-    assert document["tokens"] == 32 * 2048
+    shown = json.loads(json.dumps(document(made())))["estimate"]
+    assert shown["estimated"] is True and shown["card"] == "rtx4090" and shown["scaling"] is None
+    assert sum(shown["seconds"].values()) == pytest.approx(shown["step_seconds"])
+    assert shown["tokens"] / shown["step_seconds"] == pytest.approx(shown["tokens_per_s"])
+    assert shown["tokens"] == 32 * 2048
     assert made().estimate() is not None
     alone = plan(LLAMA, AdapterConfig(budget="1%"), MaskConfig(), DataConfig(), TrainConfig(vram="24GB"))
-    assert alone.estimate() is None and alone.to_json()["estimate"] is None
+    assert alone.estimate() is None and document(alone)["estimate"] is None
 
 
 def test_a_named_card_is_the_cap_unless_vram_says_otherwise() -> None:
