@@ -41,7 +41,7 @@ def test_a_streamed_base_must_fit_the_host() -> None:
     assert made(LLAMA, **STREAMED, host_memory=str(need)).fits
     cramped = made(LLAMA, **STREAMED, host_memory=str(need - 1))
     assert cramped.fits_device and not cramped.fits_host and not cramped.fits
-    with pytest.raises(DoesNotFitError, match="needs at least .* of host memory"):
+    with pytest.raises(DoesNotFitError, match=r"needs at least .* of host memory"):
         require_fit(cramped)
     assert "does not fit" in verdict(cramped) and "host memory" in verdict(cramped)
 
