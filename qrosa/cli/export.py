@@ -22,7 +22,7 @@ from qrosa.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qrosa.data.template import EncodedRow
+    from qrosa.data.encode import EncodedRow
     from qrosa.export.card import Drift
     from qrosa.export.merge import ExportReport
 

@@ -147,7 +147,7 @@ def _show_rows(console: Console, prepared: Prepared) -> None:
     """Three rows as the model reads them, the learnt part in colour (and in brackets where there is none)."""
     from rich.text import Text
 
-    from qrosa.data.template import preview
+    from qrosa.data.encode import preview
 
     console.print("\nThree rows; what is learnt is marked:", markup=False)
     for row, pieces in zip(prepared.train.rows, preview(prepared.train.rows, prepared.tokenizer), strict=False):

@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from qrosa.data.template import IGNORE, EncodedRow
+from qrosa.data.encode import IGNORE, EncodedRow
 
 
 def step_rows(n_rows: int, batch_size: int, step: int, seed: int) -> list[int]:

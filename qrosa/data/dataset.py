@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qrosa.data.encode import EncodedRow, Encoder
 from qrosa.data.formats import RawRow, read_rows
-from qrosa.data.template import EncodedRow, Encoder
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qrosa.data.template import encode_prompt
+from qrosa.data.encode import encode_prompt
 from qrosa.errors import InputError
 from qrosa.model.head import generating, model_device
 

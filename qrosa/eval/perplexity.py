@@ -12,7 +12,7 @@ from typing import TypedDict
 from torch import nn
 
 from qrosa.data.batching import micro_batches
-from qrosa.data.template import EncodedRow
+from qrosa.data.encode import EncodedRow
 from qrosa.errors import InputError
 from qrosa.model.head import decoder_output, evaluating, model_device, token_log_probs
 

@@ -25,7 +25,7 @@ from typing import Any, TypedDict, cast
 import torch
 from torch import Tensor, nn
 
-from qrosa.data.template import EncodedRow
+from qrosa.data.encode import EncodedRow
 from qrosa.eval.generate import end_tokens, padding_token
 from qrosa.eval.perplexity import MAX_ROWS, MAX_TOKENS, evaluate_loss, loss_result
 from qrosa.model.head import decoder_output, evaluating, head_logits, model_device, token_log_probs

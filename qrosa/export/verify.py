@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qrosa.base.adapter_io import load_adapter, load_run_or_model
 from qrosa.base.load import load_base
-from qrosa.data.template import IGNORE, EncodedRow
+from qrosa.data.encode import IGNORE, EncodedRow
 from qrosa.errors import InputError
 from qrosa.export.card import Drift
 from qrosa.model.head import CHUNK_TOKENS, Head, decoder_output, evaluating, model_device

@@ -29,7 +29,7 @@ from qrosa.base.adapter_io import attach_adapter
 from qrosa.base.checkpoint import Checkpoint
 from qrosa.base.open import open_checkpoint
 from qrosa.data.batching import Limits, supervised_tokens
-from qrosa.data.template import EncodedRow
+from qrosa.data.encode import EncodedRow
 from qrosa.errors import DoesNotFitError, InputError
 from qrosa.eval.perplexity import evaluate_loss
 from qrosa.masks.draw import random_positions

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qrosa.adapters.inject import inject_low_rank, quantized_linears
 from qrosa.base.load import empty_model
 from qrosa.data.batching import Limits, supervised_tokens
-from qrosa.data.template import EncodedRow
+from qrosa.data.encode import EncodedRow
 from qrosa.eval.perplexity import evaluate_loss
 from qrosa.masks.samples import Sample
 from qrosa.masks.select import accumulate

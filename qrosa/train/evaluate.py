@@ -19,7 +19,7 @@ from qrosa.train.step import free_memory, is_out_of_memory
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from qrosa.data.template import EncodedRow
+    from qrosa.data.encode import EncodedRow
 
 
 def evaluate(

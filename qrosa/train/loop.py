@@ -31,7 +31,7 @@ from qrosa.train.step import StepRunner
 from qrosa.train.work import Work, metrics_line
 
 if TYPE_CHECKING:
-    from qrosa.data.template import EncodedRow
+    from qrosa.data.encode import EncodedRow
 
 
 class TrainingLoop:

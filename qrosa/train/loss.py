@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from qrosa.data.template import IGNORE
+from qrosa.data.encode import IGNORE
 from qrosa.errors import InputError
 from qrosa.model.head import logit_rule
 

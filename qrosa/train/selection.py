@@ -16,7 +16,7 @@ from qrosa.train.loss import chunked_loss
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from qrosa.data.template import EncodedRow
+    from qrosa.data.encode import EncodedRow
 
 _SEED_SHIFT = 7919  # the selection's rows are drawn apart from the order of the steps
 

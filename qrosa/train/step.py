@@ -25,7 +25,7 @@ from qrosa.optim.parts import Optimizer
 from qrosa.train.loss import CHUNK_TOKENS, model_loss
 
 if TYPE_CHECKING:
-    from qrosa.data.template import EncodedRow
+    from qrosa.data.encode import EncodedRow
 
 
 def micro_batch_seed(seed: int, step: int, process: int, index: int) -> int:

@@ -18,7 +18,7 @@ from qrosa.record.state import RunState
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from qrosa.data.template import EncodedRow
+    from qrosa.data.encode import EncodedRow
 
 
 @dataclass

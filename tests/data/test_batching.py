@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrosa.data.batching import MicroBatch, micro_batches, step_rows
-from qrosa.data.template import IGNORE, EncodedRow
+from qrosa.data.encode import IGNORE, EncodedRow
 
 PAD = 2
 

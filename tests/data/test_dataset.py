@@ -11,7 +11,7 @@ import pytest
 from chat_tokenizers import make_tokenizer, turns
 
 from qrosa.data.dataset import Dataset, load_rows
-from qrosa.data.template import IGNORE, EncodedRow
+from qrosa.data.encode import IGNORE, EncodedRow
 from qrosa.errors import InputError
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qrosa.data.template import EncodedRow
+from qrosa.data.encode import EncodedRow
 
 LoadTiny = Callable[[str], Any]
 

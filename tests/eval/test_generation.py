@@ -12,7 +12,7 @@ from qrosa.adapters.inject import quantized_linears
 from qrosa.base.adapter_io import attach_adapter
 from qrosa.base.load import load_base
 from qrosa.config import AdapterConfig
-from qrosa.data.template import encode_prompt
+from qrosa.data.encode import encode_prompt
 from qrosa.errors import InputError
 from qrosa.eval.generate import Answer, Chat, Sampling, encode_messages, end_tokens, generate, generate_ids
 from qrosa.model.head import generating

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from qrosa.data.template import EncodedRow
+from qrosa.data.encode import EncodedRow
 from qrosa.errors import InputError
 from qrosa.eval.perplexity import evaluate_loss, loss_result
 from qrosa.model.head import Head, token_log_probs

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qrosa.data.dataset import load_rows
-from qrosa.data.template import EncodedRow
+from qrosa.data.encode import EncodedRow
 from qrosa.eval.perplexity import evaluate_loss
 from qrosa.eval.tasks import evaluate_tasks, find_labels
 from tests.conftest import TINY_FAMILIES, save_tiny_model

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qrosa.base.adapter_io import load_run_or_model
-from qrosa.data.template import EncodedRow
+from qrosa.data.encode import EncodedRow
 from qrosa.errors import InputError
 from qrosa.export.card import Facts, render_card
 from qrosa.export.merge import merge

@@ -8,7 +8,7 @@ import chat_tokenizers as made
 import pytest
 from chat_tokenizers import make_tokenizer, turns
 
-from qrosa.data.chat import ChatTemplate
+from qrosa.data.chat_template import ChatTemplate
 from qrosa.data.formats import Conversation
 from qrosa.errors import InputError
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from qrosa.data.chat import ChatTemplate, Rendered
+from qrosa.data.chat_template import ChatTemplate, Rendered
 from qrosa.data.formats import Completion, Conversation, Message, RawRow, Text
 from qrosa.errors import InputError
 
@@ -57,7 +57,7 @@ class EncodedRow:
         prompt_len: Tokens before the last completion (the last assistant turn, in a chat); None for ``text`` rows.
         answer_end: Where the last completion's text ends, before the tokens that end the turn.
         turn_end: Where the last completion ends, with those tokens.
-        skipped_turns: Assistant turns without loss because the template rewrites them (see ``chat.py``).
+        skipped_turns: Assistant turns without loss because the template rewrites them (see ``chat_template.py``).
     """
 
     input_ids: list[int]

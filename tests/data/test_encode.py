@@ -11,8 +11,8 @@ from chat_tokenizers import make_tokenizer, turns
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qrosa.data.encode import IGNORE, Encoder, encode, encode_prompt, preview
 from qrosa.data.formats import RawRow
-from qrosa.data.template import IGNORE, Encoder, encode, encode_prompt, preview
 from qrosa.errors import InputError
 
 SEQ_LEN = 512
