@@ -92,7 +92,7 @@ def show(name: str, phases: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
     for phase, (planned, measured) in phases.items():
         percent = round(100 * (planned / measured - 1), 2)
         rows.append({"setting": name, "phase": phase, "planned": planned, "measured": measured, "percent": percent})
-        print(f"{name:32} {phase:7} {planned / 2**20:8,.0f} {measured / 2**20:8,.0f} MB {percent:+7.1f}%", flush=True)
+        print(f"{name:32} {phase:7} {planned / 2**20:8,.0f} {measured / 2**20:8,.0f} MiB {percent:+7.1f}%", flush=True)
     return rows
 
 

@@ -121,7 +121,7 @@ def compare(name: str, length: int, lever: str) -> Iterator[dict[str, Any]]:
 def line(row: dict[str, Any]) -> str:
     """One comparison, for people."""
     where = f"{row['model']:17} {row['length']:5} {row['levers']:31} {row['phase']:7}"
-    sizes = f"planned {row['planned'] / 2**20:9,.1f} simulated {row['simulated'] / 2**20:9,.1f} MB"
+    sizes = f"planned {row['planned'] / 2**20:9,.1f} simulated {row['simulated'] / 2**20:9,.1f} MiB"
     return f"{where} {sizes} {row['percent']:+7.2f}%  {row['simulated_moment']}"
 
 

@@ -23,7 +23,7 @@ from qrosa.planner.plan import Plan
 from qrosa.planner.request import make_request
 from qrosa.planner.search.alternatives import require_fit
 from qrosa.planner.search.solve import solve
-from qrosa.quantities import size_text
+from qrosa.quantities import bytes_text
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 COMMENT = re.compile(r"^# Planned peak: .* on (a card|the CPU)\b.*$", re.MULTILINE)
@@ -63,8 +63,8 @@ def comment(made: Plan) -> str:
     require_fit(made)
     where = "the CPU" if made.work.on_cpu else "a card"
     host_peak = max(memory.host_total for memory in made.phases.values())
-    host = f", with {size_text(host_peak)} of host memory" if made.work.streamed else ""
-    said = f"{size_text(made.peak)} of {made.request.cap / 2**30:g} GB on {where}{host}"
+    host = f", with {bytes_text(host_peak)} of host memory" if made.work.streamed else ""
+    said = f"{bytes_text(made.peak)} of {made.request.cap / 2**30:g} GiB on {where}{host}"
     return f"# Planned peak: {said} ('qrosa plan --config' shows it by phase)."
 
 

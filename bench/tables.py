@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from qrosa.quantities import bytes_text
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md")
@@ -116,7 +118,7 @@ def repair() -> str:
             )
         else:
             what = " ".join(str(row[key]) for key in ("kind", "score", "rank", "density") if row.get(key) is not None)
-        rows.append([what, f"{row['bytes'] / 1e6:.2f} MB", f"{row['perplexity']:.2f}", f"{row['won_back']:.0%}"])
+        rows.append([what, bytes_text(row["bytes"]), f"{row['perplexity']:.2f}", f"{row['won_back']:.0%}"])
     low, high = record["perplexity"]["bf16"], record["perplexity"]["nf4"]
     text = f"\n{record['model']}, {record['text']}; {record['evaluation_tokens']:,} tokens. "
     text += f"Perplexity in bf16 {low:.2f}, in NF4 {high:.2f}. \n".replace(" \n", "\n")

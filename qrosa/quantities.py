@@ -68,7 +68,7 @@ def parse_share(text: str | float, flag: str) -> float:
 
 
 def parse_size(text: str | int, flag: str) -> int:
-    """Read ``24GB`` (binary units, as card makers mean it), ``800MB`` or a plain byte count, in bytes.
+    """Read ``24GB`` or ``24GiB`` (2^30 bytes each: card makers mean that), ``800MB`` or a plain byte count, in bytes.
 
     Raises:
         InputError: Not a size, or not above zero.
@@ -124,6 +124,6 @@ def optimizer_parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip().startswith("optimizer")]
 
 
-def size_text(size: int) -> str:
-    """Bytes in binary units, as card makers mean them: ``23.4 GB``."""
-    return f"{size / 2**30:.2f} GB" if size >= 2**30 else f"{size / 2**20:.1f} MB"
+def bytes_text(size: float) -> str:
+    """Bytes for people, in binary units: ``23.40 GiB``, ``512.0 MiB``; what ``24GB`` on the command line means too."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

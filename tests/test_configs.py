@@ -38,7 +38,7 @@ def test_the_first_line_is_the_command_that_runs_it(path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_planned_memory_is_what_the_comment_says(path: Path) -> None:
     said = re.search(
-        r"^# Planned peak: ([0-9.]+ [MG]B) of ([0-9.]+ GB) on (a card|the CPU)", path.read_text(), re.MULTILINE
+        r"^# Planned peak: ([0-9.]+ [MG]iB) of ([0-9.]+ GiB) on (a card|the CPU)", path.read_text(), re.MULTILINE
     )
     assert said, "no '# Planned peak: ... of ... on ...' comment"
     config = make_run_config(read_yaml(path) | {"data": "rows.jsonl", "output": "run"})

@@ -22,7 +22,7 @@ from qrosa.adapters.inject import (
     trainable_parameters,
 )
 from qrosa.base.load import Progress, base_info, load_base
-from qrosa.base.open import open_checkpoint
+from qrosa.base.open import open_base
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
 from qrosa.sparse.store import ADAPTER_FILE, CONFIG_FILE, read_adapter, read_adapter_config, write_adapter
@@ -171,6 +171,6 @@ def load_run_or_model(
         model, tokenizer = load_base(source, device, progress=progress)
         return model, tokenizer, None
     folder = adapter_folder(source)
-    model, tokenizer = load_base(open_checkpoint(base_source(folder)), device, progress=progress)
+    model, tokenizer = load_base(open_base(base_source(folder)), device, progress=progress)
     load_adapter(model, folder)
     return model.eval(), tokenizer, folder

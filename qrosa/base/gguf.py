@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qrosa.base.checkpoint import Checkpoint, first_line
+from qrosa.base.base_files import BaseFiles, first_line
 from qrosa.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class GGUFCheckpoint(Checkpoint):
+class GGUFBase(BaseFiles):
     """One ``.gguf`` file, read tensor by tensor."""
 
     kind = "gguf"

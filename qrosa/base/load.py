@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from qrosa.adapters.inject import quantized_linears, replace_module, target_linears
 from qrosa.adapters.linear import QRosaLinear
-from qrosa.base.checkpoint import Checkpoint, SafetensorsCheckpoint, first_line
+from qrosa.base.base_files import BaseFiles, SafetensorsBase, first_line
 from qrosa.base.head import OutputHead
-from qrosa.base.open import open_checkpoint
+from qrosa.base.open import open_base
 from qrosa.errors import InputError, StorageError
 from qrosa.quant.nf4 import NF4Weight
 
@@ -46,7 +46,7 @@ class BaseInfo:
 
 
 def load_base(
-    source: str | Checkpoint,
+    source: str | BaseFiles,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress | None = None,
@@ -69,13 +69,13 @@ def load_base(
         InputError: Not a model that can be a base.
         StorageError: Damaged or unreadable files.
     """
-    checkpoint = open_checkpoint(source) if isinstance(source, str) else source
-    tokenizer = checkpoint.tokenizer()
-    model = empty_model(checkpoint.config, dtype)
-    _fill(model, checkpoint, torch.device(device), dtype, progress, place)
-    info = BaseInfo(checkpoint.source, checkpoint.kind, checkpoint.fingerprint(), count_parameters(model))
+    base_files = open_base(source) if isinstance(source, str) else source
+    tokenizer = base_files.tokenizer()
+    model = empty_model(base_files.config, dtype)
+    _fill(model, base_files, torch.device(device), dtype, progress, place)
+    info = BaseInfo(base_files.source, base_files.kind, base_files.fingerprint(), count_parameters(model))
     model.qrosa_base = info  # type: ignore[assignment]
-    generation = checkpoint.generation_config()
+    generation = base_files.generation_config()
     if generation:
         from transformers import GenerationConfig
 
@@ -117,21 +117,21 @@ def _turn_head(model: PreTrainedModel) -> None:
         replace_module(model, path, OutputHead.of(head))
 
 
-def quantize_weight(checkpoint: Checkpoint, path: str, device: torch.device | str = "cpu") -> NF4Weight:
+def quantize_weight(base_files: BaseFiles, path: str, device: torch.device | str = "cpu") -> NF4Weight:
     """The 4-bit weight of the module at ``path``: read as stored, or quantised from the original.
 
     Loading, repair and export all come here, so they agree on the base to the bit.
     """
-    if isinstance(checkpoint, SafetensorsCheckpoint) and checkpoint.is_nf4(path):
-        weight = checkpoint.read_nf4(path).to(device)
+    if isinstance(base_files, SafetensorsBase) and base_files.is_nf4(path):
+        weight = base_files.read_nf4(path).to(device)
         weight.dtype = torch.bfloat16
         return weight
     name = f"{path}.weight"
-    checkpoint.require(name)
-    dense = checkpoint.read(name)
+    base_files.require(name)
+    dense = base_files.read(name)
     if dense.ndim != 2 or not dense.is_floating_point():
         raise InputError(
-            f"tensor {name!r} of {checkpoint.source} is {dense.dtype} {tuple(dense.shape)}, no floating-point matrix",
+            f"tensor {name!r} of {base_files.source} is {dense.dtype} {tuple(dense.shape)}, no floating-point matrix",
             "use a bf16, fp16 or fp32 checkpoint, or one quantised to NF4 by bitsandbytes",
         )
     return NF4Weight.quantize(dense.to(device), torch.bfloat16)
@@ -147,7 +147,7 @@ def count_parameters(model: nn.Module) -> int:
 
 def _fill(
     model: PreTrainedModel,
-    checkpoint: Checkpoint,
+    base_files: BaseFiles,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None,
@@ -158,8 +158,8 @@ def _fill(
     shared_code: Tensor | None = None
     for done, path in enumerate(layers):
         layer = layers[path]
-        weight = quantize_weight(checkpoint, path, device)
-        _check_shape(checkpoint, f"{path}.weight", weight.shape, layer.weight.shape)
+        weight = quantize_weight(base_files, path, device)
+        _check_shape(base_files, f"{path}.weight", weight.shape, layer.weight.shape)
         if weight.absmax_code is not None:
             # The 8-bit map is the same 1 KiB table for every layer: keep one.
             same = shared_code is not None and torch.equal(shared_code, weight.absmax_code)
@@ -171,28 +171,28 @@ def _fill(
             progress(done + 1, len(layers) + len(dense))
     parameters = dict(model.named_parameters())
     for done, name in enumerate(dense):
-        _set_parameter(model, name, _read_dense(checkpoint, name, parameters[name]).to(device, dtype))
+        _set_parameter(model, name, _read_dense(base_files, name, parameters[name]).to(device, dtype))
         if progress:
             progress(len(layers) + done + 1, len(layers) + len(dense))
     model.tie_weights()
     _move_buffers(model, device)
 
 
-def _read_dense(checkpoint: Checkpoint, name: str, parameter: Tensor) -> Tensor:
-    checkpoint.require(name)
-    tensor = checkpoint.read(name)
-    _check_shape(checkpoint, name, tuple(tensor.shape), tuple(parameter.shape))
+def _read_dense(base_files: BaseFiles, name: str, parameter: Tensor) -> Tensor:
+    base_files.require(name)
+    tensor = base_files.read(name)
+    _check_shape(base_files, name, tuple(tensor.shape), tuple(parameter.shape))
     if not tensor.is_floating_point():
         raise InputError(
-            f"tensor {name!r} of {checkpoint.source} is {tensor.dtype}, not floating point", "use a 16-bit checkpoint"
+            f"tensor {name!r} of {base_files.source} is {tensor.dtype}, not floating point", "use a 16-bit checkpoint"
         )
     return tensor
 
 
-def _check_shape(checkpoint: Checkpoint, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def _check_shape(base_files: BaseFiles, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if tuple(found) != tuple(expected):
         raise StorageError(
-            f"tensor {name!r} of {checkpoint.source} has shape {tuple(found)}, its config asks for {tuple(expected)}",
+            f"tensor {name!r} of {base_files.source} has shape {tuple(found)}, its config asks for {tuple(expected)}",
             "the weights and config.json are of different models; download them again",
         )
 

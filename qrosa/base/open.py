@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qrosa.base.checkpoint import Checkpoint, SafetensorsCheckpoint, first_line
+from qrosa.base.base_files import BaseFiles, SafetensorsBase, first_line
 from qrosa.errors import InputError
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
 
 
-def open_checkpoint(source: str) -> Checkpoint:
+def open_base(source: str) -> BaseFiles:
     """Open a base: a local folder, a ``.gguf`` file, or a Hugging Face id.
 
     Raises:
@@ -19,16 +19,16 @@ def open_checkpoint(source: str) -> Checkpoint:
     """
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
-        from qrosa.base.gguf import GGUFCheckpoint
+        from qrosa.base.gguf import GGUFBase
 
-        return GGUFCheckpoint(source, path)
+        return GGUFBase(source, path)
     if path.is_dir():
-        return SafetensorsCheckpoint(source, path)
+        return SafetensorsBase(source, path)
     if path.exists():
         raise InputError(
             f"{source} is neither a model folder nor a .gguf file", "give the folder that holds config.json"
         )
-    return SafetensorsCheckpoint(source, _download(source))
+    return SafetensorsBase(source, _download(source))
 
 
 def _download(source: str) -> Path:

@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from qrosa.cli.options import emit_json, json_option, result_console
+from qrosa.quantities import bytes_text
 
 OLDEST_TORCH = (2, 10)
 _LOW_DISK = 10 * 2**30  # bytes; a 7B checkpoint in 16 bits is 14 GB, its export as much again
@@ -94,7 +95,7 @@ def check_card() -> Check:
     if torch.cuda.is_available():
         cards = [_card_facts(index) for index in range(torch.cuda.device_count())]
         found = "; ".join(
-            f"{card['name']}, {_gib(card['free'])} of {_gib(card['total'])} free, sm_{card['capability']}"
+            f"{card['name']}, {bytes_text(card['free'])} of {bytes_text(card['total'])} free, sm_{card['capability']}"
             for card in cards
         )
         return Check("card", "ok", found, facts={"cards": cards})
@@ -145,7 +146,7 @@ def check_cpu() -> Check:
     facts = {"isa": isa, "cores": os.cpu_count(), "memory": memory.total, "memory_available": memory.available}
     found = (
         f"{facts['cores']} cores, {' '.join(isa) or 'no vector extensions'}, "
-        f"{_gib(memory.available)} of {_gib(memory.total)} free"
+        f"{bytes_text(memory.available)} of {bytes_text(memory.total)} free"
     )
     if "avx2" not in isa and platform.machine() in ("x86_64", "AMD64"):
         return Check("cpu", "note", found, "without AVX2 the ops run their portable loops, which are slower", facts)
@@ -218,7 +219,7 @@ def check_disk() -> Check:
     places = {"here": Path.cwd(), "model cache": _existing(Path(HF_HUB_CACHE))}
     free = {name: shutil.disk_usage(place).free for name, place in places.items()}
     facts = {name: {"path": str(places[name]), "free": free[name]} for name in places}
-    found = ", ".join(f"{_gib(free[name])} free {name} ({places[name]})" for name in places)
+    found = ", ".join(f"{bytes_text(free[name])} free {name} ({places[name]})" for name in places)
     locked = [str(place) for place in places.values() if not os.access(place, os.W_OK)]
     if locked:
         return Check("disk", "problem", f"{locked[0]} cannot be written to", "change its permissions or move", facts)
@@ -298,7 +299,3 @@ def _version(package: str) -> str | None:
 def _existing(path: Path) -> Path:
     """The path, or its nearest parent that exists."""
     return next(place for place in (path, *path.parents) if place.exists())
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"

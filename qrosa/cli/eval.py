@@ -73,9 +73,9 @@ def command(
     console = progress_console()
     place = choose_device(device)
     opened = open_source(source, base_model)
-    seq_len = row_length(data.seq_len, getattr(opened.checkpoint.config, "max_position_embeddings", None))
+    seq_len = row_length(data.seq_len, getattr(opened.base_files.config, "max_position_embeddings", None))
     found = load_rows(
-        data.data, opened.checkpoint.tokenizer(), seq_len=seq_len, train_on=data.train_on, limit=limit, split=split
+        data.data, opened.base_files.tokenizer(), seq_len=seq_len, train_on=data.train_on, limit=limit, split=split
     )
     _say_losses(console, found.report, seq_len)
     model, tokenizer = load(opened, place, console, offload)

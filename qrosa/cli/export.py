@@ -18,6 +18,7 @@ from qrosa.cli.options import (
 )
 from qrosa.config import read_yaml
 from qrosa.errors import InputError
+from qrosa.quantities import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,12 +128,12 @@ def _verify_rows(source: str, data: str | None, model: str | None) -> list[Encod
     if not rows:
         raise InputError(f"{source} does not name rows to verify on", "give some with --data")
     opened = open_adapter(source, model)
-    seq_len = row_length(settings.get("seq_len"), getattr(opened.checkpoint.config, "max_position_embeddings", None))
+    seq_len = row_length(settings.get("seq_len"), getattr(opened.base_files.config, "max_position_embeddings", None))
     split = "train" if data is None and not settings.get("eval_data") else "test"
     train_on = str(settings.get("train_on") or "completion")
     try:
         found = load_rows(
-            rows, opened.checkpoint.tokenizer(), seq_len=seq_len, train_on=train_on, limit=VERIFY_ROWS, split=split
+            rows, opened.base_files.tokenizer(), seq_len=seq_len, train_on=train_on, limit=VERIFY_ROWS, split=split
         )
     except InputError as error:
         raise InputError(error.message, error.hint if data else "give rows to verify on with --data") from error
@@ -167,7 +168,7 @@ def _report(report: ExportReport, drift: Drift | None, *, as_json: bool) -> None
         emit_json({**dataclasses.asdict(report), "verify": drift})
         return
     console = result_console()
-    size = f"{report.bytes / 1e9:.2f} GB" if report.bytes > 1e9 else f"{report.bytes / 1e6:.1f} MB"
+    size = bytes_text(report.bytes)
     console.print(
         f"{report.output}: {report.tensors} tensors, {size} {report.dtype}, in {report.seconds:.1f} s", markup=False
     )

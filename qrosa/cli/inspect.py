@@ -14,6 +14,7 @@ import click
 
 from qrosa.cli.options import emit_json, json_option, result_console
 from qrosa.errors import StorageError
+from qrosa.quantities import bytes_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,7 +136,7 @@ def _show(console: Console, document: dict[str, Any], *, every: bool) -> None:
         ("trainable", f"{document['trainable']:,} parameters{share}"),
         ("rank", ranks),
         ("sparse", f"{document['nnz']:,} values, density {100 * document['density']:.3g}%"),
-        ("size", f"{document['bytes'] / 1e6:.2f} MB"),
+        ("size", bytes_text(document["bytes"])),
     ):
         console.print(f"{key:12} {value}", markup=False, soft_wrap=True)
     table = Table("module", box=None, header_style="bold")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from qrosa.quantities import bytes_text
 from qrosa.train.progress import Progress, StepLine
 
 if TYPE_CHECKING:
@@ -121,8 +122,8 @@ def _speed(line: StepLine) -> str:
 
 
 def _memory(line: StepLine) -> str:
-    planned = f" of {line.planned / 2**30:.2f} planned" if line.planned else ""
-    return f"{line.memory / 2**30:.2f} GiB{planned}"
+    planned = f" of {bytes_text(line.planned)} planned" if line.planned else ""
+    return f"{bytes_text(line.memory)}{planned}"
 
 
 def _left(seconds: float) -> str:

@@ -19,7 +19,7 @@ from qrosa.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qrosa.base.checkpoint import Checkpoint
+    from qrosa.base.base_files import BaseFiles
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 Advance = Callable[[int, int], None]
@@ -82,12 +82,12 @@ class Opened:
 
     Attributes:
         source: What the user named.
-        checkpoint: The base.
+        base_files: The base.
         adapter: The adapter's folder; None for a bare model.
     """
 
     source: str
-    checkpoint: Checkpoint
+    base_files: BaseFiles
     adapter: Path | None
 
 
@@ -109,15 +109,15 @@ def open_source(source: str, base_model: str | None = None) -> Opened:
         StorageError: Damaged files.
     """
     from qrosa.base.adapter_io import adapter_folder, base_source, is_run_or_adapter
-    from qrosa.base.open import open_checkpoint
-    from qrosa.export.source import open_base
+    from qrosa.base.open import open_base
+    from qrosa.export.source import open_adapter_base
 
     if is_run_or_adapter(source):
         folder = adapter_folder(source)
-        return Opened(source, open_base(folder, base_source(folder), base_model), folder)
+        return Opened(source, open_adapter_base(folder, base_source(folder), base_model), folder)
     if base_model is not None:
         raise InputError(f"{source} is no run, so it has no base that --model could name", "leave out --model")
-    return Opened(source, open_checkpoint(source), None)
+    return Opened(source, open_base(source), None)
 
 
 def offload_option(function: _Function) -> _Function:
@@ -151,10 +151,10 @@ def load(opened: Opened, device: str | None, console: Console, offload: str = "a
         console.print(f"the base does not fit the card: {resident} of its blocks stay, the others are streamed")
     with progress_bar(console, f"loading {opened.source}") as advance:
         if resident is None:
-            model, tokenizer = load_base(opened.checkpoint, place, progress=advance)
+            model, tokenizer = load_base(opened.base_files, place, progress=advance)
         else:
-            model = load_streamed(opened.checkpoint, torch.device(place), resident, disk, advance)
-            tokenizer = opened.checkpoint.tokenizer()
+            model = load_streamed(opened.base_files, torch.device(place), resident, disk, advance)
+            tokenizer = opened.base_files.tokenizer()
     if opened.adapter is not None:
         load_adapter(model, opened.adapter)
     return model.eval(), tokenizer
@@ -175,7 +175,7 @@ def _streaming(opened: Opened, place: str, offload: str) -> tuple[int | None, st
 
     if not place.startswith("cuda"):
         return 0, asked.disk
-    shape = read_shape(opened.checkpoint.source)
+    shape = read_shape(opened.base_files.source)
     adapter = sum(file.stat().st_size for file in opened.adapter.glob("*.safetensors")) if opened.adapter else 0
     free, _ = torch.cuda.mem_get_info(torch.device(place))
     resident = resident_blocks(shape, free, adapter)

@@ -135,9 +135,9 @@ def measure_rows(source: str, data: DataConfig, seq_len: int) -> Rows:
 def _tokenizer(source: str) -> Any:
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
-        from qrosa.base.open import open_checkpoint
+        from qrosa.base.open import open_base
 
-        return open_checkpoint(source).tokenizer()
+        return open_base(source).tokenizer()
     from transformers import AutoTokenizer
 
     try:

@@ -117,7 +117,7 @@ def show_probe(found: Probe, console: Console) -> None:
     """Print planned and measured by phase, and the time of a step."""
     from rich.table import Table
 
-    table = Table(title="Memory, planned and measured, in MB", title_justify="left")
+    table = Table(title="Memory, planned and measured, in MiB", title_justify="left")
     columns = ["phase", "planned", "measured", "difference", *(["reserved"] if found.reserved else [])]
     for column in columns:
         table.add_column(column, justify="left" if column == "phase" else "right")
@@ -161,9 +161,9 @@ def show_simulation(made: Plan, simulation: Simulation, console: Console) -> Non
     """Print two tables: planned and simulated by phase, and the largest tensors of the highest phase."""
     from rich.table import Table
 
-    from qrosa.quantities import size_text
+    from qrosa.quantities import bytes_text
 
-    table = Table(title="Tensors, planned and simulated, in MB", title_justify="left")
+    table = Table(title="Tensors, planned and simulated, in MiB", title_justify="left")
     for column in ("phase", "planned", "simulated", "difference", "highest at"):
         table.add_column(column, justify="left" if column in ("phase", "highest at") else "right")
     for name, peak in simulation.phases.items():
@@ -176,6 +176,6 @@ def show_simulation(made: Plan, simulation: Simulation, console: Console) -> Non
     for kind in simulation.largest(simulation.highest):
         shape = " x ".join(str(size) for size in kind.shape) or "scalar"
         what = kind.component.replace("_", " ")
-        largest.add_row(size_text(kind.size), f"{kind.count} of {shape}", kind.dtype, what, kind.module)
+        largest.add_row(bytes_text(kind.size), f"{kind.count} of {shape}", kind.dtype, what, kind.module)
     console.print(table)
     console.print(largest)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from qrosa.errors import InputError, StorageError
 from qrosa.export.shards import storage_errors
+from qrosa.quantities import bytes_text
 
 _EXPORT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
 _ROOM_FOR_SMALL_FILES = 64 * 2**20  # tokenizer, config and card; the largest tokenizers take some 35 MB
@@ -95,7 +96,7 @@ def check_disk(target: Path, nbytes: int) -> None:
     needed = nbytes + _ROOM_FOR_SMALL_FILES
     if needed > free:
         raise StorageError(
-            f"the export takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB is free in {existing}",
+            f"the export takes {bytes_text(needed)} and {bytes_text(free)} is free in {existing}",
             "free some disk, or give an --output on another disk",
         )
 

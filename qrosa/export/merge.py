@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qrosa.adapters.linear import QRosaLinear
-from qrosa.base.checkpoint import read_original_weight
+from qrosa.base.base_files import read_original_weight
 from qrosa.base.load import quantize_weight
 from qrosa.errors import InputError
 from qrosa.export.card import write_card
@@ -110,7 +110,7 @@ def merge(
     specs = _specs(opened.model, DTYPES[dtype])
     shards = plan_shards(specs, max_shard_bytes)
     total = sum(spec.nbytes for spec in specs)
-    keep = (opened.folder, Path(opened.checkpoint.source).expanduser())
+    keep = (opened.folder, Path(opened.base_files.source).expanduser())
     with export_folder(Path(output), nbytes=total, force=force, keep=keep) as folder:
         tensors = _merged_tensors(opened, specs, base, torch.device(device))
         write_shards(folder, shards, _counted(tensors, total, progress))
@@ -129,9 +129,9 @@ def _check_choices(dtype: str, base: str) -> None:
 
 
 def _check_original(opened: OpenedAdapter, base: str) -> None:
-    if base == "original" and opened.checkpoint.kind == "nf4":
+    if base == "original" and opened.base_files.kind == "nf4":
         raise InputError(
-            f"{opened.checkpoint.source} is already quantised: its original weights are not known", "use --base nf4"
+            f"{opened.base_files.source} is already quantised: its original weights are not known", "use --base nf4"
         )
 
 
@@ -145,9 +145,9 @@ def merged_weight(opened: OpenedAdapter, path: str, base: str, device: torch.dev
         device: Where to compute.
     """
     if base == "original":
-        weight = read_original_weight(opened.checkpoint, path).to(device, torch.float32, copy=True)
+        weight = read_original_weight(opened.base_files, path).to(device, torch.float32, copy=True)
     else:
-        weight = quantize_weight(opened.checkpoint, path, device).dequantize(torch.float32)
+        weight = quantize_weight(opened.base_files, path, device).dequantize(torch.float32)
     layer = cast(QRosaLinear, opened.model.get_submodule(path))
     tensors = {name: opened.tensors.get(f"{path}.{name}") for name in ("low_rank_A", "low_rank_B")}
     if layer.nnz:
@@ -186,8 +186,8 @@ def _merged_tensors(
         if leaf == "weight" and isinstance(opened.model.get_submodule(path), QRosaLinear):
             value = merged_weight(opened, path, base, device)
         else:
-            opened.checkpoint.require(spec.name)
-            value = opened.checkpoint.read(spec.name)
+            opened.base_files.require(spec.name)
+            value = opened.base_files.read(spec.name)
             value = value if base == "original" else value.to(_TRAINED_DTYPE)
         _check_range(spec.name, value, spec.dtype)
         yield spec.name, value.to(spec.dtype)
@@ -225,16 +225,16 @@ def _write_model_files(opened: OpenedAdapter, folder: Path, dtype: torch.dtype) 
     """config.json without a trace of quantisation, generation_config.json and the tokenizer."""
     from transformers import GenerationConfig
 
-    config = copy.deepcopy(opened.checkpoint.config)
+    config = copy.deepcopy(opened.base_files.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.dtype = dtype
     config.architectures = [type(opened.model).__name__]
-    generation = opened.checkpoint.generation_config()
+    generation = opened.base_files.generation_config()
     with storage_errors(folder):
         config.save_pretrained(folder)
         if generation is None:
             GenerationConfig.from_model_config(config).save_pretrained(folder)
     if generation is not None:
         write_json(folder / "generation_config.json", generation)
-    write_tokenizer(opened.checkpoint, folder)
+    write_tokenizer(opened.base_files, folder)

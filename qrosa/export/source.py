@@ -15,9 +15,9 @@ from torch import Tensor
 
 from qrosa.adapters.inject import load_adapter_state
 from qrosa.base.adapter_io import adapter_folder
-from qrosa.base.checkpoint import Checkpoint
+from qrosa.base.base_files import BaseFiles
 from qrosa.base.load import empty_model
-from qrosa.base.open import open_checkpoint
+from qrosa.base.open import open_base
 from qrosa.errors import InputError
 from qrosa.export.card import Facts
 from qrosa.export.shards import storage_errors
@@ -33,14 +33,14 @@ class OpenedAdapter:
 
     Attributes:
         folder: Where the adapter is.
-        checkpoint: The base that it was trained on.
+        base_files: The base that it was trained on.
         model: The model's structure on the meta device, with the adapter's shapes and scales in place.
         tensors: The adapter's tensors by name.
         config: The adapter's config.
     """
 
     folder: Path
-    checkpoint: Checkpoint
+    base_files: BaseFiles
     model: PreTrainedModel
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
@@ -59,21 +59,21 @@ def open_adapter(source: str | Path, model: str | None = None) -> OpenedAdapter:
     """
     folder = adapter_folder(source)
     tensors, config = read_adapter(folder)
-    checkpoint = open_base(folder, str(config["base"].get("source", "")), model)
-    expected, found = str(config["base"].get("fingerprint")), checkpoint.fingerprint()
+    base_files = open_adapter_base(folder, str(config["base"].get("source", "")), model)
+    expected, found = str(config["base"].get("fingerprint")), base_files.fingerprint()
     if expected != found:
         raise InputError(
             f"the adapter in {folder} was trained on another base (fingerprint {expected[:12]}; that of "
-            f"{checkpoint.source} is {found[:12]})",
+            f"{base_files.source} is {found[:12]})",
             "give the base that it was trained on with --model",
         )
-    structure = empty_model(checkpoint.config)
+    structure = empty_model(base_files.config)
     alphas = {path: float(module.get("alpha", 0.0)) for path, module in config["modules"].items()}
     load_adapter_state(structure, tensors, alphas)
-    return OpenedAdapter(folder, checkpoint, structure, tensors, config)
+    return OpenedAdapter(folder, base_files, structure, tensors, config)
 
 
-def open_base(folder: Path, source: str, model: str | None = None) -> Checkpoint:
+def open_adapter_base(folder: Path, source: str, model: str | None = None) -> BaseFiles:
     """The base of an adapter.
 
     Args:
@@ -86,9 +86,9 @@ def open_base(folder: Path, source: str, model: str | None = None) -> Checkpoint
         StorageError: Damaged files.
     """
     if model is not None:
-        return open_checkpoint(model)
+        return open_base(model)
     try:
-        return open_checkpoint(source)
+        return open_base(source)
     except InputError as error:
         raise InputError(
             f"the base of the adapter in {folder} cannot be opened: {error.message}",
@@ -102,8 +102,8 @@ def card_facts(opened: OpenedAdapter, *, dtype: str, base: str) -> Facts:
     ranks = [int(module.get("rank", 0)) for module in config["modules"].values()]
     return Facts(
         base=str(config["base"].get("source", "")),
-        fingerprint=opened.checkpoint.fingerprint(),
-        kind=opened.checkpoint.kind,
+        fingerprint=opened.base_files.fingerprint(),
+        kind=opened.base_files.kind,
         budget=config["adapter"].get("budget"),
         trainable=int(config.get("trainable", 0)),
         parameters=int(config["base"].get("parameters", 0)),
@@ -114,11 +114,11 @@ def card_facts(opened: OpenedAdapter, *, dtype: str, base: str) -> Facts:
     )
 
 
-def write_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
+def write_tokenizer(base_files: BaseFiles, folder: Path) -> None:
     """Save the base's tokenizer, its chat template included.
 
     Raises:
         StorageError: The folder cannot be written.
     """
     with storage_errors(folder):
-        checkpoint.tokenizer().save_pretrained(folder)
+        base_files.tokenizer().save_pretrained(folder)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from qrosa.errors import DoesNotFitError
+from qrosa.quantities import bytes_text
 
 STATISTIC_BYTES = 4
 GRAM_TILE = 256  # tokens a tile of qrosa.masks.sensitivity
@@ -32,7 +33,7 @@ def group_matrices(sizes: Mapping[str, int], limit: int | None = None) -> list[l
         need = size * STATISTIC_BYTES
         if limit is not None and need > limit:
             raise DoesNotFitError(
-                f"the mask statistic of {path} takes {need / 2**20:.1f} MiB, {limit / 2**20:.1f} MiB are allowed",
+                f"the mask statistic of {path} takes {bytes_text(need)}, {bytes_text(limit)} is allowed",
                 f"raise --mask-memory to at least {-(-max(sizes.values()) * STATISTIC_BYTES // 2**20)}MB",
             )
         if not groups or (limit is not None and used + need > limit):

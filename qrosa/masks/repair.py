@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qrosa.adapters.inject import quantized_linears
 from qrosa.adapters.linear import QRosaLinear
-from qrosa.base.checkpoint import Checkpoint
+from qrosa.base.base_files import BaseFiles
 from qrosa.masks.residual import checkpoint_of, has_original, residual
 from qrosa.masks.samples import Sample, quiet, read_samples
 from qrosa.sparse.csr import CsrDelta
@@ -42,7 +42,7 @@ def set_masks(
     *,
     init: str = "residual",
     low_rank_repairs: bool = False,
-    checkpoint: Checkpoint | None = None,
+    base_files: BaseFiles | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Give each layer its sparse part, with its first values.
@@ -53,7 +53,7 @@ def set_masks(
         init: ``residual`` (S starts at R) or ``zero``.
         low_rank_repairs: The low-rank part itself started at R (``init_low_rank``). S then starts at what it leaves,
             R - scale * B @ A, so that the effective weight is the original one at the positions.
-        checkpoint: The 16-bit weights; default the base's own source.
+        base_files: The 16-bit weights; default the base's own source.
         progress: Called with (layers done, layers in all).
 
     Returns:
@@ -61,9 +61,9 @@ def set_masks(
     """
     layers = quantized_linears(model)
     notices = []
-    if init == "residual" and checkpoint is None:
+    if init == "residual" and base_files is None:
         if has_original(model):
-            checkpoint = checkpoint_of(model)
+            base_files = checkpoint_of(model)
         else:
             notices = [_NOTICE.format(source=_source(model), part="the sparse part", start="zero")]
     for done, (path, layer) in enumerate(layers.items(), 1):
@@ -72,8 +72,8 @@ def set_masks(
             layer.set_sparse(None)
         else:
             values = None
-            if init == "residual" and checkpoint is not None:
-                values = _start_values(checkpoint, path, layer, chosen, low_rank_repairs)
+            if init == "residual" and base_files is not None:
+                values = _start_values(base_files, path, layer, chosen, low_rank_repairs)
             layer.set_sparse(CsrDelta.from_positions(chosen, layer.weight.shape, values))
         if progress:
             progress(done, len(layers))
@@ -86,7 +86,7 @@ def init_low_rank(
     *,
     limit: int | None = 64,
     seed: int = 42,
-    checkpoint: Checkpoint | None = None,
+    base_files: BaseFiles | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
     """Start every low-rank part at the activation-weighted fit of R - S, where S is what the layer holds now.
@@ -96,13 +96,13 @@ def init_low_rank(
         samples: Rows whose activations weigh the input channels.
         limit: Most rows to use.
         seed: Of the randomised decomposition.
-        checkpoint: The 16-bit weights; default the base's own source.
+        base_files: The 16-bit weights; default the base's own source.
         progress: Called with (layers done, layers in all).
 
     Returns:
         Notices to print: empty, or why the low-rank part keeps its start at no change.
     """
-    if checkpoint is None:
+    if base_files is None:
         if not has_original(model):
             return [
                 _NOTICE.format(
@@ -111,11 +111,11 @@ def init_low_rank(
                     start="no change (lora)",
                 )
             ]
-        checkpoint = checkpoint_of(model)
+        base_files = checkpoint_of(model)
     layers = {path: layer for path, layer in quantized_linears(model).items() if layer.rank}
     weights = input_rms(model, layers, read_samples(samples, limit))
     for done, (path, layer) in enumerate(layers.items(), 1):
-        error = residual(checkpoint, path, layer.weight.to(layer.device))
+        error = residual(base_files, path, layer.weight.to(layer.device))
         delta = layer.sparse_delta()
         if delta is not None:
             error.view(-1)[delta.positions()] -= delta.values.detach()
@@ -192,7 +192,7 @@ def _input_sums(layers: Mapping[str, nn.Module], sums: dict[str, Tensor]) -> Ite
 
 @torch.no_grad()
 def _start_values(
-    checkpoint: Checkpoint,
+    base_files: BaseFiles,
     path: str,
     layer: QRosaLinear,
     positions: Tensor,
@@ -200,7 +200,7 @@ def _start_values(
 ) -> Tensor:
     """R at the positions, fp32 [nnz], less what the low-rank part does there if it started at R too."""
     positions = positions.to(layer.device)
-    values = residual(checkpoint, path, layer.weight.to(layer.device)).view(-1)[positions]
+    values = residual(base_files, path, layer.weight.to(layer.device)).view(-1)[positions]
     a, b = layer.low_rank_A, layer.low_rank_B
     if low_rank_repairs and a is not None and b is not None:
         for start in range(0, positions.numel(), _CHUNK):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qrosa.base.checkpoint import Checkpoint, read_original_weight
-from qrosa.base.open import open_checkpoint
+from qrosa.base.base_files import BaseFiles, read_original_weight
+from qrosa.base.open import open_base
 from qrosa.errors import InputError
 from qrosa.quant.nf4 import NF4Weight
 
@@ -23,7 +23,7 @@ def has_original(model: nn.Module) -> bool:
     return str(_info(model).kind) != "nf4"
 
 
-def checkpoint_of(model: nn.Module) -> Checkpoint:
+def checkpoint_of(model: nn.Module) -> BaseFiles:
     """The checkpoint that the model's base was quantised from.
 
     Raises:
@@ -35,7 +35,7 @@ def checkpoint_of(model: nn.Module) -> Checkpoint:
             f"{info.source} is already quantised, so its quantisation error is unknown",
             "give the 16-bit checkpoint as --model, or use --mask-score squared",
         )
-    return open_checkpoint(info.source)
+    return open_base(info.source)
 
 
 def _info(model: nn.Module) -> Any:
@@ -46,13 +46,13 @@ def _info(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def residual(checkpoint: Checkpoint, path: str, weight: NF4Weight) -> Tensor:
+def residual(base_files: BaseFiles, path: str, weight: NF4Weight) -> Tensor:
     """R of one matrix, fp32 [N, K], on the base's device; peak three dense matrices, two of them fp32."""
     decoded = weight.dequantize(torch.float32)
-    original = read_original_weight(checkpoint, path).to(decoded.device)
+    original = read_original_weight(base_files, path).to(decoded.device)
     if original.shape != decoded.shape:
         raise InputError(
-            f"{path} is {tuple(decoded.shape)} in the base but {tuple(original.shape)} in {checkpoint.source}",
+            f"{path} is {tuple(decoded.shape)} in the base but {tuple(original.shape)} in {base_files.source}",
             "use the checkpoint that the base was made from",
         )
     return decoded.neg_().add_(original)

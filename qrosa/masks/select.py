@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qrosa.adapters.inject import quantized_linears
 from qrosa.adapters.linear import QRosaLinear
-from qrosa.base.checkpoint import Checkpoint
+from qrosa.base.base_files import BaseFiles
 from qrosa.config import MaskConfig
 from qrosa.errors import InputError, TrainingError
 from qrosa.masks.accumulate import observe
@@ -52,7 +52,7 @@ def select_masks(
     group_bytes: int | None = None,
     progress: Progress | None = None,
     loss: SampleLoss = sample_loss,
-    checkpoint: Checkpoint | None = None,
+    base_files: BaseFiles | None = None,
 ) -> dict[str, Tensor]:
     """Choose the positions of the sparse part.
 
@@ -66,7 +66,7 @@ def select_masks(
         group_bytes: Most bytes of statistics at a time; default ``config.mask_memory``, else what is free.
         progress: Called with (samples done, samples to do) over all passes.
         loss: Mean loss of one sample; give one that chunks the head where long rows carry loss on every token.
-        checkpoint: The 16-bit weights for the scores that use R; default the base's own source.
+        base_files: The 16-bit weights for the scores that use R; default the base's own source.
 
     Returns:
         Path -> flat positions ``row * K + column``, int64, rising, on the CPU.
@@ -81,28 +81,28 @@ def select_masks(
     if config.mask_score == "random":
         return random_positions(_sizes(layers), counts, config.mask_scope, seed)
     if config.mask_score in ("residual", "repair"):
-        checkpoint = checkpoint or checkpoint_of(model)
+        base_files = base_files or checkpoint_of(model)
     picker = MatrixPicker(counts) if config.mask_scope == "matrix" else ModelPicker(list(layers), sum(counts.values()))
     if config.mask_score == "residual":
-        assert checkpoint is not None
-        _pick_by_error(picker, layers, checkpoint, progress)
+        assert base_files is not None
+        _pick_by_error(picker, layers, base_files, progress)
     else:
         groups = _groups(config, layers, counts, group_bytes)
         rows = read_samples(samples, config.mask_samples)
         collected = _collect(model, layers, groups, rows, config.mask_score == "squared", loss, progress)
-        _pick(picker, collected, layers, checkpoint if config.mask_score == "repair" else None)
+        _pick(picker, collected, layers, base_files if config.mask_score == "repair" else None)
     return picker.result()
 
 
 def _pick_by_error(
     picker: MatrixPicker | ModelPicker,
     layers: Mapping[str, QRosaLinear],
-    checkpoint: Checkpoint,
+    base_files: BaseFiles,
     progress: Progress | None,
 ) -> None:
     """Pick the largest quantisation errors."""
     for done, (path, layer) in enumerate(layers.items(), 1):
-        picker.add(path, residual(checkpoint, path, layer.weight.to(layer.device)).abs_())
+        picker.add(path, residual(base_files, path, layer.weight.to(layer.device)).abs_())
         if progress:
             progress(done, len(layers))
 
@@ -147,7 +147,7 @@ def _pick(
     picker: MatrixPicker | ModelPicker,
     collected: Iterable[tuple[str, Tensor]],
     layers: Mapping[str, QRosaLinear],
-    repaired_from: Checkpoint | None,
+    repaired_from: BaseFiles | None,
 ) -> None:
     """Turn each statistic into scores, in place, and pick from them."""
     highest_of_all = 0.0

@@ -26,8 +26,8 @@ from torch import nn
 
 from qrosa.adapters.inject import quantized_linears
 from qrosa.base.adapter_io import attach_adapter
-from qrosa.base.checkpoint import Checkpoint
-from qrosa.base.open import open_checkpoint
+from qrosa.base.base_files import BaseFiles
+from qrosa.base.open import open_base
 from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.encode import EncodedRow
 from qrosa.errors import DoesNotFitError, InputError
@@ -135,7 +135,7 @@ def probe(source: str, made: Plan, seed: int = 42, stage: Callable[[str, int, in
         StorageError: Damaged files.
     """
     _check(made)
-    running = _Probing(open_checkpoint(source), made, seed, stage or (lambda name, done, of: None))
+    running = _Probing(open_base(source), made, seed, stage or (lambda name, done, of: None))
     return running.go()
 
 
@@ -162,8 +162,8 @@ class _Failed(Exception):
 
 
 class _Probing:
-    def __init__(self, checkpoint: Checkpoint, made: Plan, seed: int, stage: Callable[[str, int, int], None]) -> None:
-        self.checkpoint, self.made, self.work, self.seed, self.stage = checkpoint, made, made.work, seed, stage
+    def __init__(self, base_files: BaseFiles, made: Plan, seed: int, stage: Callable[[str, int, int], None]) -> None:
+        self.base_files, self.made, self.work, self.seed, self.stage = base_files, made, made.work, seed, stage
         self.device = torch.device(made.work.device)
         self.meter = MemoryMeter(self.device, planned=made.planned)
         self.failed: str | None = None
@@ -205,7 +205,7 @@ class _Probing:
         request = self.made.request
         disk = parse_offload(request.train.offload).disk
         with self._phase("load"):
-            model = load_planned(self.checkpoint, self.work, self.device, disk, lambda n, of: self.stage("load", n, of))
+            model = load_planned(self.base_files, self.work, self.device, disk, lambda n, of: self.stage("load", n, of))
             attach_adapter(model, request.adapter, self.seed, self.work.allocation)
         low_rank = [p for layer in quantized_linears(model).values() for p in layer.adapter_parameters().values()]
         if self.work.zero is None:
@@ -217,7 +217,7 @@ class _Probing:
         work, request = self.work, self.made.request
         if not work.allocation.nnz_total:
             return
-        original = None if self.checkpoint.kind == "nf4" else self.checkpoint
+        original = None if self.base_files.kind == "nf4" else self.base_files
         nnz = work.allocation.nnz
         with self._phase("select"):
             for group in self._groups():
@@ -229,13 +229,13 @@ class _Probing:
                     seed=self.seed,
                     group_bytes=work.mask_group_bytes or None,
                     loss=sample_loss(work.loss_chunk_tokens),
-                    checkpoint=original,
+                    base_files=original,
                 )
             layers = quantized_linears(model)
             sizes = {path: layer.in_features * layer.out_features for path, layer in layers.items()}
             positions = random_positions(sizes, nnz, "matrix", self.seed)
             init = request.adapter.sparse_init
-            set_masks(model, positions, init=init, checkpoint=original if init == "residual" else None)
+            set_masks(model, positions, init=init, base_files=original if init == "residual" else None)
         values = [layer.sparse_values for layer in layers.values() if layer.sparse_values is not None]
         optimizer.add_sparse(values)
 
@@ -293,7 +293,7 @@ class _Probing:
     @property
     def vocabulary(self) -> int:
         """Tokens that rows may hold."""
-        return int(self.checkpoint.config.vocab_size)
+        return int(self.base_files.config.vocab_size)
 
     def _now(self) -> float:
         if self.device.type == "cuda":

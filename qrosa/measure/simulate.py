@@ -137,9 +137,9 @@ def read_config(source: str) -> PretrainedConfig:
 
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf":
-        from qrosa.base.open import open_checkpoint
+        from qrosa.base.open import open_base
 
-        return open_checkpoint(source).config
+        return open_base(source).config
     try:
         config = AutoConfig.from_pretrained(path if path.is_dir() else source)
     except Exception as error:  # transformers raises whatever its parser met

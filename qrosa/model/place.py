@@ -21,7 +21,7 @@ from qrosa.quant.nf4 import NF4Weight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qrosa.base.checkpoint import Checkpoint
+    from qrosa.base.base_files import BaseFiles
     from qrosa.planner.workload import Workload
 
 
@@ -36,12 +36,12 @@ def hold_to_cap(device: torch.device, cap: int | None) -> None:
 
 
 def load_planned(
-    checkpoint: Checkpoint, work: Workload, device: torch.device, disk: str | None, progress: Progress | None = None
+    base_files: BaseFiles, work: Workload, device: torch.device, disk: str | None, progress: Progress | None = None
 ) -> PreTrainedModel:
     """The base in 4 bits, where the plan wants it, computing as the plan counted on.
 
     Args:
-        checkpoint: The base.
+        base_files: The base.
         work: The plan's settings.
         device: Where the model computes.
         disk: Folder for the blocks of a base that is streamed from files.
@@ -52,9 +52,9 @@ def load_planned(
         StorageError: Damaged files, or a full disk.
     """
     if work.resident_blocks is None:
-        model, _ = load_base(checkpoint, device, progress=progress)
+        model, _ = load_base(base_files, device, progress=progress)
     else:
-        model = load_streamed(checkpoint, device, work.resident_blocks, disk, progress)
+        model = load_streamed(base_files, device, work.resident_blocks, disk, progress)
     set_attention(model, work.attention)
     set_checkpointing(model, work.checkpointing)
     if work.offload_activations:
@@ -63,7 +63,7 @@ def load_planned(
 
 
 def load_streamed(
-    checkpoint: Checkpoint,
+    base_files: BaseFiles,
     device: torch.device,
     resident: int,
     disk: str | None = None,
@@ -72,7 +72,7 @@ def load_streamed(
     """A base whose packed layers stay on the host, but for ``resident`` blocks, and visit ``device`` to compute.
 
     Args:
-        checkpoint: The base.
+        base_files: The base.
         device: Where the model computes.
         resident: Decoder blocks that stay on ``device``.
         disk: Folder to map the blocks from, None for host memory.
@@ -85,9 +85,9 @@ def load_streamed(
         if disk is None:
             flats[path] = to_host(weight, pool)
         else:
-            flats[path] = to_disk(weight, Path(disk).expanduser() / checkpoint.fingerprint()[:16], path)
+            flats[path] = to_disk(weight, Path(disk).expanduser() / base_files.fingerprint()[:16], path)
         return flats[path].weight()
 
-    model, _ = load_base(checkpoint, device, progress=progress, place=keep_on_host)
+    model, _ = load_base(base_files, device, progress=progress, place=keep_on_host)
     BaseStream(model, flats, device, resident)  # lives on in the model's hooks
     return model

@@ -12,7 +12,7 @@ from qrosa.planner.search.candidates import EAGER_TOKENS, WANTED_TOKENS
 from qrosa.planner.search.solve import solve
 from qrosa.planner.time.cost import BANDWIDTH_SHARE
 from qrosa.planner.workload import Workload
-from qrosa.quantities import size_text
+from qrosa.quantities import bytes_text
 
 
 def reasons(plan: Plan) -> dict[str, str]:
@@ -33,7 +33,7 @@ def reasons(plan: Plan) -> dict[str, str]:
     if optimizer is not None:
         found["deepspeed"] = optimizer
     if work.mask_group_bytes:
-        found["mask_group_bytes"] = f"{size_text(work.mask_group_bytes)} of statistics at a time"
+        found["mask_group_bytes"] = f"{bytes_text(work.mask_group_bytes)} of statistics at a time"
     return found
 
 
@@ -107,12 +107,12 @@ def optimizer_reason(request: Request, work: Workload) -> str | None:
     kept, moved = (sum(resident_bytes(one, low, high).values()) for one in (without.work, work))
     cost = f"{_seconds(request, work):.2f} s a step"
     if work.zero.offload == "nvme":
-        cost += f", the drive's time, and {size_text(drive_bytes(work))} on it"
+        cost += f", the drive's time, and {bytes_text(drive_bytes(work))} on it"
     if kept <= moved:
-        return f"loses: its buckets take {size_text(moved - kept)} more than it frees, for {cost}"
+        return f"loses: its buckets take {bytes_text(moved - kept)} more than it frees, for {cost}"
     if without.fits and _same_settings(without, work):
-        return f"loses: the same settings fit without; it frees {size_text(kept - moved)} for {cost}"
-    return f"frees {size_text(kept - moved)} of the card for {cost}; without it {_otherwise(without, work)}"
+        return f"loses: the same settings fit without; it frees {bytes_text(kept - moved)} for {cost}"
+    return f"frees {bytes_text(kept - moved)} of the card for {cost}; without it {_otherwise(without, work)}"
 
 
 def _seconds(request: Request, work: Workload) -> float:

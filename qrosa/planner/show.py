@@ -14,7 +14,7 @@ from qrosa.planner.reasons import reasons
 from qrosa.planner.search.alternatives import alternatives
 from qrosa.planner.search.whatif import WhatIf, what_if
 from qrosa.planner.workload import Workload
-from qrosa.quantities import size_text
+from qrosa.quantities import bytes_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,24 +65,24 @@ def document(plan: Plan) -> dict[str, Any]:
 
 
 def memory_table(plan: Plan) -> Table:
-    """Phase by component, in megabytes, for a terminal."""
+    """Phase by component, in MiB, for a terminal."""
     from rich.table import Table
 
-    table = Table(title=f"Memory in MB, on {_device_words(plan.work)}", title_justify="left")
+    table = Table(title=f"Memory in MiB, on {_device_words(plan.work)}", title_justify="left")
     table.add_column("", no_wrap=True)
     for name in plan.phases:
         table.add_column(name, justify="right")
     columns = list(plan.phases.values())
     for component in dict.fromkeys(key for memory in columns for key in memory.device):
-        table.add_row(component.replace("_", " "), *(_megabytes(m.device.get(component)) for m in columns))
+        table.add_row(component.replace("_", " "), *(_mebibytes(m.device.get(component)) for m in columns))
     table.add_section()
-    table.add_row("device", *(_megabytes(m.device_total) for m in columns), style="bold")
+    table.add_row("device", *(_mebibytes(m.device_total) for m in columns), style="bold")
     for component in dict.fromkeys(key for memory in columns for key in memory.host):
         name = f"host: {component.replace('_', ' ')}"
-        table.add_row(name, *(_megabytes(m.host.get(component)) for m in columns), style="dim")
-    table.add_row("host", *(_megabytes(m.host_total) for m in columns), style="bold")
+        table.add_row(name, *(_mebibytes(m.host.get(component)) for m in columns), style="dim")
+    table.add_row("host", *(_mebibytes(m.host_total) for m in columns), style="bold")
     table.add_section()
-    table.add_row("disk", *(_megabytes(m.disk) for m in columns))
+    table.add_row("disk", *(_mebibytes(m.disk) for m in columns))
     return table
 
 
@@ -91,14 +91,14 @@ def verdict(plan: Plan) -> str:
     phase, peak, cap, what = plan.tightest
     word = "fits" if plan.fits else "does not fit"
     moment = plan.phases[phase].moment
-    return f"{word}: {size_text(peak)} of {size_text(cap)} {what}, at {phase} ({moment})"
+    return f"{word}: {bytes_text(peak)} of {bytes_text(cap)} {what}, at {phase} ({moment})"
 
 
 def what_if_table(plan: Plan, rows: list[WhatIf]) -> Table:
     """The rows for a terminal."""
     from rich.table import Table
 
-    title = f"What if, in {size_text(plan.request.cap)} with rows of {plan.work.length} tokens"
+    title = f"What if, in {bytes_text(plan.request.cap)} with rows of {plan.work.length} tokens"
     table = Table(title=title, title_justify="left")
     table.add_column("levers", no_wrap=True)
     for name in ("longest seq-len", "micro-batch", "least memory", "host"):
@@ -109,7 +109,7 @@ def what_if_table(plan: Plan, rows: list[WhatIf]) -> Table:
     for row in rows:
         found = [row.longest_seq_len, row.largest_micro_batch]
         cells = [f"{number:,}" if number else "-" for number in found]
-        cells += [size_text(row.smallest_card), size_text(row.host)]
+        cells += [bytes_text(row.smallest_card), bytes_text(row.host)]
         if timed:
             cells.append(f"{row.tokens_per_s:,.0f}" if row.tokens_per_s else "-")
         table.add_row(row.words + (" (plan)" if row.planned else ""), *cells, style="bold" if row.planned else None)
@@ -120,5 +120,5 @@ def _device_words(work: Workload) -> str:
     return "the CPU" if work.on_cpu else "the card"
 
 
-def _megabytes(size: int | None) -> str:
+def _mebibytes(size: int | None) -> str:
     return "" if not size else f"{size / 2**20:,.1f}"

@@ -16,6 +16,7 @@ from typing import Any
 
 from qrosa.errors import InputError, StorageError
 from qrosa.files import write_fault
+from qrosa.quantities import bytes_text
 
 CONFIG_FILE = "config.yaml"
 PLAN_FILE = "plan.json"
@@ -81,7 +82,7 @@ def check_room(
     free = shutil.disk_usage(nearest).free
     if nbytes > free:
         raise StorageError(
-            f"the run takes {nbytes / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free in {nearest}",
+            f"the run takes {bytes_text(nbytes)} and {bytes_text(free)} is free in {nearest}",
             hint,
         )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qrosa.optim.schedule import learning_rate_factor, sparse_learning_rate_factor
+from qrosa.quantities import bytes_text
 from qrosa.report.charts import Series, bar_pairs, heat_map, line_chart
 from qrosa.report.facts import Facts, ModuleShare
 
@@ -78,7 +79,7 @@ def _memory(facts: Facts) -> str:
     planned, measured = facts.planned, facts.state.peaks
     phases = [phase for phase in _PHASE_ORDER if phase in measured]
     rows = [(phase, planned.get(phase), measured.get(phase)) for phase in phases]
-    return bar_pairs(rows, ("planned", "measured"), _bytes)
+    return bar_pairs(rows, ("planned", "measured"), bytes_text)
 
 
 def _heat(facts: Facts, value: Callable[[ModuleShare], float], form: Callable[[float], str]) -> str:
@@ -113,10 +114,6 @@ def _setting(value: object) -> str:
 
 def _count(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _bytes(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
 def _duration(seconds: float) -> str:

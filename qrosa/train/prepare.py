@@ -31,7 +31,7 @@ from qrosa.record.trackers import check_trackers
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from qrosa.base.checkpoint import Checkpoint
+    from qrosa.base.base_files import BaseFiles
     from qrosa.data.dataset import DataReport, Dataset
 
 
@@ -41,7 +41,7 @@ class Prepared:
 
     Attributes:
         config: Settings with every choice made.
-        checkpoint: The base, opened.
+        base_files: The base, opened.
         tokenizer: Its tokenizer.
         train: Training rows.
         heldout: Rows to evaluate on, or None.
@@ -53,7 +53,7 @@ class Prepared:
     """
 
     config: RunConfig
-    checkpoint: Checkpoint
+    base_files: BaseFiles
     tokenizer: PreTrainedTokenizerBase
     train: Dataset
     heldout: Dataset | None
@@ -72,7 +72,7 @@ class Prepared:
     def fingerprints(self) -> dict[str, str]:
         """What a resumed run must find unchanged."""
         held_out = self.heldout.fingerprint() if self.heldout else "none"
-        return {"model": self.checkpoint.fingerprint(), "data": f"{self.train.fingerprint()}+{held_out}"}
+        return {"model": self.base_files.fingerprint(), "data": f"{self.train.fingerprint()}+{held_out}"}
 
 
 def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry_run: bool = False) -> Prepared:
@@ -89,18 +89,18 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
         DoesNotFitError: The plan does not fit the memory asked for.
         StorageError: Damaged, unreadable or unwritable files.
     """
-    from qrosa.base.open import open_checkpoint
+    from qrosa.base.open import open_base
 
     if not dry_run:
         check_output(Path(config.output), resume=resume, force=force)
     check_trackers(config.train.log_to)
     zero = _deepspeed(config, dry_run=dry_run)
-    checkpoint = open_checkpoint(config.model)
+    base_files = open_base(config.model)
     shape = read_shape(config.model)
     here = read_here()
     allocation = allocate(config.adapter, shape.linears, shape.base_parameters)
-    tokenizer = checkpoint.tokenizer()
-    seq_len = row_length(config.data.seq_len, getattr(checkpoint.config, "max_position_embeddings", None))
+    tokenizer = base_files.tokenizer()
+    seq_len = row_length(config.data.seq_len, getattr(base_files.config, "max_position_embeddings", None))
     train, heldout = load_data(config, tokenizer, seq_len)
     phases = warmup_and_total(
         config, len(train), low_rank=allocation.low_rank_parameters > 0, sparse=allocation.nnz_total > 0
@@ -114,7 +114,7 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
             needed = drive_bytes(plan.work) * here.sharing
             check_room(Path(zero.nvme).expanduser(), needed, "free some of it, or name a folder on another drive")
     config = _resolve(config, seq_len, phases, plan)
-    return Prepared(config, checkpoint, tokenizer, train, heldout, allocation, phases, plan, cap, zero)
+    return Prepared(config, base_files, tokenizer, train, heldout, allocation, phases, plan, cap, zero)
 
 
 def _deepspeed(config: RunConfig, *, dry_run: bool) -> ZeroSettings | None:

@@ -143,7 +143,7 @@ class _Run:
         """The base in 4 bits."""
         hold_to_cap(self.device, self.prepared.cap)
         return load_planned(
-            self.prepared.checkpoint,
+            self.prepared.base_files,
             self.prepared.plan.work,
             self.device,
             parse_offload(self.config.train.offload).disk,
@@ -174,7 +174,7 @@ class _Run:
                 rows,
                 limit=len(rows),
                 seed=config.train.seed,
-                checkpoint=None if self.prepared.checkpoint.kind == "nf4" else self.prepared.checkpoint,
+                base_files=None if self.prepared.base_files.kind == "nf4" else self.prepared.base_files,
                 progress=lambda n, of: self.progress.stage("svd", n, of),
             ):
                 self.progress.notice(notice)
@@ -237,7 +237,7 @@ class _Run:
         """Pick the masks and hand the new sparse part to the optimizer."""
         config, prepared = self.config, self.prepared
         rows = self._selection_rows()
-        original = None if prepared.checkpoint.kind == "nf4" else prepared.checkpoint
+        original = None if prepared.base_files.kind == "nf4" else prepared.base_files
         positions = select_masks(
             model,
             rows,
@@ -247,14 +247,14 @@ class _Run:
             group_bytes=prepared.plan.work.mask_group_bytes or None,
             progress=report,
             loss=sample_loss(prepared.plan.work.loss_chunk_tokens),
-            checkpoint=original,
+            base_files=original,
         )
         notices = set_masks(
             model,
             agree_on(self.accelerator, positions),
             init=config.adapter.sparse_init,
             low_rank_repairs=config.adapter.low_rank_init == "svd",
-            checkpoint=original if config.adapter.sparse_init == "residual" else None,
+            base_files=original if config.adapter.sparse_init == "residual" else None,
         )
         for notice in notices:
             self.progress.notice(notice)

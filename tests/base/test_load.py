@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qrosa.adapters.inject import quantized_linears
-from qrosa.base.checkpoint import SafetensorsCheckpoint, read_original_weight
+from qrosa.base.base_files import SafetensorsBase, read_original_weight
 from qrosa.base.load import empty_model, load_base
-from qrosa.base.open import open_checkpoint
+from qrosa.base.open import open_base
 from qrosa.errors import InputError, QrosaError, StorageError
 from tests.conftest import TINY_FAMILIES, save_tiny_model
 
@@ -62,7 +62,7 @@ def test_a_quantised_checkpoint_loads_to_the_same_bytes(tiny_model_dir: Callable
         other = quantized_linears(quantised)[path].weight.tensors()
         assert all(torch.equal(tensor, other[name]) for name, tensor in layer.weight.tensors().items())
     with pytest.raises(InputError, match="already quantised"):
-        read_original_weight(open_checkpoint(str(tmp_path)), next(iter(quantized_linears(dense))))
+        read_original_weight(open_base(str(tmp_path)), next(iter(quantized_linears(dense))))
 
 
 def test_sharding_changes_neither_the_base_nor_its_fingerprint(
@@ -70,7 +70,7 @@ def test_sharding_changes_neither_the_base_nor_its_fingerprint(
 ) -> None:
     save_tiny_model("llama", tmp_path, tiny_tokenizer, shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    whole, sharded = open_checkpoint(str(tiny_model_dir())), open_checkpoint(str(tmp_path))
+    whole, sharded = open_base(str(tiny_model_dir())), open_base(str(tmp_path))
     assert whole.fingerprint() == sharded.fingerprint()
     assert whole.names() != [] and sorted(whole.names()) == sorted(sharded.names())
 
@@ -81,7 +81,7 @@ def test_another_weight_is_another_fingerprint(tiny_model_dir: Callable[..., Pat
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert open_checkpoint(str(tmp_path)).fingerprint() != open_checkpoint(str(tiny_model_dir())).fingerprint()
+    assert open_base(str(tmp_path)).fingerprint() != open_base(str(tiny_model_dir())).fingerprint()
 
 
 def test_another_rotation_is_another_fingerprint(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_another_rotation_is_another_fingerprint(tiny_model_dir: Callable[..., P
     config = json.loads((tmp_path / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] *= 2
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert open_checkpoint(str(tmp_path)).fingerprint() != open_checkpoint(str(tiny_model_dir())).fingerprint()
+    assert open_base(str(tmp_path)).fingerprint() != open_base(str(tiny_model_dir())).fingerprint()
 
 
 def test_the_text_model_of_a_multimodal_checkpoint_loads(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
@@ -115,9 +115,9 @@ def test_never_more_than_one_dense_matrix_is_read(
 
     alive: list[Any] = []
     most = 0
-    read = SafetensorsCheckpoint.read
+    read = SafetensorsBase.read
 
-    def watched(self: SafetensorsCheckpoint, name: str) -> torch.Tensor:
+    def watched(self: SafetensorsBase, name: str) -> torch.Tensor:
         nonlocal most
         most = max(most, sum(reference() is not None for reference in alive))
         tensor = read(self, name)
@@ -125,7 +125,7 @@ def test_never_more_than_one_dense_matrix_is_read(
             alive.append(weakref.ref(tensor))
         return tensor
 
-    monkeypatch.setattr(SafetensorsCheckpoint, "read", watched)
+    monkeypatch.setattr(SafetensorsBase, "read", watched)
     load_base(str(tiny_model_dir()))
     assert len(alive) == 14 and most == 0
 
@@ -134,16 +134,16 @@ def test_gguf_loads_as_transformers_loads_it(smollm2: Path) -> None:
     from bench.assets import smollm2_gguf
 
     path = smollm2_gguf()
-    checkpoint, prepared = open_checkpoint(str(path)), open_checkpoint(str(smollm2))
-    assert checkpoint.kind == "gguf"
-    model = empty_model(checkpoint.config)
+    base_files, prepared = open_base(str(path)), open_base(str(smollm2))
+    assert base_files.kind == "gguf"
+    model = empty_model(base_files.config)
     for name in [
         *(name for name, _ in model.named_parameters()),
         *(f"{path}.weight" for path in quantized_linears(model)),
     ]:
-        assert checkpoint.shape(name) == prepared.shape(name)
+        assert base_files.shape(name) == prepared.shape(name)
         if "layers.7." in name or "embed" in name:
-            assert torch.equal(checkpoint.read(name).bfloat16(), prepared.read(name)), name
+            assert torch.equal(base_files.read(name).bfloat16(), prepared.read(name)), name
 
 
 def _without(name: str) -> Callable[[Path], None]:
@@ -192,4 +192,4 @@ def test_unsuitable_folders_are_refused(
 @pytest.mark.parametrize("source", ["/nowhere/model", "./nowhere", "nowhere.gguf", "some/unknown-model", "a b c", ""])
 def test_unknown_sources_are_refused(source: str) -> None:
     with pytest.raises(InputError):
-        open_checkpoint(source)
+        open_base(source)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qrosa.adapters.inject import quantized_linears
-from qrosa.base.open import open_checkpoint
+from qrosa.base.open import open_base
 from qrosa.errors import InputError, StorageError
 from qrosa.export.merge import merge
 from qrosa.sparse.store import write_adapter
@@ -172,7 +172,7 @@ def test_an_nf4_checkpoint_as_base(
 ) -> None:
     _save_nf4(tiny_model_dir(), tmp_path / "nf4")
     model, run = make_adapter(tmp_path / "nf4")
-    assert open_checkpoint(str(tmp_path / "nf4")).kind == "nf4"
+    assert open_base(str(tmp_path / "nf4")).kind == "nf4"
     merge(run, tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in _composed(model).items():
@@ -323,7 +323,7 @@ def test_peak_resident_memory_does_not_follow_the_model(
     _, small = make_adapter(tiny_model_dir(), name="small")
     path, (rows, columns) = "model.layers.3.mlp.up_proj", (1536, 512)
     factors = {f"{path}.low_rank_A": torch.randn(2, columns), f"{path}.low_rank_B": torch.randn(rows, 2)}
-    base = {"source": str(tmp_path / "base"), "fingerprint": open_checkpoint(str(tmp_path / "base")).fingerprint()}
+    base = {"source": str(tmp_path / "base"), "fingerprint": open_base(str(tmp_path / "base")).fingerprint()}
     modules = {path: {"rank": 2, "alpha": 4.0, "nnz": 0, "shape": [rows, columns]}}
     write_adapter(
         tmp_path / "large",

@@ -200,7 +200,7 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_too_little_disk_is_said_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 10**9))
     with (
-        pytest.raises(StorageError, match=r"takes 16\.07 GB and 3\.00 GB is free") as caught,
+        pytest.raises(StorageError, match=r"takes 14.96 GiB and 2.79 GiB is free") as caught,
         export_folder(tmp_path / "out", nbytes=16 * 10**9),
     ):
         pass

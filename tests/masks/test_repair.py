@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qrosa.adapters.inject import inject_low_rank, quantized_linears
-from qrosa.base.checkpoint import read_original_weight
-from qrosa.base.open import open_checkpoint
+from qrosa.base.base_files import read_original_weight
+from qrosa.base.open import open_base
 from qrosa.config import MaskConfig
 from qrosa.errors import InputError
 from qrosa.masks import repair
@@ -26,8 +26,8 @@ from qrosa.masks.topk import top_positions
 @pytest.fixture
 def originals(tiny_model_dir: Callable[..., Path], base: Any) -> dict[str, Tensor]:
     """The 16-bit matrices that the base was made from, in fp32."""
-    checkpoint = open_checkpoint(str(tiny_model_dir("llama")))
-    return {path: read_original_weight(checkpoint, path).float() for path in quantized_linears(base)}
+    base_files = open_base(str(tiny_model_dir("llama")))
+    return {path: read_original_weight(base_files, path).float() for path in quantized_linears(base)}
 
 
 def random_masks(model: Any) -> dict[str, Tensor]:

@@ -69,9 +69,9 @@ def _by_path(per_row: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
 def test_picks_are_the_top_of_the_statistic(score: str, scope: str, base: Any, rows: list[Sample]) -> None:
     stats = {path: stat.abs() for path, stat in statistics(base, rows, score == "squared").items()}
     if score == "repair":
-        checkpoint = checkpoint_of(base)
+        base_files = checkpoint_of(base)
         for path, layer in linears(base).items():
-            stats[path] *= residual(checkpoint, path, layer.weight).abs()
+            stats[path] *= residual(base_files, path, layer.weight).abs()
     nnz = counts(base)
     found = choose(base, rows, mask_score=score, mask_scope=scope, group_bytes=100_000)
     if scope == "matrix":

@@ -13,7 +13,7 @@ from qrosa.errors import DoesNotFitError, InputError
 from qrosa.planner.plan import Plan
 from qrosa.planner.request import Request
 from qrosa.planner.search.solve import solve_smallest
-from qrosa.quantities import optimizer_parts, parse_offload, parse_size, size_text
+from qrosa.quantities import bytes_text, optimizer_parts, parse_offload, parse_size
 
 _LENGTH_STEP = 64
 _GB_TENTH = 2**30 / 10
@@ -48,7 +48,7 @@ def require_fit(plan: Plan) -> None:
     ways = alternatives(plan)
     phase, peak, cap, what = plan.tightest
     raise DoesNotFitError(
-        f"{phase} needs at least {size_text(peak)} of {what}; {size_text(cap)} is available",
+        f"{phase} needs at least {bytes_text(peak)} of {what}; {bytes_text(cap)} is available",
         "these would fit: " + ", or ".join(str(way) for way in ways) if ways else "use a smaller model",
     )
 

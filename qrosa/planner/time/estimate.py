@@ -19,6 +19,7 @@ from qrosa.planner.bytes.zero import STEP_BYTES, offload_seconds, sent_bytes
 from qrosa.planner.cards import Card, Machines
 from qrosa.planner.time.cost import BANDWIDTH_SHARE, Cost, passes
 from qrosa.planner.workload import Workload
+from qrosa.quantities import bytes_text
 
 LINK_SHARE = 0.8  # pinned copies over PCIe
 NETWORK_SHARE = 0.9  # TCP over Ethernet
@@ -166,7 +167,7 @@ def step_traffic(work: Workload, micro_batches: list[int]) -> dict[str, int]:
 
 def traffic_words(crossing: dict[str, int]) -> list[str]:
     """A line that says so; none where nothing crosses."""
-    crossed = [f"{name} {size / 2**30:.2f} GB" for name, size in crossing.items() if size]
+    crossed = [f"{name} {bytes_text(size)}" for name, size in crossing.items() if size]
     return [f"over PCIe in a step: {', '.join(crossed)}"] if crossed else []
 
 
@@ -221,7 +222,7 @@ def _scaling_words(made: Estimate) -> list[str]:
     lines = [
         f"{machines.cards} cards ({machines.gpus} a machine, {machines.nodes} machines{joined}), estimated: efficiency "
         f"{made.efficiency:.0%}, {scaling['speedup']:.1f} times one card; each sends "
-        f"{scaling['bytes_per_card'] / 2**20:,.0f} MB of adapter gradients a step in {scaling['network_seconds']:.2f} s"
+        f"{bytes_text(scaling['bytes_per_card'])} of adapter gradients a step in {scaling['network_seconds']:.2f} s"
     ]
     idle = scaling["idle_cards"]
     if idle:

@@ -88,7 +88,7 @@ def test_what_does_not_fit_names_what_would() -> None:
     assert made(SHAPES["Llama-3.1-8B"], 7 * GB, offload=ways["offload"].value).fits
     assert made(SHAPES["Llama-3.1-8B"], 7 * GB, offload="none", seq_len=int(ways["seq_len"].value)).fits
     assert made(SHAPES["Llama-3.1-8B"], int(float(ways["vram"].value[:-2]) * GB), offload="none").fits
-    with pytest.raises(DoesNotFitError, match=r"7\.00 GB") as caught:
+    with pytest.raises(DoesNotFitError, match=r"7\.00 GiB") as caught:
         require_fit(found)
     assert "--seq-len" in caught.value.hint
 

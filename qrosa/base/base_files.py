@@ -40,7 +40,7 @@ _COMPUTING_KEYS = (
 _TEXT_PREFIXES = (("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.", ""))
 
 
-class Checkpoint(ABC):
+class BaseFiles(ABC):
     """One base, opened but not loaded.
 
     Attributes:
@@ -103,7 +103,7 @@ class Checkpoint(ABC):
         return self._fingerprint
 
 
-class SafetensorsCheckpoint(Checkpoint):
+class SafetensorsBase(BaseFiles):
     """A folder with config.json and safetensors files, sharded or not, dense or quantised by bitsandbytes."""
 
     def __init__(self, source: str, folder: Path) -> None:
@@ -197,17 +197,17 @@ class SafetensorsCheckpoint(Checkpoint):
         return entry
 
 
-def read_original_weight(checkpoint: Checkpoint, path: str) -> Tensor:
+def read_original_weight(base_files: BaseFiles, path: str) -> Tensor:
     """The 16-bit weight [N, K] of the module at ``path``, for repair and for merging into the original.
 
     Raises:
         InputError: The base was quantised before qrosa saw it, so there is no original.
     """
-    if checkpoint.kind == "nf4":
+    if base_files.kind == "nf4":
         raise InputError(
-            f"{checkpoint.source} is already quantised: its 16-bit weights are not known", "use the 16-bit checkpoint"
+            f"{base_files.source} is already quantised: its 16-bit weights are not known", "use the 16-bit checkpoint"
         )
-    return checkpoint.read(f"{path}.weight")
+    return base_files.read(f"{path}.weight")
 
 
 def _safetensors_files(source: str, folder: Path) -> list[Path]:
