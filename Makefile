@@ -1,6 +1,7 @@
 # Everything starts from a fresh clone: each target sets up .venv by itself, once.
 #
 #   make demo      plan, fine-tune, evaluate, export and reload a real model (no GPU needed)
+#   make fresh     the demo's steps in a new clone, with a new .venv and an empty home and cache
 #   make test      the tests                     make lint      ruff, mypy, clang-format
 #   make build     only .venv, with every extra  make wheel     dist/*.whl
 #   make gpu       the checks that need a card   make bench     the benchmarks
@@ -17,7 +18,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 JOBS ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && echo 4 || echo $$n)
 BENCHES := $(wildcard bench/bench_*.py)
 
-.PHONY: build demo test lint format bench gpu sanitize wheel clean distclean
+.PHONY: build demo fresh test lint format bench gpu sanitize wheel clean distclean
 
 build: $(VENV)/.built
 
@@ -35,6 +36,9 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml setup.py $(SOURCES)
 
 demo: build
 	$(PY) bench/demo.py
+
+fresh:
+	$(PYTHON) bench/fresh.py
 
 test: build
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -q $(TESTS)

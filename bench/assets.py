@@ -31,6 +31,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from qrosa.cli.answers import answers, stdout_for_answers
+
 
 @dataclass(frozen=True)
 class Package:
@@ -169,12 +173,14 @@ def main() -> None:
     """Fetch one asset and say what it is."""
     parser = argparse.ArgumentParser(description="Fetch and prepare the real inputs of the demo, tests and benchmarks.")
     parser.add_argument("asset", choices=["smollm2", "reviews"])
-    if parser.parse_args().asset == "smollm2":
-        print(smollm2())
-        return
-    for source in ("rotten_tomatoes", "imdb"):
-        labels = Counter(label for _, label in movie_reviews(source))
-        print(f"{source}: {labels[1]} positive, {labels[0]} negative")
+    asset = parser.parse_args().asset
+    with stdout_for_answers():  # a first call imports libraries that print
+        if asset == "smollm2":
+            print(smollm2(), file=answers())
+            return
+        for source in ("rotten_tomatoes", "imdb"):
+            labels = Counter(label for _, label in movie_reviews(source))
+            print(f"{source}: {labels[1]} positive, {labels[0]} negative", file=answers())
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def in_its_own_process(name: str, system: str, rows: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--model", name, "--system", system, "--rows", str(rows)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode == 0:
-        return json.loads(result.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+        return json.loads(result.stdout)  # type: ignore[no-any-return]
     return {"model": name, "system": system, "rows": rows, "failed": (result.stderr.strip().splitlines() or ["?"])[-1]}
 
 
@@ -221,6 +221,9 @@ if __name__ == "__main__":
     chosen = parser.parse_args()
     require_card()
     if chosen.system:
-        print(json.dumps(measure(chosen.model, chosen.system, chosen.rows)))
+        from qrosa.cli.answers import answers, stdout_for_answers
+
+        with stdout_for_answers():
+            print(json.dumps(measure(chosen.model, chosen.system, chosen.rows)), file=answers())
     else:
         compare(chosen.model)

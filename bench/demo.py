@@ -29,7 +29,7 @@ SEED = 20
 TRAIN_ROWS = 2000
 TEST_ROWS = 600
 LABELS = ("negative", "positive")
-SETTINGS = f"--batch-size 16 --epochs 1 --lr 3e-3 --sparse-lr 1e-3 --seed {SEED}"
+SETTINGS = f"--batch-size 16 --lr 3e-3 --sparse-lr 1e-3 --seed {SEED}"
 
 
 @dataclass
@@ -92,8 +92,8 @@ def score(step: str, command: str, timings: Timings) -> dict[str, Any]:
     return dict(json.loads(run(step, command, timings, capture=True)))
 
 
-def demo(folder: Path, train_rows: int, test_rows: int) -> None:
-    """Run every step in ``folder``, which is emptied first."""
+def demo(folder: Path, train_rows: int, test_rows: int, length: str) -> None:
+    """Run every step in ``folder``, which is emptied first; ``length`` is how long to train, as flags."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     timings = Timings({})
@@ -103,13 +103,15 @@ def demo(folder: Path, train_rows: int, test_rows: int) -> None:
 
     tuned, merged = folder / "run", folder / "merged"
     base = f"--model {model} --data {train} --budget 0.3%"
-    run("plan", f"qrosa plan {base}", timings)
+    run("plan", f"qrosa plan {base} --batch-size 16", timings)
     before = score("eval before", f"qrosa eval {model} --data {test} --json", timings)
-    run("finetune", f"qrosa finetune {base} {SETTINGS} --output {tuned}", timings)
+    run("finetune", f"qrosa finetune {base} {SETTINGS} {length} --output {tuned}", timings)
     after = score("eval after", f"qrosa eval {tuned} --data {test} --json", timings)
     run("export", f"qrosa export {tuned} --output {merged} --verify", timings)
     script = os.path.relpath(Path(__file__).with_name("reload.py"))
-    plain = score("plain transformers", f"python {script} {merged} {test}", timings)
+    scored = folder / "plain.json"
+    run("plain transformers", f"python {script} {merged} {test} {scored}", timings)
+    plain = json.loads(scored.read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in test.read_text(encoding="utf-8").splitlines()]
     for label in LABELS:
         prompt = next(row["prompt"] for row in rows if row["completion"] == label)
@@ -147,8 +149,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes; emptied first")
     parser.add_argument("--train-rows", type=int, default=TRAIN_ROWS)
     parser.add_argument("--test-rows", type=int, default=TEST_ROWS)
+    parser.add_argument("--quick", action="store_true", help="every step on a few rows: shows that it runs")
     arguments = parser.parse_args()
-    demo(arguments.folder, arguments.train_rows, arguments.test_rows)
+    if arguments.quick:
+        demo(arguments.folder, 32, 8, "--max-steps 2 --warmup-steps 1")
+    else:
+        demo(arguments.folder, arguments.train_rows, arguments.test_rows, "--epochs 1")
 
 
 if __name__ == "__main__":

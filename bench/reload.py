@@ -1,15 +1,16 @@
 """Accuracy of an exported folder in plain transformers: what somebody without qrosa gets.
 
-    python bench/reload.py FOLDER ROWS.jsonl
+    python bench/reload.py FOLDER ROWS.jsonl RESULT.json
 
-Each prompt is a user turn; of the completions that occur in the rows, the likeliest is the answer. Prints one JSON
-document. Importing qrosa is made impossible first.
+Each prompt is a user turn; of the completions that occur in the rows, the likeliest is the answer. The result goes to a
+file, since libraries print to stdout what they like. Importing qrosa is made impossible first.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 sys.modules["qrosa"] = None  # type: ignore[assignment]  # any import of it fails from here on
 
@@ -55,4 +56,7 @@ def accuracy(folder: str, rows_path: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(accuracy(*sys.argv[1:])))
+    model_folder, rows_file, result_file = sys.argv[1:]
+    result = accuracy(model_folder, rows_file)
+    Path(result_file).write_text(json.dumps(result) + "\n", encoding="utf-8")
+    print(f"{result['rows']} rows, accuracy {result['accuracy']:.3f}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrosa.cli.answers import answers
 from qrosa.cli.loading import base_option, load, offload_option, open_source
 from qrosa.cli.options import device_option, emit_json, json_option, progress_console
 from qrosa.errors import InputError
@@ -81,7 +82,7 @@ def command(
     if as_json:
         emit_json(_document(prompt, answer, seconds))
         return
-    click.echo()
+    click.echo(file=answers())
     _say_speed(console, answer, seconds)
     if answer.interrupted:
         raise KeyboardInterrupt
@@ -121,7 +122,7 @@ def _talk(chat: Chat, console: Console) -> None:
         except InputError as error:
             console.print(f"error: {error.message}\nhint: {error.hint}", markup=False)
             continue
-        click.echo()
+        click.echo(file=answers())
         _say_speed(console, answer, time.monotonic() - started)
 
 
@@ -134,8 +135,8 @@ def _next_turn(at_terminal: bool) -> str | None:
 
 
 def _print_piece(text: str) -> None:
-    click.echo(text, nl=False)
-    sys.stdout.flush()
+    click.echo(text, nl=False, file=answers())
+    answers().flush()
 
 
 def _say_speed(console: Console, answer: Answer, seconds: float) -> None:

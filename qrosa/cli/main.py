@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import click
 
+from qrosa.cli.answers import stdout_for_answers
 from qrosa.cli.failures import describe, suggest
 from qrosa.errors import InputError
 
@@ -181,6 +182,7 @@ def cli(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
         return
     _set_environment()
+    ctx.with_resource(stdout_for_answers())
 
 
 def main() -> NoReturn:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qrosa.cli.answers import answers
 from qrosa.config import GROUPS
 
 if TYPE_CHECKING:
@@ -100,9 +101,9 @@ def emit_json(document: Any) -> None:
         document: Dicts, lists, dataclasses, paths and plain values. NaN and the infinities become ``null``, since
             JSON has no word for them.
     """
-    json.dump(_plain(document), sys.stdout, indent=2, allow_nan=False, ensure_ascii=False)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    json.dump(_plain(document), answers(), indent=2, allow_nan=False, ensure_ascii=False)
+    answers().write("\n")
+    answers().flush()
 
 
 def result_console() -> Console:
@@ -118,8 +119,9 @@ def progress_console() -> Console:
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=_LOG_WIDTH)
+    stream = sys.stderr if stderr else answers()
+    console = Console(file=stream, highlight=False)
+    return console if console.is_terminal else Console(file=stream, highlight=False, width=_LOG_WIDTH)
 
 
 def _option(field: dataclasses.Field[Any], hint: Any, *, required: bool) -> Callable[[_Function], _Function]:
