@@ -66,8 +66,8 @@ def _processor() -> str:
     return next(names, platform.processor())
 
 
-def report(name: str, rows: list[dict[str, Any]]) -> None:
-    """Prints the rows and writes ``results/<name>-cpu.json`` with the machine they were measured on."""
+def report(name: str, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Prints the rows and writes ``results/<name>-cpu.json``: the machine, ``more``, and the rows."""
     record = {
         "benchmark": name,
         "device": _processor(),
@@ -78,6 +78,7 @@ def report(name: str, rows: list[dict[str, Any]]) -> None:
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "load": round(os.getloadavg()[0], 2),
+        **more,
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)

@@ -147,6 +147,17 @@ def test_the_documents_name_the_same_order() -> None:
     assert told == [room for room in TIERS if (ROOT / room).exists() or (ROOT / f"{room}.py").exists()]
 
 
+def test_the_architecture_page_shows_the_same_rooms() -> None:
+    """Top down, one line a room."""
+    text = (ROOT.parent / "docs" / "architecture.md").read_text()
+    told = re.findall(
+        r"^\| `(\w+)` \|", text.partition("<!-- rooms")[2].partition("<!-- end of rooms")[0], re.MULTILINE
+    )
+    assert sorted(told) == sorted(TIERS)
+    packages = [room for room in reversed(TIERS) if (ROOT / room).is_dir()]
+    assert [room for room in told if room in packages] == packages
+
+
 def test_only_one_file_imports_deepspeed() -> None:
     importers = {
         str(path.relative_to(ROOT)) for path in FILES for name, _ in _imports(path) if name.split(".")[0] == "deepspeed"

@@ -13,7 +13,12 @@ from bench.tables import DOCUMENTS, filled
 from qrosa.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("csrc/*.md")), *sorted(ROOT.glob("bench/*.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("csrc/*.md")),
+    *sorted(ROOT.glob("bench/*.md")),
+]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

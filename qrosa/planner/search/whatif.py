@@ -90,7 +90,7 @@ def _row(plan: Plan, checkpointing: str, offload: str) -> WhatIf:
         checkpointing=checkpointing == "on",
         offload=offload,
         planned=plan.work.checkpointing == (checkpointing == "on") and plan.layer_offload == offload,
-        longest_seq_len=_longest(request, allocation),
+        longest_seq_len=longest_row(request, allocation),
         largest_micro_batch=_largest(request, allocation, plan.work.length),
         smallest_card=int(math.ceil(smallest.peak / MEMORY_STEP) * MEMORY_STEP),
         host=smallest.phases["train"].host_total,
@@ -99,7 +99,7 @@ def _row(plan: Plan, checkpointing: str, offload: str) -> WhatIf:
     )
 
 
-def _longest(request: Request, allocation: Allocation) -> int | None:
+def longest_row(request: Request, allocation: Allocation) -> int | None:
     """The longest rows that fit, whatever the rows of the data are."""
     limit = request.shape.dims.max_positions
 
