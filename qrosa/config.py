@@ -26,6 +26,7 @@ LOW_RANK_INITS = ("lora", "svd")
 RANK_ORDERS = ("order", "sensitivity")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit")
 SCHEDULES = ("linear", "cosine", "constant")
+SPLITS = ("validation", "test")
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -134,26 +135,43 @@ class MaskConfig:
 class DataConfig:
     """What is trained on, and what is held out."""
 
-    data: str | None = setting(
-        None,
-        "Training rows: a .jsonl, .json, .csv or .parquet file, a folder, or a Hugging Face dataset id.",
-        metavar="FILE|FOLDER|ID",
+    data: tuple[str, ...] = setting(
+        (),
+        "Training rows: a .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file (packed or not), a folder, or a "
+        "Hugging Face dataset id; give it several times to mix, FILE=0.3 to take 30% of the rows.",
+        metavar="FILE|FOLDER|ID[=SHARE]",
+        repeated=True,
     )
     eval_data: str | None = setting(None, "Rows to evaluate on while training, in the same formats.", metavar="FILE")
     eval_split: str | None = setting(
-        None, "Share of the training rows to hold out for evaluation instead.", metavar="SHARE"
+        None,
+        "What to hold out for evaluation instead: a share of the training rows, or a split of the folder or data set "
+        "in --data (validation, test).",
+        metavar="SHARE|SPLIT",
     )
     seq_len: int | None = setting(
-        None, "Longest row in tokens; longer rows are cut.  [default: the model's limit, at most 2048]"
+        None,
+        "Longest row in tokens; longer texts are cut into pieces, longer rows of other kinds at their end.  "
+        "[default: the model's limit, at most 2048]",
     )
     train_on: str = setting(
-        "completion", "Tokens that carry loss: completions only, or all of them.", choices=("completion", "all")
+        "completion",
+        "Tokens that carry loss: completions only, the last completion of each row, or all of them.",
+        choices=("completion", "last", "all"),
+    )
+    columns: str | None = setting(
+        None,
+        "What the data calls its columns, such as prompt=question,completion=answer; the others are then passed over.",
+        metavar="NAME=COLUMN,...",
+    )
+    chat_template: str | None = setting(
+        None, "A chat template to use instead of the model's own; the run and its exports keep it.", metavar="FILE"
     )
 
     def __post_init__(self) -> None:
         if self.eval_data is not None and self.eval_split is not None:
             raise InputError("--eval-data and --eval-split contradict each other", "give one of them")
-        if self.eval_split is not None:
+        if self.eval_split is not None and self.eval_split not in SPLITS:
             parse_share(self.eval_split, "--eval-split")
         if self.seq_len is not None and self.seq_len < 2:
             raise InputError(f"--seq-len {self.seq_len} is too short", "use 2 or more tokens; 512 to 4096 is usual")
@@ -291,7 +309,7 @@ def make_group(group: type[_Group], values: Mapping[str, Any]) -> _Group:
     """
     hints = typing.get_type_hints(group)
     given = {
-        f.name: coerce(f.name, values[f.name], hints[f.name], f.metadata.get("choices"))
+        f.name: coerce(f.name, values[f.name], hints[f.name], f.metadata.get("choices"), f.metadata["repeated"])
         for f in dataclasses.fields(group)  # type: ignore[arg-type]
         if values.get(f.name) is not None
     }

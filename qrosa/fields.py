@@ -13,18 +13,33 @@ from qrosa.errors import InputError
 from qrosa.quantities import parse_share
 
 
-def setting(default: Any, help: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
-    """A dataclass field that carries its own command-line help."""
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar})
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+    repeated: bool = False,
+) -> Any:
+    """A dataclass field that carries its own command-line help.
+
+    Args:
+        default: The field's default.
+        help: For ``--help``.
+        choices: What can be said, if that is a closed list.
+        metavar: What ``--help`` shows for the value.
+        repeated: Several values are given by giving the flag several times (a list in YAML), not with commas.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, "repeated": repeated})
 
 
-def coerce(name: str, value: Any, hint: Any, choices: tuple[str, ...] | None) -> Any:
+def coerce(name: str, value: Any, hint: Any, choices: tuple[str, ...] | None, repeated: bool = False) -> Any:
     """Turn text or a YAML scalar into the field's type, or say what was expected."""
     flag = "--" + name.replace("_", "-")
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
     if typing.get_origin(hint) is tuple:
-        parts = value.split(",") if isinstance(value, str) else list(value)
+        parts = [value] if repeated and isinstance(value, str) else _parts(flag, value)
         items = tuple(str(part).strip() for part in parts if str(part).strip())
         for item in items:
             check_choice(flag, item, choices)
@@ -51,6 +66,14 @@ def coerce(name: str, value: Any, hint: Any, choices: tuple[str, ...] | None) ->
         raise InputError(f"{flag} {value!r} is not {kind}", f"give {kind}") from None
     check_choice(flag, str(value), choices)
     return str(value)
+
+
+def _parts(flag: str, value: Any) -> list[Any]:
+    if isinstance(value, str):
+        return value.split(",")
+    if not isinstance(value, (list, tuple)) or any(isinstance(part, (dict, list)) for part in value):
+        raise InputError(f"{flag} has the wrong type: {value!r}", "give one text or a list of texts")
+    return list(value)
 
 
 def check_choice(flag: str, value: str, choices: tuple[str, ...] | None) -> None:

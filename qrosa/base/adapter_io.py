@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from qrosa.adapters.inject import (
 )
 from qrosa.base.load import Progress, base_info, load_base
 from qrosa.base.open import open_base
+from qrosa.base.speech import Speech
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
 from qrosa.sparse.store import ADAPTER_FILE, CONFIG_FILE, read_adapter, read_adapter_config, write_adapter
@@ -88,6 +89,7 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
     """What ``adapter_config.json`` says of the model's adapter."""
     layers = {path: layer for path, layer in quantized_linears(model).items() if layer.adapter_parameters()}
     settings: AdapterConfig | None = getattr(model, "qrosa_adapter", None)
+    speech: Speech = getattr(model, "qrosa_speech", Speech())
     base = dataclasses.asdict(base_info(model))
     if Path(base["source"]).expanduser().exists():
         base["source"] = str(Path(base["source"]).expanduser().resolve())  # found again from any working directory
@@ -99,6 +101,7 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
             for path, layer in layers.items()
         },
         "trainable": sum(parameter.numel() for parameter in trainable_parameters(model)),
+        **speech.to_config(),
     }
 
 
@@ -122,6 +125,13 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     load_adapter_state(model, tensors, alphas, float(settings.get("dropout", 0.0)))
     if settings:
         model.qrosa_adapter = AdapterConfig(**settings)  # type: ignore[assignment]
+    set_speech(model, Speech.of(config))
+
+
+def set_speech(model: nn.Module, speech: Speech) -> None:
+    """Let a model stop at the tokens that it has learnt to end with; what is saved of it says so too."""
+    model.qrosa_speech = speech  # type: ignore[assignment]
+    speech.end(cast("PreTrainedModel", model))
 
 
 def adapter_folder(source: str | Path) -> Path:
@@ -173,4 +183,4 @@ def load_run_or_model(
     folder = adapter_folder(source)
     model, tokenizer = load_base(open_base(base_source(folder)), device, progress=progress)
     load_adapter(model, folder)
-    return model.eval(), tokenizer, folder
+    return model.eval(), Speech.of(read_adapter_config(folder)).put_on(tokenizer), folder

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qrosa.base.tokenizer import load_tokenizer
 from qrosa.errors import InputError, StorageError
 from qrosa.files import read_json, read_safetensors_header
 from qrosa.quant.nf4 import NF4Weight
@@ -176,15 +177,7 @@ class SafetensorsBase(BaseFiles):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer."""
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except Exception as error:  # tokenizers raise whatever their parser met
-            raise InputError(
-                f"{self.source} has no usable tokenizer: {first_line(error)}",
-                "add tokenizer.json and tokenizer_config.json of the model to the folder",
-            ) from None
+        return load_tokenizer(self.source, self.folder)
 
     def generation_config(self) -> dict[str, Any] | None:
         """The folder's generation_config.json, if there is one."""

@@ -21,8 +21,6 @@ from qrosa.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qrosa.data.dataset import DataReport
-
 _EXAMPLES = """\b
 Examples:
   qrosa eval run --data test.jsonl
@@ -34,13 +32,11 @@ _PERCENT = ("accuracy", "exact_match")
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("source", metavar="RUN-OR-MODEL")
-@settings_options("data", required=("data",), only=("data", "seq_len", "train_on"))
+@settings_options("data", required=("data",), only=("data", "seq_len", "train_on", "columns", "chat_template"))
 @click.option(
     "--split",
     type=click.Choice(["train", "validation", "test"]),
-    default="test",
-    show_default=True,
-    help="Which rows of a folder or data set that names splits.",
+    help="Which rows of a folder or data set that names splits.  [default: test, else validation]",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Score the first N rows only.")
 @base_option
@@ -49,7 +45,7 @@ _PERCENT = ("accuracy", "exact_match")
 @json_option
 def command(
     source: str,
-    split: str,
+    split: str | None,
     limit: int | None,
     base_model: str | None,
     device: str | None,
@@ -63,36 +59,38 @@ def command(
     32 tokens), they are taken as labels: accuracy is how often the row's own is the likeliest of them, exact match how
     often the model writes it by itself.
     """
-    from qrosa.data.dataset import load_rows
+    from qrosa.data.dataset import EVAL_SPLITS, load_rows
     from qrosa.data.length import row_length
     from qrosa.eval.tasks import evaluate_tasks
 
     data = make_group(DataConfig, settings)
-    if data.data is None:
+    if not data.data:
         raise InputError("--data is missing", "give the rows to score on")
     console = progress_console()
     place = choose_device(device)
     opened = open_source(source, base_model)
     seq_len = row_length(data.seq_len, getattr(opened.base_files.config, "max_position_embeddings", None))
     found = load_rows(
-        data.data, opened.base_files.tokenizer(), seq_len=seq_len, train_on=data.train_on, limit=limit, split=split
+        data.data,
+        opened.tokenizer(data.chat_template),
+        seq_len=seq_len,
+        train_on=data.train_on,
+        limit=limit,
+        split=split or EVAL_SPLITS,
+        columns=data.columns,
+        vocabulary=getattr(opened.base_files.config, "vocab_size", None),
     )
-    _say_losses(console, found.report, seq_len)
-    model, tokenizer = load(opened, place, console, offload)
+    if told := found.report.told("rows"):
+        console.print(f"note: {told}", markup=False, soft_wrap=True)
+    model = load(opened, place, console, offload)
+    tokenizer = opened.tokenizer(data.chat_template)
     with progress_bar(console, f"scoring {len(found)} rows") as advance:
         result = evaluate_tasks(model, tokenizer, found.rows, progress=advance)
     if as_json:
-        emit_json({"model": source, "data": data.data, **result})
+        rows = data.data[0] if len(data.data) == 1 else data.data
+        emit_json({"model": source, "data": rows, "unused": found.report.unused, **result})
     else:
         _show(result_console(), result)
-
-
-def _say_losses(console: Console, report: DataReport, seq_len: int) -> None:
-    """Rows that do not count as they stand in the file."""
-    if report.dropped:
-        console.print(f"note: {report.dropped} rows have no token to score and are left out", markup=False)
-    if report.truncated:
-        console.print(f"note: {report.truncated} rows were cut to {seq_len} tokens", markup=False)
 
 
 def _show(console: Console, result: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,13 +113,13 @@ def _check(format_: str, *, dtype: str | None, base: str | None, verify: bool, d
             raise InputError(f"{flag} does not go with --format peft, which merges nothing", f"leave out {flag}")
 
 
-def _verify_rows(source: str, data: str | None, model: str | None) -> list[EncodedRow]:
+def _verify_rows(source: str, data: str | None, model: str | None) -> Sequence[EncodedRow]:
     """Rows to compare on, read before the export is written, so that a bad --data costs nothing.
 
     Raises:
         InputError: No rows are named, or none can be read.
     """
-    from qrosa.data.dataset import load_rows
+    from qrosa.data.dataset import EVAL_SPLITS, load_rows
     from qrosa.data.length import row_length
     from qrosa.export.source import open_adapter
     from qrosa.export.verify import VERIFY_ROWS
@@ -129,15 +130,21 @@ def _verify_rows(source: str, data: str | None, model: str | None) -> list[Encod
         raise InputError(f"{source} does not name rows to verify on", "give some with --data")
     opened = open_adapter(source, model)
     seq_len = row_length(settings.get("seq_len"), getattr(opened.base_files.config, "max_position_embeddings", None))
-    split = "train" if data is None and not settings.get("eval_data") else "test"
+    split = "train" if data is None and not settings.get("eval_data") else EVAL_SPLITS
     train_on = str(settings.get("train_on") or "completion")
     try:
         found = load_rows(
-            rows, opened.base_files.tokenizer(), seq_len=seq_len, train_on=train_on, limit=VERIFY_ROWS, split=split
+            rows,
+            opened.tokenizer(),
+            seq_len=seq_len,
+            train_on=train_on,
+            limit=VERIFY_ROWS,
+            split=split,
+            columns=settings.get("columns"),
         )
     except InputError as error:
         raise InputError(error.message, error.hint if data else "give rows to verify on with --data") from error
-    return found.rows
+    return found.rows[:VERIFY_ROWS]
 
 
 def _run_settings(source: Path) -> dict[str, Any]:
@@ -148,7 +155,7 @@ def _run_settings(source: Path) -> dict[str, Any]:
 
 
 def _verify(
-    source: str, report: ExportReport, rows: list[EncodedRow], model: str | None, device: str, console: Console
+    source: str, report: ExportReport, rows: Sequence[EncodedRow], model: str | None, device: str, console: Console
 ) -> Drift:
     from qrosa.export.card import write_card
     from qrosa.export.source import card_facts, open_adapter

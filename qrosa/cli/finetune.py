@@ -118,8 +118,10 @@ def _dry_run(config: RunConfig, *, as_json: bool) -> None:
     from qrosa.train.prepare import prepare
 
     prepared = prepare(config, dry_run=True)
+    for text in prepared.unused():
+        progress_console().print(text, markup=False, soft_wrap=True)
     if as_json:
-        emit_json(document(prepared.plan))
+        emit_json({**document(prepared.plan), "data": prepared.data_report()})
     else:
         console = result_console()
         _show_setup(console, prepared)
@@ -147,7 +149,7 @@ def _show_rows(console: Console, prepared: Prepared) -> None:
     """Three rows as the model reads them, the learnt part in colour (and in brackets where there is none)."""
     from rich.text import Text
 
-    from qrosa.data.encode import preview
+    from qrosa.data.preview import preview
 
     console.print("\nThree rows; what is learnt is marked:", markup=False)
     for row, pieces in zip(prepared.train.rows, preview(prepared.train.rows, prepared.tokenizer), strict=False):

@@ -35,6 +35,9 @@ _CHAT_HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C st
 @click.option("--prompt", metavar="TEXT", help="What to answer, or with --raw to go on from.")
 @click.option("--chat", is_flag=True, help="Talk in turns; each answer sees all that was said before.")
 @click.option("--system", metavar="TEXT", help="System message, for models whose template takes one.")
+@click.option(
+    "--chat-template", metavar="FILE", help="A chat template to use instead of the model's own.", default=None
+)
 @click.option("--raw", is_flag=True, help="Give the prompt to the model as it is, without the chat template.")
 @click.option("--max-new-tokens", type=int, default=256, show_default=True, metavar="N", help="Longest answer.")
 @click.option(
@@ -51,6 +54,7 @@ def command(
     prompt: str | None,
     chat: bool,
     system: str | None,
+    chat_template: str | None,
     raw: bool,
     max_new_tokens: int,
     temperature: float,
@@ -71,7 +75,9 @@ def command(
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     console = progress_console()
-    model, tokenizer = load(open_source(source, base_model), device, console, offload)
+    opened = open_source(source, base_model)
+    tokenizer = opened.tokenizer(chat_template)
+    model = load(opened, device, console, offload)
     if chat:
         _talk(generate.Chat(model, tokenizer, sampling, system), console)
         return

@@ -18,6 +18,7 @@ from qrosa.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
     from qrosa.base.base_files import BaseFiles
 
@@ -90,6 +91,24 @@ class Opened:
     base_files: BaseFiles
     adapter: Path | None
 
+    def tokenizer(self, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, with the template in the file ``chat_template``, or else the one trained with.
+
+        Raises:
+            InputError: No usable tokenizer or template.
+            StorageError: Damaged files.
+        """
+        from qrosa.base.speech import Speech
+        from qrosa.data.rendering import read_template
+        from qrosa.sparse.store import read_adapter_config
+
+        tokenizer = self.base_files.tokenizer()
+        if chat_template is not None:
+            tokenizer.chat_template = read_template(chat_template)
+        elif self.adapter is not None:
+            Speech.of(read_adapter_config(self.adapter)).put_on(tokenizer)
+        return tokenizer
+
 
 def base_option(function: _Function) -> _Function:
     """``--model`` -> ``base_model``: where an adapter's base is now."""
@@ -132,8 +151,8 @@ def offload_option(function: _Function) -> _Function:
     )(function)
 
 
-def load(opened: Opened, device: str | None, console: Console, offload: str = "auto") -> tuple[Any, Any]:
-    """Load what was found, with a bar: the model in eval mode, and the tokenizer.
+def load(opened: Opened, device: str | None, console: Console, offload: str = "auto") -> Any:
+    """Load what was found, with a bar: the model in eval mode.
 
     Raises:
         InputError: The adapter is not of this base, or no such offload.
@@ -151,13 +170,12 @@ def load(opened: Opened, device: str | None, console: Console, offload: str = "a
         console.print(f"the base does not fit the card: {resident} of its blocks stay, the others are streamed")
     with progress_bar(console, f"loading {opened.source}") as advance:
         if resident is None:
-            model, tokenizer = load_base(opened.base_files, place, progress=advance)
+            model, _ = load_base(opened.base_files, place, progress=advance)
         else:
             model = load_streamed(opened.base_files, torch.device(place), resident, disk, advance)
-            tokenizer = opened.base_files.tokenizer()
     if opened.adapter is not None:
         load_adapter(model, opened.adapter)
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def _streaming(opened: Opened, place: str, offload: str) -> tuple[int | None, str | None]:

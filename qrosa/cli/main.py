@@ -72,7 +72,10 @@ class LazyGroup(click.Group):
         if args[0] not in known and not args[0].startswith("-"):
             hint = suggest(args[0], known) or "'qrosa --help' lists the commands"
             raise InputError(f"no such command {args[0]!r}", hint)
-        return super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            _refuse_twice(command, ctx, rest)
+        return name, command, rest
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of subcommands without importing one."""
@@ -87,6 +90,21 @@ class LazyGroup(click.Group):
         if not standalone_mode:
             return run()
         _run_and_exit(lambda state: run(obj=state))
+
+
+def _refuse_twice(command: click.Command, ctx: click.Context, args: list[str]) -> None:
+    """Refuse a flag that takes one value and is given two: the first would be passed over without a word."""
+    parser = command.make_parser(click.Context(command, parent=ctx, resilient_parsing=True))
+    try:
+        _, _, order = parser.parse_args(list(args))
+    except click.UsageError:
+        return  # said again, and better, when the command itself is parsed
+    for option in order:
+        single = isinstance(option, click.Option) and not (option.multiple or option.is_flag or option.count)
+        if single and order.count(option) > 1:
+            raise InputError(
+                f"{option.opts[0]} is given {order.count(option)} times, and takes one value", "give it once"
+            )
 
 
 def _run_and_exit(invoke: Callable[[dict[str, bool]], Any]) -> NoReturn:

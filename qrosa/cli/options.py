@@ -128,10 +128,19 @@ def _option(field: dataclasses.Field[Any], hint: Any, *, required: bool) -> Call
     flag = "--" + field.name.replace("_", "-")
     text = field.metadata["help"]
     # A default that is not None is known here and shown; "choose for me" is explained by the help text itself.
+    repeated = bool(field.metadata["repeated"])
     if field.default not in (None, ()) and "[default" not in text:
         text += f"  [default: {_shown(field.default)}]"
     metavar = field.metadata["metavar"] or _metavar(hint, field.metadata["choices"])
-    return click.option(flag, field.name, metavar=metavar, required=required, help=text)
+    return click.option(
+        flag,
+        field.name,
+        metavar=metavar,
+        required=required,
+        help=text,
+        multiple=repeated,
+        callback=(lambda _context, _option, values: values or None) if repeated else None,
+    )
 
 
 def _metavar(hint: Any, choices: tuple[str, ...] | None) -> str:

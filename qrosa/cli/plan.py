@@ -42,7 +42,7 @@ _SETTINGS = (
     *("budget", "rank", "density", "sparse_per_layer", "sparse_share", "dropout"),
     *("sparse_init", "low_rank_init", "rank_by"),
     *("mask_score", "mask_scope", "mask_memory"),
-    *("data", "seq_len", "train_on"),
+    *("data", "seq_len", "train_on", "columns", "chat_template"),
     *("batch_size", "micro_batch", "optimizer", "checkpointing", "offload", "deepspeed", "keep", "vram", "host_memory"),
 )
 _EXAMPLES = """\b
@@ -112,7 +112,7 @@ def make_plan(source: str, values: dict[str, Any], machines: Machines | None = N
 
     groups, shape = make_groups(values), read_shape(source)
     rows = UNKNOWN_ROWS
-    if groups.data.data is not None:
+    if groups.data.data:
         rows = measure_rows(source, groups.data, row_length(groups.data.seq_len, shape.dims.max_positions))
     return solve(make_request(shape, groups, read_here(), rows=rows, device=device, machines=machines))
 
@@ -124,11 +124,14 @@ def measure_rows(source: str, data: DataConfig, seq_len: int) -> Rows:
         InputError: No usable tokenizer or rows.
     """
     from qrosa.data.dataset import load_rows
+    from qrosa.data.rendering import read_template
     from qrosa.planner.request import Rows
 
-    assert data.data is not None
+    tokenizer = _tokenizer(source)
+    if data.chat_template is not None:
+        tokenizer.chat_template = read_template(data.chat_template)
     with progress_console().status("measuring the rows"):
-        rows = load_rows(data.data, _tokenizer(source), seq_len=seq_len, train_on=data.train_on)
+        rows = load_rows(data.data, tokenizer, seq_len=seq_len, train_on=data.train_on, columns=data.columns)
     return Rows(rows.report.longest, rows.report.tokens)
 
 
@@ -138,16 +141,9 @@ def _tokenizer(source: str) -> Any:
         from qrosa.base.open import open_base
 
         return open_base(source).tokenizer()
-    from transformers import AutoTokenizer
+    from qrosa.base.tokenizer import load_tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(path if path.is_dir() else source)
-    except Exception as error:  # tokenizers raise whatever their parser met
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(
-            f"{source} has no usable tokenizer: {first}",
-            "add the model's tokenizer files to the folder, or plan without --data",
-        ) from None
+    return load_tokenizer(source, path if path.is_dir() else source)
 
 
 def show(made: Plan, console: Console) -> None:

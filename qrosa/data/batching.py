@@ -11,7 +11,7 @@ the cut. Padding is to the right and known by place (``attention_mask``, label -
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from qrosa.data.encode import IGNORE, EncodedRow
+from qrosa.data.store import row_lengths
 
 
 def step_rows(n_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -91,14 +92,19 @@ def micro_batches(rows: Sequence[EncodedRow], *, max_rows: int, max_tokens: int,
         max_tokens: Most tokens a micro-batch, padding included. A row that is longer by itself stands alone.
         pad_id: What fills the padding; any token will do.
     """
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
-    batches = []
+    return list(each_micro_batch(rows, max_rows=max_rows, max_tokens=max_tokens, pad_id=pad_id))
+
+
+def each_micro_batch(
+    rows: Sequence[EncodedRow], *, max_rows: int, max_tokens: int, pad_id: int
+) -> Iterator[MicroBatch]:
+    """As :func:`micro_batches`, one at a time: a whole data set is laid out without being held in memory."""
+    lengths = row_lengths(rows)
+    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
     while order:
-        longest = max(1, len(rows[order[0]].input_ids))
-        count = max(1, min(max_rows, max_tokens // longest))
-        batches.append(_pad([rows[index] for index in order[:count]], order[:count], pad_id))
+        count = max(1, min(max_rows, max_tokens // max(1, lengths[order[0]])))
+        yield _pad([rows[index] for index in order[:count]], order[:count], pad_id)
         order = order[count:]
-    return batches
 
 
 def _pad(rows: list[EncodedRow], row_ids: list[int], pad_id: int) -> MicroBatch:

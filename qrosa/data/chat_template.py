@@ -13,21 +13,25 @@ Some templates write a turn differently once it is history, and prefixes then do
 - The text before the turn is rewritten (Mistral's put the system prompt into the *last* user turn; DeepSeek-R1's
   generation prompt opens a thinking block that history does not have). Then the model never sees this text before this
   turn, so the turn is not learnt in this row - except the last one: the row becomes its prompt, as the model will
-  be given it, and its answer.
+  be given it, and behind it the thought, if there is one, and the answer (:mod:`qrosa.data.thoughts`).
 
-A turn that is not learnt is counted (``skipped``), never guessed at.
-
-Some templates (Llama 3, gpt-oss) write today's date. Here the clock stands still: the same rows must give the same
-tokens tomorrow, or a run could not be resumed.
+A turn that is not learnt is counted (``skipped``), never guessed at. A message that the template leaves out, or tools
+that it does not know, would change what the conversation says: such rows are refused.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from qrosa.data.formats import Conversation, Message
+from qrosa.data import thoughts, tool_forms
+from qrosa.data.formats import Conversation
+from qrosa.data.messages import Message
+from qrosa.data.notes import Notes
+from qrosa.data.rendering import Renderer
+from qrosa.data.thoughts import Style
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,11 +39,7 @@ if TYPE_CHECKING:
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "stand-in for the answer"
-# Shadows the function of the same name that transformers gives to templates; the date is Llama 3's own default.
-_FIXED_DATE = (
-    "{% macro strftime_now(format) %}"
-    "{% if format == '%Y-%m-%d' %}2024-07-26{% else %}26 Jul 2024{% endif %}{% endmacro %}"
-)
+_OTHER = "give another template with --chat-template"
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,33 @@ class Rendered:
     skipped: int = 0
 
 
-class ChatTemplate:
-    """A tokenizer's chat template, and what is known of how it ends a turn."""
+@dataclass(frozen=True)
+class _Ways:
+    """What is known of a template: the names that it mentions, its way with thoughts and with tools' arguments."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    names: frozenset[str]
+    style: Style
+    text_arguments: bool
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, and what is known of how it ends a turn.
+
+    Args:
+        tokenizer: With a chat template.
+        notes: Takes the message keys that the template does not read.
+
+    Raises:
+        InputError: The template is no sound jinja, or cannot be run within bounds.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, notes: Notes | None = None) -> None:
         self._tokenizer = tokenizer
-        self._closing = self._find_closing()
+        self._notes = Notes() if notes is None else notes
+        self._renderer = Renderer(tokenizer)
+        self._known: dict[bool, _Ways] = {}
+        self._kept: set[tuple[str, bool]] = set()
+        self.closing = self._find_closing()
 
     def prompt(self, conversation: Conversation, where: str) -> str:
         """The text that asks for the next assistant turn.
@@ -74,68 +95,139 @@ class ChatTemplate:
         Raises:
             InputError: The template does not take these messages.
         """
-        return self._render(conversation.messages, conversation.tools, where, ask=True)
+        conversation = self._adapt(conversation, where)
+        return self._renderer.render(conversation.messages, conversation.tools, where, ask=True)
 
-    def render(self, conversation: Conversation, where: str) -> Rendered:
+    def render(self, conversation: Conversation, where: str, *, last: bool = False) -> Rendered:
         """The whole conversation with its learnt spans.
 
+        Args:
+            conversation: The row.
+            where: Its place.
+            last: Learn the last of its answers only.
+
         Raises:
-            InputError: The template does not take these messages.
+            InputError: The template does not take these messages, or leaves some of them out.
         """
-        turns = _assistant_turns(conversation)
-        if turns and _MARKERS.search(self._source(conversation.tools)):
-            marked = self._render_marked(conversation, where)
-            if marked.spans:
-                return marked
-        return self._render_by_prefix(conversation, turns, where)
+        conversation = self._adapt(conversation, where)
+        turns = conversation.answers
+        if last:
+            turns = [turn for turn in turns if turn == _assistants(conversation)[-1]]
+        marked = None
+        if turns and _MARKERS.search(self._renderer.source(conversation.tools)):
+            marked = self._render_marked(conversation, turns, where)
+        rendered = marked or self._render_by_prefix(conversation, turns, where)
+        self._refuse_what_is_left_out(conversation, rendered.text, where)
+        return rendered
+
+    def _adapt(self, conversation: Conversation, where: str) -> Conversation:
+        """The conversation in the form that the template takes.
+
+        Raises:
+            InputError: Tools or calls that the template does not know.
+        """
+        ways = self._ways(conversation.tools)
+        if conversation.tools and "tools" not in ways.names:
+            raise InputError(f"{where}: the row has tools, and the model's chat template takes none", _OTHER)
+        messages = []
+        for message in conversation.messages:
+            if "tool_calls" in message and "tool_calls" not in ways.names:
+                raise InputError(
+                    f"{where}: a message calls tools, and the model's chat template writes no calls", _OTHER
+                )
+            message = tool_forms.with_arguments(ways.style.put(message), as_text=ways.text_arguments, where=where)
+            for key in message:
+                if key not in ("role", "content") and key not in ways.names:
+                    self._notes.add(
+                        f"message key {key!r}", "the chat template does not read it", where, unit="messages"
+                    )
+            messages.append(message)
+        return replace(conversation, messages=messages)
+
+    def _ways(self, tools: list[Any] | None) -> _Ways:
+        known = self._known.get(tools is not None)
+        if known is None:
+            names = self._renderer.names(tools)
+            style = Style.of(self._renderer.source(tools), names)
+            as_text = "tool_calls" in names and tool_forms.takes_text(self._renderer, tools)
+            known = self._known[tools is not None] = _Ways(names, style, as_text)
+        return known
 
     def _render_by_prefix(self, conversation: Conversation, turns: list[int], where: str) -> Rendered:
         messages, tools = conversation.messages, conversation.tools
-        text = self._render(messages, tools, where)
-        skipped = 0
-        spans: list[tuple[int, int]] = []
-        for turn in turns:
-            prompt = self._try_render(messages[:turn], tools, ask=True)
-            is_last = turn == len(messages) - 1
-            if is_last and prompt is not None and not text.startswith(prompt):
-                moved = self._behind_own_prompt(text, prompt, messages[turn])
-                if moved is not None:
-                    skipped, spans, text = len(turns) - 1, [], moved
-            span = self._turn_span(text, prompt, conversation, turn) if prompt is not None else None
-            if span is None:
-                skipped += 1
-            else:
-                spans.append(span)
+        text = self._renderer.render(messages, tools, where)
+        prompts = {turn: self._renderer.attempt(messages[:turn], tools, ask=True) for turn in turns}
+        ends_with_answer = bool(turns) and turns[-1] == len(messages) - 1
+        if ends_with_answer:
+            text = self._as_asked(text, prompts[turns[-1]], conversation)
+        found = [self._turn_span(text, prompts[turn], conversation, turn) for turn in turns]
+        spans = [span for span in found if span is not None]
         # A template that closes turns with plain text leaves the model without a token to stop at.
-        unclosed = bool(spans) and not self._closing and turns[-1] == len(messages) - 1
+        unclosed = ends_with_answer and bool(spans) and not self.closing
         if unclosed:
             text = text[: spans[-1][1]]
-        return Rendered(text, tuple(spans), add_eos=unclosed, skipped=skipped)
+        return Rendered(text, tuple(spans), add_eos=unclosed, skipped=len(turns) - len(spans))
 
-    def _turn_span(self, text: str, prompt: str, conversation: Conversation, turn: int) -> tuple[int, int] | None:
-        """Where turn number ``turn``, asked for by ``prompt``, stands in ``text``; None where that is not certain."""
-        if not text.startswith(prompt):
-            return None
+    def _as_asked(self, text: str, prompt: str | None, conversation: Conversation) -> str:
+        """The text with its last turn as the model will be asked for it; ``text`` itself where it is so, or unclear."""
+        message = conversation.messages[-1]
+        if prompt is None or (text.startswith(prompt) and self._says_all(text[len(prompt) :], conversation, message)):
+            return text
+        answer = self._last_answer(text, prompt, conversation)
+        if answer is None:
+            return text
+        learnt = thoughts.behind(prompt, message, answer, self._ways(conversation.tools).style)
+        return text if learnt is None else prompt + learnt
+
+    def _says_all(self, turn: str, conversation: Conversation, message: Message) -> bool:
+        """Whether a rendered turn holds the message's thought, where the template knows thoughts at all."""
+        style = self._ways(conversation.tools).style
+        thought = thoughts.split(message)[0] if style.keys or style.tags else None
+        return thought is None or thought.strip() in turn
+
+    def _last_answer(self, text: str, prompt: str, conversation: Conversation) -> str | None:
+        """The last turn's answer, its thought aside, as the template wrote it, through the end of the text."""
         messages = conversation.messages
+        before = self._renderer.attempt(messages[:-1], conversation.tools)
+        thought, content = thoughts.split(messages[-1])
+        start = thoughts.opened(prompt)
+        header = prompt if start is None else start[0]
+        if before is not None and header.startswith(before) and text.startswith(header):
+            answer = text[len(header) :]
+            tags = self._ways(conversation.tools).style.tags
+            return answer.rpartition(tags[1])[2] if thought is not None and tags is not None else answer
+        stop = self.closing.strip()
+        at = text.rfind(content.strip(), 0, text.rfind(stop)) if content.strip() else -1
+        if at < 0:
+            return None
+        return text[at if prompt[-1:].isspace() else len(text[:at].rstrip()) :]
+
+    def _turn_span(
+        self, text: str, prompt: str | None, conversation: Conversation, turn: int
+    ) -> tuple[int, int] | None:
+        """Where turn number ``turn``, asked for by ``prompt``, stands in ``text``; None where that is not certain."""
+        if prompt is None or not text.startswith(prompt):
+            return None
+        messages, start = conversation.messages, len(prompt)
         if turn == len(messages) - 1:
             end: int | None = len(text.rstrip())
         else:
-            history = self._try_render(messages[: turn + 1], conversation.tools)
+            history = self._renderer.attempt(messages[: turn + 1], conversation.tools)
             if history is not None and text.startswith(history):
                 end = len(history.rstrip())
             else:
-                end = self._rewritten_end(text, len(prompt), conversation, turn)
-        return (len(prompt), end) if end is not None and end > len(prompt) else None
+                end = self._rewritten_end(text, start, conversation, turn)
+        if end is None or end <= start or not self._says_all(text[start:end], conversation, messages[turn]):
+            return None
+        return start, end
 
     def _rewritten_end(self, text: str, start: int, conversation: Conversation, turn: int) -> int | None:
         """The end of a turn that the template rewrote, if it kept all of the message's text.
 
         The next message's text, replaced by a stand-in, shows how far the turn can reach at most.
         """
-        stop = self._closing.strip()
-        messages = list(conversation.messages)
-        messages[turn + 1] = {**messages[turn + 1], "content": _STAND_IN}
-        probe = self._try_render(messages, conversation.tools)
+        stop = self.closing.strip()
+        probe = self._with_stand_in(conversation, turn + 1)
         limit = probe.find(_STAND_IN, start) if probe is not None else -1
         if not stop or limit < 0:
             return None
@@ -144,46 +236,60 @@ class ChatTemplate:
             return None
         return at + len(stop)
 
-    def _behind_own_prompt(self, text: str, prompt: str, message: Message) -> str | None:
-        """The prompt of the last turn as the model will be given it, and the turn as the template wrote it."""
-        content, stop = str(message.get("content", "")).strip(), self._closing.strip()
-        at = text.rfind(content, 0, text.rfind(stop)) if content else -1
-        if at < 0:
+    def _render_marked(self, conversation: Conversation, turns: list[int], where: str) -> Rendered | None:
+        """Spans by the template's own markers, each taken on through the token that ends the turn.
+
+        None where the markers cannot be told apart by turn, and not all turns are to be learnt.
+        """
+        text, marks = self._renderer.render_marked(conversation.messages, conversation.tools, where)
+        everyone = _assistants(conversation)
+        if len(marks) == len(everyone):
+            marked = [(turn, mark) for turn, mark in zip(everyone, marks, strict=True) if turn in turns]
+            marks = [self._from_prompt(text, mark, conversation, turn) for turn, mark in marked]
+        elif turns != everyone:
             return None
-        if not prompt[-1:].isspace():
-            at = len(text[:at].rstrip())
-        return prompt + text[at:]
-
-    def _render_marked(self, conversation: Conversation, where: str) -> Rendered:
-        """Spans by the template's own markers, each taken on through the token that ends the turn."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        options: dict[str, Any] = {"chat_template": self._source(conversation.tools), "tools": conversation.tools}
-        options.update(self._tokenizer.special_tokens_map)
-        try:
-            rendered: Any = render_jinja_template(
-                [conversation.messages], return_assistant_tokens_mask=True, **options
-            )  # annotated as text, in fact a pair: texts, character ranges
-        except Exception as error:  # whatever a template's own code raises
-            raise _refused(error, where) from None
-        [text], [marks] = rendered
-        first = 0
-        if conversation.first:  # answers inside a prompt are context
-            context = self._try_render(conversation.messages[: conversation.first], conversation.tools)
-            first = _common_length(context or "", text)
         spans: list[tuple[int, int]] = []
         for start, end in marks:
-            if self._closing and text.startswith(self._closing, end):
-                end += len(self._closing)
-            if start < first or end <= start:
+            if self.closing and text.startswith(self.closing, end):
+                end += len(self.closing)
+            if end <= start:
                 continue
             if spans and spans[-1][1] >= start:
                 start = spans.pop()[0]
             spans.append((start, end))
-        last_is_open = conversation.messages[-1]["role"] == "assistant" and not self._closing
-        if last_is_open and spans:
+        if not spans:
+            return None
+        last_is_open = conversation.messages[-1]["role"] == "assistant" and not self.closing
+        if last_is_open:
             text = text[: spans[-1][1]]
-        return Rendered(text, tuple(spans), add_eos=bool(last_is_open and spans))
+        return Rendered(text, tuple(spans), add_eos=last_is_open)
+
+    def _from_prompt(self, text: str, mark: tuple[int, int], conversation: Conversation, turn: int) -> tuple[int, int]:
+        """A marked range without what the generation prompt gives already (a line end behind ``assistant``)."""
+        start, end = mark
+        prompt = self._renderer.attempt(conversation.messages[:turn], conversation.tools, ask=True)
+        if prompt is not None and start < len(prompt) <= end and text.startswith(prompt):
+            start = len(prompt)
+        return start, end
+
+    def _refuse_what_is_left_out(self, conversation: Conversation, text: str, where: str) -> None:
+        """Every message's text must stand in the row, or what a stand-in shows the template to make of it."""
+        for index, message in enumerate(conversation.messages):
+            said = thoughts.split(message)[1].strip()
+            key = (message["role"], index == 0)
+            if not said or said in text or key in self._kept:
+                continue
+            probe = self._with_stand_in(conversation, index)
+            if probe is not None and _STAND_IN not in probe:
+                what = f"message {index + 1} of {len(conversation.messages)} (role {message['role']!r})"
+                hint = f"use a role that the template writes, put the text into another message, or {_OTHER}"
+                raise InputError(f"{where}: the model's chat template leaves out {what}", hint)
+            self._kept.add(key)
+
+    def _with_stand_in(self, conversation: Conversation, index: int) -> str | None:
+        messages = list(conversation.messages)
+        messages[index] = {**messages[index], "content": _STAND_IN}
+        return self._renderer.attempt(messages, conversation.tools)
 
     def _find_closing(self) -> str:
         """What the template writes behind an answer, through its first special token: ``<|im_end|>``, `` </s>``.
@@ -192,7 +298,7 @@ class ChatTemplate:
         """
         eos = str(self._tokenizer.eos_token or "")
         messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _STAND_IN}]
-        text = self._try_render(messages, None)
+        text = self._renderer.attempt(messages, None)
         if text is None or _STAND_IN not in text:
             return eos
         tail = text[text.rindex(_STAND_IN) + len(_STAND_IN) :]
@@ -200,47 +306,10 @@ class ChatTemplate:
         ends = [tail.find(token) + len(token) for token in tokens if token.strip() and token in tail]
         return tail[: min(ends)] if ends else ""
 
-    def _source(self, tools: list[Any] | None) -> str:
-        try:
-            source = self._tokenizer.get_chat_template(None, tools)
-        except ValueError:
-            message = "the model's tokenizer has several chat templates, none of them the default"
-            raise InputError(message, "name one of them 'default' in its tokenizer_config.json") from None
-        return _FIXED_DATE + source if "strftime_now" in source else source
 
-    def _try_render(self, messages: list[Message], tools: list[Any] | None, ask: bool = False) -> str | None:
-        """None where the template refuses: part of a conversation may be none to it."""
-        try:
-            return self._render(messages, tools, "", ask)
-        except InputError:
-            return None
-
-    def _render(self, messages: list[Message], tools: list[Any] | None, where: str, ask: bool = False) -> str:
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tools, chat_template=self._source(tools), tokenize=False, add_generation_prompt=ask
-            )
-        except Exception as error:  # whatever a template's own code raises
-            raise _refused(error, where) from None
-        return str(text)
+def _assistants(conversation: Conversation) -> list[int]:
+    return [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
 
 
-def _refused(error: Exception, where: str) -> InputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    message = f"{where}: the model's chat template refuses this conversation: {reason}"
-    return InputError(message, "check the roles and their order (most templates want user and assistant in turn)")
-
-
-def _assistant_turns(conversation: Conversation) -> list[int]:
-    messages = conversation.messages
-    return [i for i in range(conversation.first, len(messages)) if messages[i]["role"] == "assistant"]
-
-
-def _texts(message: Message) -> list[str]:
+def _texts(message: Message) -> Sequence[str]:
     return [value for key, value in message.items() if key != "role" and isinstance(value, str)]
-
-
-def _common_length(left: str, right: str) -> int:
-    """Characters that two texts share at their start."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

@@ -1,4 +1,4 @@
-"""A data set in memory: encoded rows, and a report of what became of the rows that were read.
+"""A data set: encoded rows, and a report of what became of the rows that were read.
 
 Rows that cannot teach anything - no supervised token is left after the cut to ``seq_len``, or there was none - are
 dropped and counted. A data set without a single supervised token would train nothing without anybody noticing
@@ -9,22 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qrosa.data.encode import EncodedRow, Encoder
-from qrosa.data.formats import RawRow, read_rows
+from qrosa.data.encode import EncodedRow
+from qrosa.data.loading import Loader
+from qrosa.data.notes import Note, block
+from qrosa.data.store import Rows
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK = 1024  # rows tokenised at once: enough to keep the tokenizer's threads busy
+
+EVAL_SPLITS = ("test", "validation")
+"""Splits of a folder or data set that rows to evaluate on come from, where no other was asked for; best first."""
+
+_MUCH = 0.1  # of the rows: from here on what is lost is a warning
+_FILES = 4  # names of files in one line
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,18 @@ class DataReport:
     """What a data set holds, and what was lost on the way.
 
     Attributes:
-        rows: Rows kept.
+        rows: Rows kept; a long text counts once for each of its pieces.
         truncated: Rows kept that were cut to ``seq_len``.
         dropped: Rows left out because no supervised token was left in them.
         tokens: Tokens of the rows kept.
         supervised_tokens: Those that carry loss.
         longest: Tokens of the longest row.
-        kind: Kind of the rows, a key of :data:`qrosa.data.formats.KINDS`.
+        kind: Kind of the rows, a key of :data:`qrosa.data.columns.KINDS`, or several with commas.
         skipped_turns: Assistant turns of the rows kept without loss, because the chat template rewrites them.
+        read: Rows as they stand in the data.
+        files: What was read.
+        unused: What is not used as it stands in the data.
+        ends: Tokens that end a learnt answer.
     """
 
     rows: int
@@ -50,29 +60,53 @@ class DataReport:
     longest: int
     kind: str
     skipped_turns: int = 0
+    read: int = 0
+    files: tuple[str, ...] = ()
+    unused: tuple[Note, ...] = ()
+    ends: tuple[int, ...] = ()
+
+    def told(self, name: str) -> str:
+        """What is not used as it stands in the data, as a block of text; empty where there is nothing to tell.
+
+        Args:
+            name: What the rows are called, such as ``training rows``.
+        """
+        if not self.unused:
+            return ""
+        lost = (self.dropped + self.truncated) / max(1, self.read)
+        title = f"of the {name}, this is not used as it stands"
+        if lost > _MUCH:
+            title = f"WARNING: {lost:.0%} of the {name} are cut or dropped; {title}"
+        names = ", ".join(self.files[:_FILES]) + (f" and {len(self.files) - _FILES} more" * (len(self.files) > _FILES))
+        return "\n".join([f"{title} (read: {names}):", *block(self.unused)])
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Encoded rows in the order of their source."""
 
-    rows: list[EncodedRow]
+    rows: Rows
     report: DataReport
 
     @classmethod
-    def from_rows(cls, rows: list[EncodedRow], kind: str, dropped: int = 0) -> Dataset:
+    def from_rows(cls, rows: Iterable[EncodedRow], kind: str, dropped: int = 0) -> Dataset:
         """A data set of these rows, counted."""
+        kept = rows if isinstance(rows, Rows) else Rows.of(rows)
+        truncated = skipped = 0
+        for row in kept:
+            truncated, skipped = truncated + row.truncated, skipped + row.skipped_turns
         report = DataReport(
-            rows=len(rows),
-            truncated=sum(row.truncated for row in rows),
+            rows=len(kept),
+            truncated=truncated,
             dropped=dropped,
-            tokens=sum(len(row.input_ids) for row in rows),
-            supervised_tokens=sum(row.supervised_tokens for row in rows),
-            longest=max((len(row.input_ids) for row in rows), default=0),
+            tokens=int(kept.lengths.sum(dtype=np.int64)),
+            supervised_tokens=int(kept.supervised.sum(dtype=np.int64)),
+            longest=int(kept.lengths.max(initial=0)),
             kind=kind,
-            skipped_turns=sum(row.skipped_turns for row in rows),
+            skipped_turns=skipped,
+            read=len(kept) + dropped,
         )
-        return cls(rows, report)
+        return cls(kept, report)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,7 +114,7 @@ class Dataset:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
-        return [len(row.input_ids) for row in self.rows]
+        return list(self.rows.lengths.tolist())
 
     def fingerprint(self) -> str:
         """SHA-256 over all token ids and labels, hex; a resumed run must find the same."""
@@ -92,7 +126,7 @@ class Dataset:
     def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
         """Hold out a share of the rows, drawn by seed: (the rest, the held-out rows), both in source order.
 
-        At least one row is held out, however small the share.
+        At least one row is held out, however small the share. What the report tells of the source stays with the rest.
 
         Raises:
             InputError: One of the two would have no row.
@@ -102,61 +136,55 @@ class Dataset:
             message = f"holding out {share:.3g} of {len(self.rows)} rows leaves none on one side"
             raise InputError(message, "use a share such as 5%, and more rows, or give --eval-data")
         chosen = set(random.Random(seed).sample(range(len(self.rows)), held_out))
-        rest = [row for index, row in enumerate(self.rows) if index not in chosen]
-        kept = [self.rows[index] for index in sorted(chosen)]
-        kind, dropped = self.report.kind, self.report.dropped
-        return Dataset.from_rows(rest, kind, dropped), Dataset.from_rows(kept, kind)
+        rest = self.rows.pick([index for index in range(len(self.rows)) if index not in chosen])
+        kept = self.rows.pick(sorted(chosen))
+        whole = self.report
+        parts = Dataset.from_rows(rest, whole.kind, whole.dropped), Dataset.from_rows(kept, whole.kind)
+        told = replace(parts[0].report, read=whole.read, files=whole.files, unused=whole.unused, ends=whole.ends)
+        return Dataset(parts[0].rows, told), parts[1]
 
 
 def load_rows(
-    source: str | Path,
+    source: str | Path | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     seq_len: int,
     train_on: str = "completion",
     limit: int | None = None,
-    split: str = "train",
+    split: str | Sequence[str] = "train",
+    columns: str | None = None,
+    vocabulary: int | None = None,
+    seed: int = 42,
 ) -> Dataset:
-    """Read, encode and count the rows of a file, folder or ``datasets`` id.
+    """Read, encode and count the rows of files, folders or ``datasets`` ids.
 
     Args:
-        source: See :func:`qrosa.data.formats.read_rows`.
+        source: One source or several, each with a share of its rows where not all are wanted; see
+            :class:`qrosa.data.sources.Source`.
         tokenizer: The model's.
         seq_len: Most tokens a row.
-        train_on: ``completion`` or ``all``.
-        limit: Read this many rows at most.
-        split: Which of a folder's or hub data set's splits.
+        train_on: ``completion``, ``last`` or ``all``.
+        limit: Read this many rows of each source at most.
+        split: Which of a folder's or hub data set's splits; of several, the first that is there.
+        columns: What the columns are called; see :class:`qrosa.data.columns.Columns`.
+        vocabulary: Rows of the model's embedding, if they are known.
+        seed: Of the choice of rows where a share is taken.
 
     Raises:
         InputError: A missing source, a malformed row, no rows, or no supervised token in any of them.
         StorageError: A file cannot be read.
     """
-    encoder = Encoder(tokenizer, seq_len=seq_len, train_on=train_on)
-    kind = ""
-    kept: list[EncodedRow] = []
-    lost: list[EncodedRow] = []
-    for chunk in _chunks(islice(read_rows(source, split=split), limit)):
-        kind = kind or chunk[0].kind
-        for row in encoder.encode(chunk):
-            (kept if row.supervised_tokens else lost).append(row)
-    if not kept:
-        raise _nothing_to_learn(source, lost, seq_len)
-    return Dataset.from_rows(kept, kind, dropped=len(lost))
-
-
-def _chunks(raws: Iterable[RawRow]) -> Iterator[list[RawRow]]:
-    iterator = iter(raws)
-    while chunk := list(islice(iterator, _CHUNK)):
-        yield chunk
-
-
-def _nothing_to_learn(source: str | Path, lost: list[EncodedRow], seq_len: int) -> InputError:
-    """Why no row has a supervised token, by the cause most rows share."""
-    cut, skipped = sum(row.truncated for row in lost), sum(row.skipped_turns > 0 for row in lost)
-    what = f"{source}: none of {len(lost)} rows has a token to learn"
-    if 2 * cut >= len(lost) > 0:
-        return InputError(f"{what}: their prompts alone fill {seq_len} tokens", "raise --seq-len, or shorten prompts")
-    if 2 * skipped >= len(lost) > 0:
-        message = f"{what}: the chat template rewrites what the assistant said"
-        return InputError(message, "use prompt/completion rows, a template with {% generation %}, or --train-on all")
-    return InputError(f"{what}: they hold no answer", "give every row an assistant turn, a completion or a text")
+    loader = Loader(tokenizer, seq_len, train_on, vocabulary)
+    sources = (source,) if isinstance(source, (str, Path)) else tuple(source)
+    for number, one in enumerate(sources):
+        loader.load(str(one), number=number, split=split, columns=columns, limit=limit, seed=seed)
+    rows = loader.rows(", ".join(map(str, sources)))
+    counted = Dataset.from_rows(rows, ", ".join(loader.kinds), loader.dropped)
+    report = replace(
+        counted.report,
+        read=loader.read,
+        files=tuple(loader.files),
+        unused=loader.notes.all(),
+        ends=tuple(sorted(loader.encoder.ends)),
+    )
+    return Dataset(rows, report)

@@ -1,8 +1,4 @@
-"""Rows to tokens: what the model reads, and which tokens of it are learnt.
-
-**Text.** Where the tokenizer has a chat template, every kind of row but ``text`` goes through it: chat rows as they
-are, prompt/completion and Alpaca rows as one user and one assistant turn. Without one, prompt and completion are
-joined as they are, Alpaca rows wear Stanford's fixed frame (:data:`ALPACA`), and chat rows are refused.
+"""Rows to tokens: what the model reads, and which tokens of it are learnt. :mod:`qrosa.data.row_text` writes the text.
 
 **Ends.** What ends an answer is learnt: the template's end-of-turn token, or EOS where there is no template or it
 writes no such token. EOS is told apart from padding by place, never by value, so PAD == EOS is harmless. A template
@@ -13,34 +9,30 @@ exactly those that the model is given when it is asked for it. Tokenising the wh
 offsets would not do that: a token may span the boundary (``": "`` + ``"yes"``), and offsets differ in what they say
 about spaces. Pieces also serve tokenizers without offsets.
 
+**Length.** A row of ``text`` that is longer than ``seq_len`` becomes several, each token in exactly one of them. Other
+rows are cut at their end, since an answer without its question teaches nothing; what is lost is noted.
+
 The first token of a row is never learnt, since nothing precedes it: ``labels[0]`` is always -100, and supervised
 tokens can be counted before or after the shift by one alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
-from qrosa.data.chat_template import ChatTemplate, Rendered
-from qrosa.data.formats import Completion, Conversation, Message, RawRow, Text
+from qrosa.data.chat_template import Rendered
+from qrosa.data.formats import Conversation, RawRow
+from qrosa.data.messages import Message
+from qrosa.data.notes import Notes
+from qrosa.data.row_text import RowText
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
 # Tokenizers of the SentencePiece kind put a space before whatever they are given; behind this they do not.
 _ANCHOR = "\n"
 
@@ -84,7 +76,7 @@ class EncodedRow:
 
     def completion_text(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """The last completion as text, without the tokens that end it."""
-        return _decode(tokenizer, self.input_ids[self.prompt_len or 0 : self.answer_end])
+        return decode(tokenizer, self.input_ids[self.prompt_len or 0 : self.answer_end])
 
 
 class Encoder:
@@ -92,31 +84,50 @@ class Encoder:
 
     Args:
         tokenizer: Fast or slow, with or without a chat template.
-        seq_len: Most tokens a row; what is beyond is cut off its end.
-        train_on: ``completion``, or ``all`` to put loss on every token.
+        seq_len: Most tokens a row.
+        train_on: ``completion``, ``last`` for the last answer of each row only, or ``all`` to put loss on every token.
+        notes: Takes what is lost on the way: cut rows and answers, turns that cannot be learnt, empty answers.
+        vocabulary: Rows of the model's embedding; token ids beyond it are refused. None where they are not known.
+
+    Attributes:
+        ends: Tokens that ended a learnt answer so far.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, seq_len: int, train_on: str = "completion") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seq_len: int,
+        train_on: str = "completion",
+        notes: Notes | None = None,
+        vocabulary: int | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._seq_len = seq_len
         self._train_on = train_on
-        self._chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._notes = Notes() if notes is None else notes
+        self._vocabulary = vocabulary
+        self._text = RowText(tokenizer, train_on, self._notes)
         self._bos = _leading_bos(tokenizer)
-        added = tokenizer.added_tokens_decoder
-        self._end_ids = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
         self._spaces: dict[int, bool] = {}
-        self._ids: dict[int, int] = {}
         self._anchor_ids = self._find_anchor()
+        self._end_ids = self._find_ends()
+        self.ends: set[int] = set()
 
     def encode(self, raws: Sequence[RawRow]) -> list[EncodedRow]:
-        """One encoded row for each raw row, in order; rows without a supervised token included.
+        """The encoded rows, in order; rows without a supervised token included. Long texts become several rows.
 
         Raises:
-            InputError: A malformed row, or one that the chat template refuses.
+            InputError: A malformed row, one that the chat template refuses, or a token beyond the vocabulary.
         """
-        rendered = [self._render(raw) for raw in raws]
+        rendered = [self._text.render(raw) for raw in raws]
         tokens = self._tokenize_pieces([_cut(row) for row in rendered])
-        return [self._assemble(*parts) for parts in zip(raws, rendered, tokens, strict=True)]
+        return [row for parts in zip(raws, rendered, tokens, strict=True) for row in self._assemble(*parts)]
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that may end an answer: EOS, and those that the template writes behind one."""
+        return frozenset(self._end_ids)
 
     def encode_prompt(self, prompt: str | list[Message]) -> list[int]:
         """The tokens that ask for a completion, exactly as training rows have them before theirs.
@@ -127,33 +138,13 @@ class Encoder:
         Raises:
             InputError: Messages without a chat template, or messages that the template refuses.
         """
-        if isinstance(prompt, str) and self._chat is None:
+        if isinstance(prompt, str) and self._text.chat is None:
             ids = self._tokenize([prompt])[0]
             return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self._tokenize([self._template("prompt").prompt(Conversation(messages), "prompt")])[0]
+        return self._tokenize([self._text.template("prompt").prompt(Conversation(messages), "prompt")])[0]
 
-    def _render(self, raw: RawRow) -> Rendered:
-        example = raw.example()
-        if isinstance(example, Text):
-            spans = ((0, len(example.text)),) if example.text else ()  # nothing to learn in an empty text
-            return Rendered(example.text, spans, add_bos=True, add_eos=True)
-        if isinstance(example, Conversation):
-            return self._template(raw.where).render(example, raw.where)
-        if self._chat is None:
-            prompt = _plain_prompt(example)
-            text = prompt + example.completion
-            return Rendered(text, ((len(prompt), len(text)),), add_bos=True, add_eos=True)
-        user, answer = {"role": "user", "content": example.prompt}, {"role": "assistant", "content": example.completion}
-        return self._chat.render(Conversation([user, answer], first=1), raw.where)
-
-    def _template(self, where: str) -> ChatTemplate:
-        if self._chat is None:
-            hint = "use a chat model, or prompt/completion, Alpaca or text rows"
-            raise InputError(f"{where}: chat messages, but the model's tokenizer has no chat template", hint)
-        return self._chat
-
-    def _assemble(self, raw: RawRow, row: Rendered, tokens: list[list[int]]) -> EncodedRow:
+    def _assemble(self, raw: RawRow, row: Rendered, tokens: list[list[int]]) -> list[EncodedRow]:
         """Put the pieces' tokens together; ``tokens`` is the head's, then (learnt part, whole piece) a span."""
         ids, *rest = tokens
         spans: list[tuple[int, int]] = []
@@ -163,20 +154,58 @@ class Encoder:
                 piece = learnt + self._continuations([row.text[stop:following]])[0]
             spans.append((len(ids), len(ids) + len(learnt)))
             ids = ids + piece
-        eos = self._tokenizer.eos_token_id
-        if row.add_eos and spans and eos is not None:
-            start, end = spans.pop()
-            if start == end or ids[-1] != eos:
-                ids = [*ids, eos]
-            spans.append((start, len(ids)))
+        if row.add_eos and spans:
+            ids, spans = self._with_eos(raw, ids, spans)
         if row.add_bos and self._bos is not None and ids[:1] != [self._bos]:
             ids = [self._bos, *ids]
             spans = [(start + 1, end + 1) for start, end in spans]
-        return self._finish(raw, row, ids, spans)
+        self._check_ids(raw, ids)
+        if raw.kind == "text" and len(ids) > self._seq_len:
+            return self._in_pieces(raw, ids)
+        return [self._finish(raw, row, ids, spans)]
+
+    def _with_eos(
+        self, raw: RawRow, ids: list[int], spans: list[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """EOS behind the last learnt part, once."""
+        eos = self._tokenizer.eos_token_id
+        start, end = spans[-1]
+        if eos is not None:
+            if start == end or ids[-1] != eos:
+                ids = [*ids, eos]
+            return ids, [*spans[:-1], (start, len(ids))]
+        if raw.kind != "text":
+            message = f"{raw.where}: no token ends an answer: neither the tokenizer nor the model's configs name one"
+            raise InputError(message, "set eos_token in tokenizer_config.json, or eos_token_id in config.json")
+        self._notes.add("ends of texts", "neither the tokenizer nor the model's configs name an end token", raw.where)
+        return ids, spans
+
+    def _check_ids(self, raw: RawRow, ids: list[int]) -> None:
+        if self._vocabulary is None or not ids or max(ids) < self._vocabulary:
+            return
+        wrong = next(token for token in ids if token >= self._vocabulary)
+        text = self._tokenizer.convert_ids_to_tokens(wrong)
+        message = f"{raw.where}: token {text!r} has id {wrong}, and the model knows {self._vocabulary} tokens"
+        raise InputError(message, "use the tokenizer that came with the model; new tokens cannot be trained here")
+
+    def _in_pieces(self, raw: RawRow, ids: list[int]) -> list[EncodedRow]:
+        """A long text as rows of ``seq_len`` tokens; the last has two at least, since a row's first is not learnt."""
+        starts = list(range(0, len(ids), self._seq_len))
+        if len(ids) - starts[-1] == 1:
+            starts[-1] -= 1
+        rows = []
+        for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(ids)], strict=True), start=1):
+            piece = ids[start:end]
+            rows.append(EncodedRow(piece, [IGNORE, *piece[1:]], where=f"{raw.where}, piece {number}"))
+        why = f"they are longer than --seq-len {self._seq_len}, and every token is in one piece"
+        self._notes.add("texts in pieces", why, raw.where)
+        return rows
 
     def _finish(self, raw: RawRow, row: Rendered, ids: list[int], spans: list[tuple[int, int]]) -> EncodedRow:
         """Cut to length and label."""
         truncated = len(ids) > self._seq_len
+        if truncated:
+            self._note_cut(raw, len(ids), spans)
         ids = ids[: self._seq_len]
         spans = [(start, min(end, len(ids))) for start, end in spans if start < len(ids)]
         if self._train_on == "all":
@@ -191,7 +220,23 @@ class Encoder:
             start, end = spans[-1] if spans else (len(ids), len(ids))
             encoded.prompt_len, encoded.turn_end = start, end
             encoded.answer_end = self._answer_end(ids, start, end)
+        if not truncated:
+            self.ends.update(
+                ids[self._answer_end(ids, start, end)] for start, end in spans if ids[end - 1] in self._end_ids
+            )
         return encoded
+
+    def _note_cut(self, raw: RawRow, size: int, spans: list[tuple[int, int]]) -> None:
+        limit = self._seq_len
+        why = f"they are longer than --seq-len {limit}"
+        self._notes.add("rows cut", why, raw.where)
+        self._notes.add("tokens cut off", why, raw.where, count=size - limit, unit="tokens")
+        for name, lost in (
+            ("answers cut short", sum(start < limit < end for start, end in spans)),
+            ("answers cut off", sum(start >= limit for start, _ in spans)),
+        ):
+            if lost:
+                self._notes.add(name, why, raw.where, count=lost, unit="turns")
 
     def _answer_end(self, ids: list[int], start: int, end: int) -> int:
         """Where the tokens that end a turn begin; there may be white space between them (Phi-3)."""
@@ -204,7 +249,7 @@ class Encoder:
 
     def _is_space(self, token: int) -> bool:
         if token not in self._spaces:
-            self._spaces[token] = _decode(self._tokenizer, [token]).isspace()
+            self._spaces[token] = decode(self._tokenizer, [token]).isspace()
         return self._spaces[token]
 
     def _tokenize_pieces(self, rows: list[list[tuple[int, str]]]) -> list[list[list[int]]]:
@@ -221,8 +266,7 @@ class Encoder:
         batch = self._tokenizer(
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
-        one = self._ids.setdefault  # one object an id, not one a token: a third of the memory
-        return [[one(token, token) for token in ids] for ids in batch["input_ids"]]
+        return list(batch["input_ids"])
 
     def _continuations(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text as they are behind other text: without the space some tokenizers put in front."""
@@ -232,6 +276,16 @@ class Encoder:
         plain = iter(self._tokenize(texts))
         anchored = self._tokenize([_ANCHOR + text for text in texts])
         return [ids[size:] if ids[:size] == self._anchor_ids else own for ids, own in zip(anchored, plain, strict=True)]
+
+    def _find_ends(self) -> set[int]:
+        """Tokens that may end an answer: EOS, and those that the template writes behind one.
+
+        Not every special token: some models answer with one.
+        """
+        ends = set() if self._tokenizer.eos_token_id is None else {int(self._tokenizer.eos_token_id)}
+        closing = "" if self._text.chat is None else self._text.chat.closing
+        special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
+        return ends | {token for token in self._continuations([closing])[0] if token in special}
 
     def _find_anchor(self) -> list[int] | None:
         """The anchor's tokens if a text is tokenised otherwise at the start than behind it, else None."""
@@ -252,20 +306,6 @@ def encode_prompt(prompt: str | list[Message], tokenizer: PreTrainedTokenizerBas
     return Encoder(tokenizer, seq_len=1).encode_prompt(prompt)
 
 
-def preview(rows: Iterable[EncodedRow], tokenizer: PreTrainedTokenizerBase, n: int = 3) -> list[list[tuple[str, bool]]]:
-    """The first ``n`` rows as text, special tokens visible, cut into (text, carries loss) spans."""
-    shown = []
-    for row, _ in zip(rows, range(n), strict=False):
-        spans, before, end = [], "", 0
-        for supervised, run in groupby(row.labels, key=lambda label: label != IGNORE):
-            end += len(list(run))
-            text = _decode(tokenizer, row.input_ids[:end])
-            spans.append((text[len(before) :], supervised))
-            before = text
-        shown.append(spans)
-    return shown
-
-
 def _cut(row: Rendered) -> list[tuple[int, str]]:
     """Pieces with their position: the text before the first span; then each span alone, and through to the next."""
     if not row.spans:
@@ -277,19 +317,12 @@ def _cut(row: Rendered) -> list[tuple[int, str]]:
     return pieces
 
 
-def _plain_prompt(example: Completion) -> str:
-    if example.alpaca is None:
-        return example.prompt
-    instruction, extra = example.alpaca
-    frame = ALPACA_WITH_INPUT if extra.strip() else ALPACA
-    return frame.format(instruction=instruction, input=extra)
-
-
 def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """BOS, if the tokenizer puts it before a text."""
     ids = tokenizer("a", verbose=False)["input_ids"]
     return tokenizer.bos_token_id if ids[:1] == [tokenizer.bos_token_id] else None
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Text of token ids, special tokens visible, spaces as they are."""
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -6,63 +6,73 @@
     {"prompt": "..." or messages, "completion": "..." or messages}                           -> Completion, Conversation
     {"text": "..."}                                                                          -> Text
 
-Where a row has the keys of two kinds, the first in this list counts; keys beside those of its kind are passed over.
-All rows of a source must be of one kind. A row that does not hold what its kind asks for is an
-:class:`~qrosa.errors.InputError` that names its file and line: no row is mended or left out silently.
+Where a row has the keys of two kinds, the first in this list counts; :mod:`qrosa.data.columns` says what becomes of the
+keys beside those of its kind. All rows of a source must be of one kind. A row that does not hold what its kind asks for
+is an :class:`~qrosa.errors.InputError` that names its file and line: no row is mended or left out silently.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qrosa.data.files import describe_type, read_records
+from qrosa.data.columns import KINDS, SYSTEM, Columns
+from qrosa.data.files import describe_type
+from qrosa.data.messages import Message, Turn, check_text, read_turn
+from qrosa.data.notes import Notes
+from qrosa.data.sources import read_records
 from qrosa.errors import InputError
 
-Message = dict[str, Any]
-
-KINDS: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt-completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-COLUMNS = frozenset({key for keys in KINDS.values() for key in keys} | {"input", "system", "tools"})
 _ACCEPTED = "use messages, conversations, instruction/input/output, prompt/completion, or text"
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Chat messages; the answers from message ``first`` on are to be learnt."""
+    """Chat messages, and which of the answers are learnt.
+
+    Attributes:
+        messages: In the form of :mod:`qrosa.data.messages`.
+        first: Answers before this message are context.
+        tools: Schemas of the tools that the assistant may call.
+        context: Messages that the row marks as context only.
+    """
 
     messages: list[Message]
     first: int = 0
     tools: list[Any] | None = None
+    context: frozenset[int] = frozenset()
+
+    @property
+    def answers(self) -> list[int]:
+        """Places of the assistant's messages that are to be learnt."""
+        places = range(self.first, len(self.messages))
+        return [i for i in places if self.messages[i]["role"] == "assistant" and i not in self.context]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what should follow it. ``alpaca`` prompts wear the fixed Alpaca frame where there is no template."""
+    """A prompt and what should follow it.
+
+    Attributes:
+        prompt: Where there is a template, what the user says.
+        completion: What is learnt.
+        alpaca: Instruction and input; such prompts wear the fixed Alpaca frame where there is no template.
+        before: System message and earlier turns; they need a template.
+    """
 
     prompt: str
     completion: str
     alpaca: tuple[str, str] | None = None
+    before: tuple[Message, ...] = ()
+
+    @property
+    def conversation(self) -> Conversation:
+        """The same as chat: earlier answers (a ``history``) are learnt as well, as its authors' tools do."""
+        user, answer = {"role": "user", "content": self.prompt}, {"role": "assistant", "content": self.completion}
+        return Conversation([*self.before, user, answer])
 
 
 @dataclass(frozen=True)
@@ -81,7 +91,7 @@ class RawRow:
 
     @property
     def kind(self) -> str:
-        """The row's kind, a key of :data:`KINDS`.
+        """The row's kind, a key of :data:`~qrosa.data.columns.KINDS`.
 
         Raises:
             InputError: The row's keys are of no kind.
@@ -94,7 +104,8 @@ class RawRow:
                 empty = next(key for key in keys if self.fields[key] is None)
                 raise InputError(f"{self.where}: {empty!r} of this {kind} row is null", "fill it in, or drop the row")
         found = ", ".join(repr(str(key)) for key in list(self.fields)[:8]) or "none"
-        raise InputError(f"{self.where}: no known kind of row has these keys: {found}", _ACCEPTED)
+        hint = f"{_ACCEPTED}; or say which column is which: --columns prompt=question,completion=answer"
+        raise InputError(f"{self.where}: no known kind of row has these keys: {found}", hint)
 
     def example(self) -> Conversation | Completion | Text:
         """The row in the form of its meaning, every part checked.
@@ -103,10 +114,8 @@ class RawRow:
             InputError: A part is missing, null or of the wrong type.
         """
         kind = self.kind
-        if kind == "messages":
-            return Conversation(self._messages("messages"), tools=self._tools())
-        if kind == "conversations":
-            return Conversation(self._sharegpt(), tools=self._tools())
+        if kind in ("messages", "conversations"):
+            return self._conversation(self._turns(kind, "user"))
         if kind == "alpaca":
             return self._alpaca()
         if kind == "prompt-completion":
@@ -117,124 +126,138 @@ class RawRow:
         instruction, output = self._text("instruction"), self._text("output")
         extra = "" if self.fields.get("input") is None else self._text("input")
         prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-        return Completion(prompt, output, alpaca=(instruction, extra))
+        return Completion(prompt, output, (instruction, extra), (*self._system(), *self._history()))
 
     def _prompt_completion(self) -> Conversation | Completion:
         if isinstance(self.fields["prompt"], str) and isinstance(self.fields["completion"], str):
-            return Completion(self._text("prompt"), self._text("completion"))
-        prompt = self._turns("prompt", "user")
-        return Conversation([*prompt, *self._turns("completion", "assistant")], first=len(prompt), tools=self._tools())
+            before = (*self._system(), *self._history())
+            tools = self._tools()
+            whole = Completion(self._text("prompt"), self._text("completion"), before=before)
+            return whole if tools is None else Conversation(whole.conversation.messages, tools=tools)
+        prompt = [*(Turn(message) for message in self._history()), *self._turns("prompt", "user")]
+        return self._conversation([*prompt, *self._turns("completion", "assistant")], first=len(prompt))
 
-    def _turns(self, key: str, role: str) -> list[Message]:
-        """A list of messages, or one text as the only message of ``role``."""
-        if isinstance(self.fields[key], list):
-            return self._messages(key)
-        return [{"role": role, "content": self._text(key)}]
+    def _conversation(self, turns: list[Turn], first: int = 0) -> Conversation:
+        system = self._system()
+        if system and turns[0].message["role"] == "system":
+            if turns[0].message.get("content") != system[0]["content"]:
+                self._fail("has a system column and another system message", "keep one of the two")
+            system = []
+        messages = [*system, *(turn.message for turn in turns)]
+        shift = len(system)
+        context = frozenset(index + shift for index, turn in enumerate(turns) if not turn.learn)
+        return Conversation(messages, first + shift if first else 0, self._tools(), context)
 
-    def _messages(self, key: str) -> list[Message]:
-        return [self._message(turn, f"{key}[{index}]") for index, turn in enumerate(self._list(key))]
+    def _system(self) -> list[Message]:
+        """The system message that a column of its own holds."""
+        found = [name for name in SYSTEM if self.fields.get(name)]
+        if len({str(self.fields[name]) for name in found}) > 1:
+            self._fail(f"has two different system texts, {found[0]!r} and {found[1]!r}", "keep one of the two")
+        return [{"role": "system", "content": self._text(found[0])}] if found else []
 
-    def _sharegpt(self) -> list[Message]:
-        messages = []
-        for index, turn in enumerate(self._list("conversations")):
-            at = f"conversations[{index}]"
-            if isinstance(turn, dict) and "from" in turn:
-                name = turn["from"]
-                role = _SHAREGPT_ROLES.get(name.lower()) if isinstance(name, str) else None
-                if role is None:
-                    self._fail(f"{at} is from {name!r}", f"use one of: {', '.join(_SHAREGPT_ROLES)}")
-                turn = {"role": role, "content": turn.get("value")}
-            messages.append(self._message(turn, at))
-        if self.fields.get("system") and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self._text("system")})
+    def _history(self) -> list[Message]:
+        """Earlier turns, as pairs of question and answer or as messages."""
+        value = self.fields.get("history")
+        if not value:
+            return []
+        messages: list[Message] = []
+        for index, item in enumerate(self._list("history")):
+            if isinstance(item, dict):
+                messages.append(read_turn(item, f"history[{index}]", self.where).message)
+                continue
+            if not isinstance(item, list) or len(item) != 2:
+                self._fail(f"history[{index}] is {describe_type(item)}, not a pair", 'write ["question", "answer"]')
+            for role, text in zip(("user", "assistant"), item, strict=True):
+                messages.append({"role": role, "content": check_text(text, f"history[{index}]", self.where)})
         return messages
 
+    def _turns(self, key: str, role: str) -> list[Turn]:
+        """A list of messages, or one text as the only message of ``role``."""
+        if key in ("prompt", "completion") and isinstance(self.fields[key], str):
+            return [Turn({"role": role, "content": self._text(key)})]
+        if key in ("prompt", "completion") and not isinstance(self.fields[key], list):
+            self._text(key)
+        return [read_turn(turn, f"{key}[{index}]", self.where) for index, turn in enumerate(self._list(key))]
+
     def _list(self, key: str) -> list[Any]:
-        """A non-empty list; where it comes as JSON text (CSV and some Parquet files), that is read."""
+        """A non-empty list; where it comes as JSON text (CSV and some Parquet files) or by columns, that is read."""
         value = self.fields[key]
         if isinstance(value, str):
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
                 self._fail(f"{key!r} is a text, not a list of messages", "write a list of messages")
+        if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+            value = self._by_rows(key, value)
         if not isinstance(value, list):
             self._fail(f"{key!r} is {describe_type(value)}, not a list", "write a list of messages")
         if not value:
             self._fail(f"{key!r} is empty", "give every row at least one message")
         return value
 
-    def _message(self, turn: Any, at: str) -> Message:
-        if not isinstance(turn, dict):
-            self._fail(
-                f"{at} is {describe_type(turn)}, not a message", 'write messages as {"role": ..., "content": ...}'
-            )
-        message = {key: value for key, value in turn.items() if value is not None}
-        role = message.get("role")
-        if not isinstance(role, str) or not role:
-            self._fail(f"{at} has no role", 'write messages as {"role": "user", "content": ...}')
-        if "content" in message:
-            message["content"] = self._content(message["content"], at)
-        elif not message.get("tool_calls"):
-            self._fail(f"{at} has no content", 'write messages as {"role": ..., "content": "..."}')
-        return message
-
-    def _content(self, content: Any, at: str) -> str:
-        """Text, or a list of text parts put together."""
-        if isinstance(content, list):
-            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            if not parts or not all(isinstance(part, str) for part in parts):
-                self._fail(f"{at} has content other than text", "only text can be trained on")
-            content = "".join(str(part) for part in parts)
-        return self._check_text(content, f"{at} content")
+    def _by_rows(self, key: str, columns: Mapping[str, Sequence[Any]]) -> list[Any]:
+        """Messages that ``datasets`` has turned into one object of lists."""
+        if len({len(column) for column in columns.values()}) > 1:
+            self._fail(f"{key!r} is an object of lists of different lengths", "write a list of messages")
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
     def _tools(self) -> list[Any] | None:
         tools = self.fields.get("tools")
-        if isinstance(tools, str) and tools.strip():
-            try:
+        try:
+            if isinstance(tools, str) and tools.strip():
                 tools = json.loads(tools)
-            except (ValueError, RecursionError):
-                self._fail("'tools' is not valid JSON", "write a list of tool schemas")
-        if not tools:
+            if isinstance(tools, list):
+                tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+        except (ValueError, RecursionError):
+            self._fail("'tools' is not valid JSON", "write a list of tool schemas")
+        if not tools or (isinstance(tools, str) and not tools.strip()):
             return None
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             self._fail("'tools' is not a list of objects", "write a list of tool schemas")
         return tools
 
     def _text(self, key: str) -> str:
-        return self._check_text(self.fields.get(key), repr(key))
-
-    def _check_text(self, value: Any, name: str) -> str:
-        if not isinstance(value, str):
-            self._fail(f"{name} is {describe_type(value)}, not a text", 'write it as a text in quotes: "..."')
-        if not value.isascii():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError:
-                self._fail(f"{name} holds half of a surrogate pair", r"mend the \ud800-like escape in it")
-        return value
+        return check_text(self.fields.get(key), repr(key), self.where)
 
     def _fail(self, what: str, hint: str) -> NoReturn:
         raise InputError(f"{self.where}: {what}", hint)
 
 
-def read_rows(source: str | Path, *, split: str = "train") -> Iterator[RawRow]:
-    """The rows of a file, folder or ``datasets`` id, streamed; see :func:`qrosa.data.files.read_records`.
+def read_rows(
+    source: str | Path,
+    *,
+    split: str | Sequence[str] = "train",
+    columns: Columns | None = None,
+    notes: Notes | None = None,
+    files: list[str] | None = None,
+) -> Iterator[RawRow]:
+    """The rows of a file, folder or ``datasets`` id, streamed; see :func:`qrosa.data.sources.read_records`.
 
     Each row's keys are checked here; what stands under them is checked by :meth:`RawRow.example`.
+
+    Args:
+        source: A file, a folder or a ``datasets`` id.
+        split: Which of a folder's or hub data set's splits.
+        columns: What the columns are called.
+        notes: Takes what is passed over.
+        files: Takes the names of the files that are read.
 
     Raises:
         InputError: No such source, no rows in it, a malformed row, an unknown kind of row, or two kinds in one source.
         StorageError: A file cannot be read.
     """
+    columns, notes = columns or Columns(), Notes() if notes is None else notes
     first: RawRow | None = None
     first_kind = ""
-    for fields, where in read_records(source, split=split, columns=COLUMNS):
-        row = RawRow(fields, where)
+    for fields, where in read_records(source, split=split, columns=columns.worth_reading, notes=notes, files=files):
+        row = RawRow(columns.rename(fields, where), where)
+        kind = row.kind
         if first is None:
-            first, first_kind = row, row.kind
-        if row.kind != first_kind:
-            message = f"{where} is a {row.kind} row, but {first.where} is a {first_kind} row"
-            raise InputError(message, "train on one kind of rows at a time: split the file by kind")
+            first, first_kind = row, kind
+        if kind != first_kind:
+            message = f"{where} is a {kind} row, but {first.where} is a {first_kind} row"
+            raise InputError(message, "split the file by kind, and give each part with a --data of its own")
+        columns.check(row.fields, kind, where, notes)
         yield row
     if first is None:
         raise InputError(f"{source} holds no rows", _ACCEPTED + ", one a row")

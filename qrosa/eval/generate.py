@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from qrosa.data.encode import encode_prompt
+from qrosa.data.encode import Encoder, encode_prompt
 from qrosa.errors import InputError
 from qrosa.model.head import generating, model_device
 
@@ -178,6 +178,7 @@ def generate_ids(
             f"the prompt has {len(input_ids)} tokens, the model takes {_context(model)}",
             "shorten it, or /reset a chat",
         )
+    _check_ids(model, tokenizer, input_ids)
     ids = torch.tensor([list(input_ids)], device=model_device(model))
     made = _Collector(tokenizer, on_text)
     interrupted = False
@@ -213,13 +214,18 @@ def continue_ids(model: nn.Module, ids: Tensor, config: Any, streamer: Any = Non
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
-    """Every token at which generation ends: those of the generation config, the config and the tokenizer."""
+    """Every token at which generation ends: those of the configs, of the tokenizer and of its chat template.
+
+    A loaded adapter has put the tokens that it has learnt to end with into the model's generation config.
+    """
     hf = cast(Any, model)
     named = [getattr(hf.generation_config, "eos_token_id", None), getattr(hf.config, "eos_token_id", None)]
     named.append(tokenizer.eos_token_id)
     found: set[int] = set()
     for value in named:
         found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    if tokenizer.chat_template:
+        found.update(Encoder(tokenizer, seq_len=1).end_ids)
     return found
 
 
@@ -244,6 +250,16 @@ def _generation_config(model: nn.Module, tokenizer: Any, sampling: Sampling, roo
         bos_token_id=tokenizer.bos_token_id,
         **sampled,
     )
+
+
+def _check_ids(model: nn.Module, tokenizer: Any, input_ids: Sequence[int]) -> None:
+    size = cast(Any, model).get_input_embeddings().weight.shape[0]
+    if max(input_ids) >= size:
+        token = tokenizer.convert_ids_to_tokens(max(input_ids))
+        raise InputError(
+            f"token {token!r} of the prompt has id {max(input_ids)}, and the model knows {size} tokens",
+            "use the tokenizer that came with the model",
+        )
 
 
 def _context(model: nn.Module) -> int:

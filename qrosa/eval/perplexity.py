@@ -11,7 +11,7 @@ from typing import TypedDict
 
 from torch import nn
 
-from qrosa.data.batching import micro_batches
+from qrosa.data.batching import each_micro_batch
 from qrosa.data.encode import EncodedRow
 from qrosa.errors import InputError
 from qrosa.model.head import decoder_output, evaluating, model_device, token_log_probs
@@ -56,7 +56,7 @@ def evaluate_loss(
     total, count, done = 0.0, 0, 0
     device = model_device(model)
     with evaluating(model):
-        for batch in micro_batches(rows, max_rows=MAX_ROWS, max_tokens=max_tokens, pad_id=pad_id):
+        for batch in each_micro_batch(rows, max_rows=MAX_ROWS, max_tokens=max_tokens, pad_id=pad_id):
             batch = batch.to(device)
             hidden = decoder_output(model, batch.input_ids, batch.attention_mask, use_cache=False).last_hidden_state
             labels = batch.labels[:, 1:]

@@ -28,6 +28,7 @@ from torch import Tensor
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.base_files import read_original_weight
 from qrosa.base.load import quantize_weight
+from qrosa.base.speech import with_ends
 from qrosa.errors import InputError
 from qrosa.export.card import write_card
 from qrosa.export.folder import check_target, export_folder
@@ -231,10 +232,13 @@ def _write_model_files(opened: OpenedAdapter, folder: Path, dtype: torch.dtype) 
     config.dtype = dtype
     config.architectures = [type(opened.model).__name__]
     generation = opened.base_files.generation_config()
+    if generation is None:
+        generation = GenerationConfig.from_model_config(config).to_diff_dict()
+    known = generation.get("eos_token_id", getattr(config, "eos_token_id", None))
+    ends = with_ends(known, opened.speech.end_tokens)
+    if ends is not None:
+        generation = {**generation, "eos_token_id": ends}
     with storage_errors(folder):
         config.save_pretrained(folder)
-        if generation is None:
-            GenerationConfig.from_model_config(config).save_pretrained(folder)
-    if generation is not None:
-        write_json(folder / "generation_config.json", generation)
-    write_tokenizer(opened.base_files, folder)
+    write_json(folder / "generation_config.json", generation)
+    write_tokenizer(opened, folder)

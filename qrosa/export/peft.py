@@ -64,7 +64,7 @@ def export_peft(
         write_tensors(folder / "adapter_model.safetensors", tensors)
         base = str(Path(opened.base_files.source).resolve()) if model else str(opened.config["base"]["source"])
         write_json(folder / "adapter_config.json", peft_config(base, ranks, alphas, opened.config["adapter"]))
-        write_tokenizer(opened.base_files, folder)
+        write_tokenizer(opened, folder)
         write_card(folder, card_facts(opened, dtype="bf16", base=""))
         files = sorted(path.name for path in folder.iterdir())
     return ExportReport(str(output), "peft", "bf16", "", len(tensors), total, files, time.monotonic() - started)

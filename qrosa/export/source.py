@@ -18,13 +18,14 @@ from qrosa.base.adapter_io import adapter_folder
 from qrosa.base.base_files import BaseFiles
 from qrosa.base.load import empty_model
 from qrosa.base.open import open_base
+from qrosa.base.speech import Speech
 from qrosa.errors import InputError
 from qrosa.export.card import Facts
 from qrosa.export.shards import storage_errors
 from qrosa.sparse.store import read_adapter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,15 @@ class OpenedAdapter:
     model: PreTrainedModel
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
+
+    @property
+    def speech(self) -> Speech:
+        """How the trained model is asked, and how its answers end."""
+        return Speech.of(self.config)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer, with the chat template that was trained with."""
+        return self.speech.put_on(self.base_files.tokenizer())
 
 
 def open_adapter(source: str | Path, model: str | None = None) -> OpenedAdapter:
@@ -114,11 +124,11 @@ def card_facts(opened: OpenedAdapter, *, dtype: str, base: str) -> Facts:
     )
 
 
-def write_tokenizer(base_files: BaseFiles, folder: Path) -> None:
-    """Save the base's tokenizer, its chat template included.
+def write_tokenizer(opened: OpenedAdapter, folder: Path) -> None:
+    """Save the tokenizer, with the chat template that was trained with.
 
     Raises:
         StorageError: The folder cannot be written.
     """
     with storage_errors(folder):
-        base_files.tokenizer().save_pretrained(folder)
+        opened.tokenizer().save_pretrained(folder)

@@ -189,7 +189,7 @@ def check_same_run(state: Mapping[str, Any], settings: Mapping[str, Any], finger
     before_settings = state.get("settings", {})
     for name, now in settings.items():
         # The fingerprints speak for the base and the data; where they lie is free.
-        if name in FREE_SETTINGS or name in ("model", "data", "eval_data"):
+        if name in FREE_SETTINGS or name in ("model", "data", "eval_data", "chat_template"):
             continue
         if before_settings.get(name) != now:
             flag = "--" + name.replace("_", "-")

@@ -53,8 +53,20 @@ def page(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
         f'<body><main><h1>{title}</h1><div class="tiles">{tiles}</div><div class="charts">{body}</div>'
-        f"<details><summary>Settings</summary><table>{rows}</table></details></main></body></html>\n"
+        f"{_data(facts)}<details><summary>Settings</summary><table>{rows}</table></details></main></body></html>\n"
     )
+
+
+def _data(facts: Facts) -> str:
+    """What is not used as it stands in the data, with the first place of each."""
+    lines = "".join(
+        f"<tr><th>{html.escape(note['what'])}</th><td>{note['count']:,} {html.escape(note['unit'])}</td>"
+        f"<td>{html.escape(note['why'])}</td><td>{html.escape(note['first'])}</td></tr>"
+        for note in facts.data.get("unused", ())
+    )
+    if not lines:
+        return ""
+    return f'<section class="data"><h2>Data that is not used as it stands</h2><table>{lines}</table></section>'
 
 
 def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
@@ -156,6 +168,7 @@ svg .label, svg .value { fill: var(--ink) }
 .ramp { width: 120px; height: 10px; border-radius: 3px; border: 1px solid var(--line);
   background: linear-gradient(90deg, transparent, var(--s1)) }
 .empty { color: var(--soft) }
+.data { margin-bottom: 16px; overflow-x: auto }
 table { border-collapse: collapse; margin-top: 8px }
 th, td { text-align: left; padding: 2px 16px 2px 0; font-weight: 400 }
 th { color: var(--soft) }

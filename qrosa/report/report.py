@@ -79,7 +79,7 @@ low-rank and a sparse part.
 
 | | |
 |---|---|
-| rows | {facts.data.get("rows", "?")} from `{settings["data"]}` |
+| rows | {facts.data.get("rows", "?")} from {", ".join(f"`{source}`" for source in settings["data"])} |
 | steps | {report["steps"]} of {settings["batch_size"]} rows ({report["tokens"]:,} tokens) |
 | low-rank part | {low_rank} |
 | sparse part | {sum(m.nnz for m in facts.modules):,} values, chosen by `{settings["mask_score"]}` |

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qrosa.data.batching import supervised_tokens
+from qrosa.data.store import row_lengths, with_supervised_tokens
 from qrosa.errors import DoesNotFitError
 from qrosa.eval.perplexity import evaluate_loss, loss_result
 from qrosa.train.step import free_memory, is_out_of_memory
@@ -47,8 +47,8 @@ def evaluate(
     Raises:
         DoesNotFitError: A single row does not fit.
     """
-    mine = [row for row in rows[accelerator.process_index :: accelerator.num_processes] if supervised_tokens(row)]
-    longest = max((len(row.input_ids) for row in mine), default=1)
+    mine = with_supervised_tokens(rows[accelerator.process_index :: accelerator.num_processes])
+    longest = max(row_lengths(mine), default=1)
     while True:
         try:
             total, count = _share(model, mine, max_tokens, pad_id, progress)

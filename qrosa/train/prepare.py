@@ -7,15 +7,18 @@ What comes out is all that the run needs, settings resolved: where the user left
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qrosa.adapters.budget import Allocation, allocate
 from qrosa.base.shape import ModelShape
 from qrosa.base.shape_source import read_shape
-from qrosa.config import RunConfig
+from qrosa.base.speech import Speech
+from qrosa.config import SPLITS, RunConfig
 from qrosa.data.length import row_length
+from qrosa.data.rendering import read_template
 from qrosa.optim.schedule import Phases, warmup_and_total
 from qrosa.optim.zero.settings import ZeroSettings, zero_settings
 from qrosa.planner.bytes.zero import drive_bytes
@@ -69,6 +72,24 @@ class Prepared:
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
 
+    @property
+    def speech(self) -> Speech:
+        """How the trained model is to be asked, and how its answers end."""
+        own = self.config.data.chat_template is None
+        return Speech(self.train.report.ends, None if own else str(self.tokenizer.chat_template))
+
+    def data_report(self) -> dict[str, Any]:
+        """What became of the rows, as ``report.json`` says it."""
+        told = dataclasses.asdict(self.train.report)
+        return told | ({"heldout": dataclasses.asdict(self.heldout.report)} if self.heldout else {})
+
+    def unused(self) -> list[str]:
+        """What is not used as it stands in the data, a text for people for each of the two sets of rows."""
+        reports = {"training rows": self.train.report}
+        if self.heldout is not None:
+            reports["held-out rows"] = self.heldout.report
+        return [text for name, report in reports.items() if (text := report.told(name))]
+
     def fingerprints(self) -> dict[str, str]:
         """What a resumed run must find unchanged."""
         held_out = self.heldout.fingerprint() if self.heldout else "none"
@@ -100,8 +121,10 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
     here = read_here()
     allocation = allocate(config.adapter, shape.linears, shape.base_parameters)
     tokenizer = base_files.tokenizer()
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = read_template(config.data.chat_template)
     seq_len = row_length(config.data.seq_len, getattr(base_files.config, "max_position_embeddings", None))
-    train, heldout = load_data(config, tokenizer, seq_len)
+    train, heldout = load_data(config, tokenizer, seq_len, getattr(base_files.config, "vocab_size", None))
     phases = warmup_and_total(
         config, len(train), low_rank=allocation.low_rank_parameters > 0, sparse=allocation.nnz_total > 0
     )
@@ -148,15 +171,31 @@ def _plan(
     return solve(make_request(shape, config.groups, here, rows=rows, vram=cap, device=device), allocation), cap
 
 
-def load_data(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> tuple[Dataset, Dataset | None]:
+def load_data(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, seq_len: int, vocabulary: int | None
+) -> tuple[Dataset, Dataset | None]:
     """Training rows, and held-out rows if some were asked for."""
-    from qrosa.data.dataset import load_rows
+    from qrosa.data.dataset import EVAL_SPLITS, load_rows
 
     data = config.data
-    assert data.data is not None
-    train = load_rows(data.data, tokenizer, seq_len=seq_len, train_on=data.train_on)
+
+    def load(sources: Sequence[str], split: str | Sequence[str]) -> Dataset:
+        return load_rows(
+            sources,
+            tokenizer,
+            seq_len=seq_len,
+            train_on=data.train_on,
+            split=split,
+            columns=data.columns,
+            vocabulary=vocabulary,
+            seed=config.train.seed,
+        )
+
+    train = load(data.data, "train")
     if data.eval_data is not None:
-        return train, load_rows(data.eval_data, tokenizer, seq_len=seq_len, train_on=data.train_on, split="test")
+        return train, load([data.eval_data], EVAL_SPLITS)
+    if data.eval_split in SPLITS:
+        return train, load(data.data, data.eval_split)
     share = parse_share(data.eval_split, "--eval-split") if data.eval_split is not None else 0.0
     return train.split(share, config.train.seed) if share > 0 else (train, None)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qrosa.adapters.inject import quantized_linears
-from qrosa.base.adapter_io import attach_adapter, load_adapter, save_adapter
+from qrosa.base.adapter_io import attach_adapter, load_adapter, save_adapter, set_speech
 from qrosa.config import RunConfig, to_flat
 from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.errors import InputError
@@ -98,12 +98,15 @@ class _Run:
     def go(self, *, resume: bool, force: bool) -> dict[str, Any]:
         """Everything from loading the base to the report, in order; returns the report."""
         checkpoint = self._found_checkpoint() if resume else None
+        for text in self.prepared.unused():
+            self.progress.notice(text)
         with self.meter.phase("load"):
             base = self._load()
         if self.config.adapter.rank_by == "sensitivity":
             self._give_out_ranks(base, checkpoint)
         with self.meter.phase("load"):
             model = self._attach(base, checkpoint)
+        set_speech(model, self.prepared.speech)
         # Only now: a damaged base shows when it is read, and must not leave a folder, nor cost --force a former run.
         self._open_folder(checkpoint, fresh=not resume, force=force)
         work = self._work(model, checkpoint)
@@ -280,7 +283,7 @@ class _Run:
             planned=self.prepared.plan.planned,
             modules=module_shares(work.model),
             where=self.prepared.plan.where,
-            data=dataclasses.asdict(self.prepared.train.report),
+            data=self.prepared.data_report(),
             trainable=sum(part.size for part in work.optimizer.parts.values()),
         )
         report = write_report(self.folder, facts) if self.accelerator.is_main_process else {}

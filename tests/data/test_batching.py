@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrosa.data.batching import MicroBatch, micro_batches, step_rows
@@ -18,6 +18,7 @@ def make_row(length: int, start: int = 100) -> EncodedRow:
     return EncodedRow(ids, [IGNORE] * min(2, length) + ids[2:])
 
 
+@settings(deadline=None)
 @given(n_rows=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 2**31 - 1))
 def test_every_row_comes_once_an_epoch(n_rows: int, batch_size: int, seed: int) -> None:
     epochs = 3
@@ -27,6 +28,7 @@ def test_every_row_comes_once_an_epoch(n_rows: int, batch_size: int, seed: int) 
         assert sorted(order[epoch * n_rows : (epoch + 1) * n_rows]) == list(range(n_rows))
 
 
+@settings(deadline=None)
 @given(n_rows=st.integers(1, 40), batch_size=st.integers(1, 50), step=st.integers(0, 10**6))
 def test_a_step_depends_on_nothing_before_it(n_rows: int, batch_size: int, step: int) -> None:
     rows = step_rows(n_rows, batch_size, step, seed=7)
@@ -48,6 +50,7 @@ def test_seeds_and_epochs_differ_and_orders_never_change() -> None:
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 
 
+@settings(deadline=None)
 @given(lengths=lengths, max_rows=st.integers(1, 8), max_tokens=st.integers(1, 200))
 def test_micro_batches_hold_every_row_once_within_bounds(lengths: list[int], max_rows: int, max_tokens: int) -> None:
     rows = [make_row(length, start=1000 * index) for index, length in enumerate(lengths)]
@@ -67,6 +70,7 @@ def test_micro_batches_hold_every_row_once_within_bounds(lengths: list[int], max
     assert sum(batch.supervised_tokens for batch in batches) == sum(row.supervised_tokens for row in rows)
 
 
+@settings(deadline=None)
 @given(lengths=lengths)
 def test_the_longest_come_first(lengths: list[int]) -> None:
     batches = micro_batches([make_row(n) for n in lengths], max_rows=4, max_tokens=120, pad_id=PAD)

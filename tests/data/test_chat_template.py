@@ -81,7 +81,8 @@ class TestRewrittenTurns:
     def test_a_generation_prompt_that_opens_a_thought(self) -> None:
         template = ChatTemplate(make_tokenizer(made.OPEN_THOUGHT))
         rendered = template.render(Conversation(turns("q", "a")), "f:1")
-        assert rendered.text == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\na<|im_end|>\n"
+        asked = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n"
+        assert rendered.text == asked + "\n</think>\n\na<|im_end|>\n"
         assert learnt(made.OPEN_THOUGHT, turns("q", "<think>\nhm\n</think>a")) == (["hm\n</think>a<|im_end|>"], 0)
 
 

@@ -83,10 +83,10 @@ class TestNothingToLearn:
         """Its generation prompt never comes before an answer, nor is the answer's text kept."""
         source = made.OPEN_THOUGHT.replace("message['content']", "message['content'].split('</think>')[-1]")
         path = rows_file({"messages": turns("q", "<think>\nhm\n</think>a", "q2", "<think>\nhm\n</think>b")})
-        with pytest.raises(InputError, match="rewrites what the assistant said") as caught:
-            load_rows(path, make_tokenizer(source), seq_len=64)
-        assert "--train-on all" in caught.value.hint
-        assert load_rows(path, make_tokenizer(source), seq_len=64, train_on="all").report.supervised_tokens > 0
+        report = load_rows(path, make_tokenizer(source), seq_len=64).report
+        assert (
+            report.rows == 1 and report.skipped_turns == 1
+        )  # the last answer is put together, the first is not asked for
 
 
 class TestSplit:
@@ -120,7 +120,7 @@ def test_the_fingerprint_sees_every_token_label_and_boundary() -> None:
     base = fingerprint(([1, 2, 3], [IGNORE, 2, 3]), ([4], [IGNORE]))
     assert base == fingerprint(([1, 2, 3], [IGNORE, 2, 3]), ([4], [IGNORE]))
     others = {
-        fingerprint(([1, 2, 4], [IGNORE, 2, 3]), ([4], [IGNORE])),
+        fingerprint(([1, 2, 4], [IGNORE, 2, 4]), ([4], [IGNORE])),
         fingerprint(([1, 2, 3], [IGNORE, IGNORE, 3]), ([4], [IGNORE])),
         fingerprint(([4], [IGNORE]), ([1, 2, 3], [IGNORE, 2, 3])),
         fingerprint(([1, 2, 3, 4], [IGNORE, 2, 3, IGNORE])),

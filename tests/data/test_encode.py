@@ -11,8 +11,9 @@ from chat_tokenizers import make_tokenizer, turns
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrosa.data.encode import IGNORE, Encoder, encode, encode_prompt, preview
+from qrosa.data.encode import IGNORE, Encoder, encode, encode_prompt
 from qrosa.data.formats import RawRow
+from qrosa.data.preview import preview
 from qrosa.errors import InputError
 
 SEQ_LEN = 512
@@ -186,9 +187,10 @@ class TestLength:
 
     def test_a_row_of_exactly_seq_len_is_whole(self) -> None:
         tokenizer = make_tokenizer()
-        size = len(row_of(tokenizer, {"text": "the film"}).input_ids)
-        assert not row_of(tokenizer, {"text": "the film"}, seq_len=size).truncated
-        assert row_of(tokenizer, {"text": "the film"}, seq_len=size - 1).truncated
+        fields = {"prompt": "the", "completion": "film"}
+        size = len(row_of(tokenizer, fields).input_ids)
+        assert not row_of(tokenizer, fields, seq_len=size).truncated
+        assert row_of(tokenizer, fields, seq_len=size - 1).truncated
 
 
 class TestEvaluation:

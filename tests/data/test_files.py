@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qrosa.data.files import read_records
+from qrosa.data.sources import read_records
 from qrosa.errors import InputError, QrosaError, StorageError
 
 ROWS = [
@@ -125,7 +125,7 @@ def test_csv_takes_long_cells(tmp_path: Path) -> None:
         ("a.csv", b"prompt,completion\na,\xe4\n", "byte 0xe4 is not valid UTF-8"),
         ("a.parquet", b"PAR1 no it is not", "is not a sound Parquet file"),
         ("a.parquet", b"", "is not a sound Parquet file"),
-        ("a.txt", "text", "is of no known format"),
+        ("a.xyz", "text", "is of no known format"),
     ],
 )
 def test_malformed_files_are_named_with_their_place(tmp_path: Path, name: str, content: str | bytes, said: str) -> None:

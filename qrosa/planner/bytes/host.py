@@ -21,7 +21,9 @@ KEPT_HEAP = 264 * MIB
 KEPT_SHARE = {"select": 0.4, "train": 0.4, "eval": 0.45}  # evaluation: of training's
 KEPT_LAYERS = 5
 CUDA_RUNTIME = 2048 * MIB  # the same with a CUDA build and its context's host side
-ROW_BYTES = 20  # of an encoded token: places in two lists, and its share of the row; counted, and 18 seen resident
+ROW_BYTES = (
+    4  # of a token: the rows themselves lie in a file, 28 bytes a row of index here; enough for rows of 7 tokens
+)
 EXPORT_BUFFER = 64 * MIB  # the writer's
 
 

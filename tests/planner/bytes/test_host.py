@@ -114,8 +114,6 @@ def test_rows_are_counted() -> None:
 
 
 def test_rows_take_what_is_counted(smollm2: Path, tmp_path: Path) -> None:
-    import sys
-
     from transformers import AutoTokenizer
 
     from qrosa.data.dataset import load_rows
@@ -124,9 +122,9 @@ def test_rows_take_what_is_counted(smollm2: Path, tmp_path: Path) -> None:
     lines = [{"text": " ".join(words[(i * k) % len(words)] for k in range(60))} for i in range(200)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = load_rows(str(tmp_path / "rows.jsonl"), AutoTokenizer.from_pretrained(smollm2), seq_len=512)
-    taken = sum(sys.getsizeof(part) for row in found.rows for part in (row, row.where, row.input_ids, row.labels))
-    assert taken < ROW_BYTES * 1.3 * found.report.tokens
-    assert taken > ROW_BYTES * 0.7 * found.report.tokens
+    store, rows = found.rows._store, found.rows
+    arrays = (store.starts, store.lengths, store.supervised, rows._numbers, rows.lengths, rows.supervised)
+    assert 0 < sum(array.nbytes for array in arrays) < ROW_BYTES * found.report.tokens
 
 
 def test_starting_at_the_error_is_part_of_loading() -> None:
