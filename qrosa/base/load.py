@@ -89,6 +89,22 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -
     Raises:
         InputError: The architecture is not a causal language model, or has no suitable linear layers.
     """
+    model = meta_model(config, dtype)
+    for path, linear in target_linears(model).items():
+        weight = NF4Weight.meta((linear.out_features, linear.in_features), dtype)
+        replace_module(model, path, QRosaLinear(weight, linear.bias))
+    _turn_head(model)
+    model.tie_weights()  # making parameters meta one by one has untied them
+    model.requires_grad_(False)
+    return model
+
+
+def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model as transformers builds it, with meta parameters and real (computed) buffers.
+
+    Raises:
+        InputError: The architecture is not a causal language model.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -100,12 +116,6 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -
             f"{getattr(config, 'model_type', 'this')} cannot be built as a causal LM: {first_line(error)}",
             "use a decoder-only model such as Llama, Mistral, Qwen, Gemma or Phi-3",
         ) from None
-    for path, linear in target_linears(model).items():
-        weight = NF4Weight.meta((linear.out_features, linear.in_features), dtype)
-        replace_module(model, path, QRosaLinear(weight, linear.bias))
-    _turn_head(model)
-    model.tie_weights()  # making parameters meta one by one has untied them
-    model.requires_grad_(False)
     return model
 
 
@@ -171,14 +181,20 @@ def _fill(
             progress(done + 1, len(layers) + len(dense))
     parameters = dict(model.named_parameters())
     for done, name in enumerate(dense):
-        _set_parameter(model, name, _read_dense(base_files, name, parameters[name]).to(device, dtype))
+        set_parameter(model, name, read_dense(base_files, name, parameters[name]).to(device, dtype))
         if progress:
             progress(len(layers) + done + 1, len(layers) + len(dense))
     model.tie_weights()
-    _move_buffers(model, device)
+    move_buffers(model, device)
 
 
-def _read_dense(base_files: BaseFiles, name: str, parameter: Tensor) -> Tensor:
+def read_dense(base_files: BaseFiles, name: str, parameter: Tensor) -> Tensor:
+    """A floating-point tensor of the base, checked to have the shape of the parameter that it is for.
+
+    Raises:
+        InputError: It is not there, or is quantised.
+        StorageError: It has another shape.
+    """
     base_files.require(name)
     tensor = base_files.read(name)
     _check_shape(base_files, name, tuple(tensor.shape), tuple(parameter.shape))
@@ -197,12 +213,14 @@ def _check_shape(base_files: BaseFiles, name: str, found: tuple[int, ...], expec
         )
 
 
-def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a frozen parameter in the place of the one at ``name``."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
 
 
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put the buffers on the device, in their own dtypes."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
