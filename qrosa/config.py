@@ -25,6 +25,7 @@ SPARSE_INITS = ("residual", "zero")
 LOW_RANK_INITS = ("lora", "svd")
 RANK_ORDERS = ("order", "sensitivity")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit")
+BASE_ROUNDINGS = ("nearest", "feedback")
 SCHEDULES = ("linear", "cosine", "constant")
 SPLITS = ("validation", "test")
 LOGGERS = ("tensorboard", "wandb", "trackio")
@@ -201,6 +202,17 @@ class TrainConfig:
     save_every: int | None = setting(None, "Steps between checkpoints.  [default: a tenth of all steps]")
     keep: int = setting(2, "Newest checkpoints to keep.")
     log_to: tuple[str, ...] = setting((), "Also log to these, comma-separated.", choices=LOGGERS)
+    base: str | None = setting(
+        None,
+        "Train on this 4-bit base, which 'qrosa quantize' made of --model.  [default: --model itself, in 4 bits]",
+        metavar="FOLDER",
+    )
+    base_rounding: str = setting(
+        "nearest",
+        "How --model is brought to 4 bits: to the nearest level while it is loaded, or with error feedback on the "
+        "training rows, which takes some minutes first and loses less.",
+        choices=BASE_ROUNDINGS,
+    )
     seed: int = setting(42, "Seed of data order, initial values, dropout and random masks.")
     offload: str = setting(
         "auto",
@@ -230,6 +242,8 @@ class TrainConfig:
                 check_positive(name, getattr(self, name))
         if self.epochs is not None and self.max_steps is not None:
             raise InputError("--epochs and --max-steps contradict each other", "give one of them")
+        if self.base is not None and self.base_rounding == "feedback":
+            raise InputError("--base and --base-rounding feedback contradict each other", "leave one of them out")
         if self.micro_batch != "auto" and not (self.micro_batch.isdigit() and int(self.micro_batch) > 0):
             raise InputError(f"--micro-batch {self.micro_batch!r} is not a count", "use a number such as 4, or auto")
         check_range("lr_warmup", self.lr_warmup, 0, 1)

@@ -25,7 +25,7 @@ TIERS = (
     *("ops", "quant", "sparse", "adapters", "data"),
     *("base", "optim", "offload", "masks"),
     *("planner", "model", "record", "report"),
-    *("eval", "export", "train", "measure"),
+    *("eval", "export", "calibrate", "train", "measure"),
     "cli",
 )
 FACADE = ("__init__", "api")  # `import qrosa`: the public names, from wherever they live

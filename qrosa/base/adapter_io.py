@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+_BESIDE = ".."  # an adapter in its base's folder names it so
+
+
 def attach_adapter(
     model: PreTrainedModel, config: AdapterConfig, seed: int = 42, allocation: Allocation | None = None
 ) -> Allocation:
@@ -72,8 +75,13 @@ def refuse_unmeasured(config: AdapterConfig) -> None:
         )
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, *, beside_base: bool = False) -> None:
     """Write the model's low-rank and sparse part to ``folder`` (``adapter.safetensors``, ``adapter_config.json``).
+
+    Args:
+        model: A model with an adapter.
+        folder: Made if it is not there.
+        beside_base: The folder lies in the base's own, and the two are moved and copied together.
 
     Raises:
         InputError: The model has no adapter.
@@ -82,7 +90,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     state = adapter_state(model)
     if not state:
         raise InputError("the model has no adapter to save", "load it with an AdapterConfig, or fine-tune it first")
-    write_adapter(folder, state, adapter_config(model))
+    config = adapter_config(model)
+    if beside_base:
+        config["base"]["source"] = _BESIDE
+    write_adapter(folder, state, config)
 
 
 def adapter_config(model: nn.Module) -> dict[str, Any]:
@@ -162,7 +173,8 @@ def is_run_or_adapter(source: str | Path) -> bool:
 
 def base_source(folder: str | Path) -> str:
     """The base that an adapter names: an absolute path or a hub id."""
-    return str(read_adapter_config(folder)["base"].get("source", ""))
+    source = str(read_adapter_config(folder)["base"].get("source", ""))
+    return str(Path(folder).resolve().parent) if source == _BESIDE else source
 
 
 def load_run_or_model(

@@ -56,6 +56,10 @@ class BlockwiseModel:
         device: Where blocks compute.
         micro_batch: Rows that a block computes at once.
 
+    Attributes:
+        blocks: The decoder blocks, in order.
+        outside: Names of the parameters that lie in no block.
+
     Raises:
         InputError: Not a model that can be a base.
     """
@@ -71,6 +75,7 @@ class BlockwiseModel:
         for block in self.blocks:
             stack[block.index] = _Wrapped(block, self)  # the model now lists what lies outside the blocks only
         self.model.tie_weights()  # a tied head is then listed once, as the embedding
+        self.outside = [name for name, _ in self.model.named_parameters()]
         for name, parameter in list(self.model.named_parameters()):
             set_parameter(self.model, name, self._read(name, parameter))
         self.model.tie_weights()

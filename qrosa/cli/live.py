@@ -18,6 +18,10 @@ _STAGES = {
     "svd": "fitting the low-rank part",
     "select": "selecting masks",
     "eval": "evaluating",
+    "write rows": "writing calibration rows",
+    "score": "scoring held-out rows",
+    "choose positions": "choosing sparse positions",
+    "quantise": "quantising",
 }
 
 

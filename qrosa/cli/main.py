@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("qrosa.cli.eval", "Score a model or a run on rows: loss, perplexity, accuracy."),
     "generate": ("qrosa.cli.generate", "Answer a prompt, or chat."),
     "export": ("qrosa.cli.export", "Merge a run into a model that loads without qrosa."),
+    "quantize": ("qrosa.cli.quantize", "Make a better 4-bit base, with the repair of what 4 bits lost beside it."),
     "inspect": ("qrosa.cli.inspect", "Show what an adapter holds."),
     "doctor": ("qrosa.cli.doctor", "Check this machine: torch, card, op libraries, disk."),
 }

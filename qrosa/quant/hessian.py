@@ -62,34 +62,58 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     diagonal[diagonal == 0] = 1
     order = torch.argsort(diagonal, descending=True, stable=True)
     diagonal += damping * diagonal.mean()
-    damped = damped[order][:, order]
-    lower = torch.linalg.cholesky(damped.flip(0, 1))
-    upper = torch.linalg.solve_triangular(
-        lower.flip(0, 1), torch.eye(len(order), dtype=lower.dtype, device=lower.device), upper=True
-    )
-    return Factor(order, upper.float())
+    backward = order.flip(0)
+    damped = damped[backward][:, backward]
+    upper = torch.linalg.cholesky(damped).flip(0, 1)
+    identity = torch.eye(len(order), dtype=upper.dtype, device=upper.device)
+    return Factor(order, torch.linalg.solve_triangular(upper, identity, upper=True).float())
 
 
-@contextmanager
-def input_moments(layers: Mapping[str, nn.Module], moments: dict[str, Tensor]) -> Iterator[None]:
-    """While inside, each forward pass adds X^T X of the layers' inputs to ``moments``, fp32 [K, K].
+class InputMoments:
+    """X^T X of the inputs of linear layers, summed over forward passes; layers that share an input share a sum.
 
-    Args:
-        layers: Name -> linear layer; one of those that share an input is enough.
-        moments: Filled by name; sums stand where they are on the layer's device.
+    Which layers do shows in the first pass: they are handed the very same tensor.
+
+    Attributes:
+        leader: Layer -> the first layer that reads the same input. Layers that never ran are missing.
+        sums: Leader -> fp32 [K, K], on the layer's device.
     """
-    handles = []
-    for name, layer in layers.items():
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
-            x = inputs[0].detach().flatten(0, -2).float()
-            if name not in moments:
-                moments[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-            moments[name].addmm_(x.mT, x)
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
+        self.leader: dict[str, str] = {}
+        self.sums: dict[str, Tensor] = {}
 
-        handles.append(layer.register_forward_pre_hook(hook))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def groups(self) -> list[list[str]]:
+        """The layers by shared input, in the order given."""
+        groups: dict[str, list[str]] = {}
+        for name in self.layers:
+            if name in self.leader:
+                groups.setdefault(self.leader[name], []).append(name)
+        return list(groups.values())
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """While inside, each forward pass adds to the sums."""
+        first_inputs: dict[str, Tensor] = {}  # kept alive, so that no later tensor can take a first one's place
+
+        def hook(name: str, x: Tensor) -> None:
+            if name not in self.leader:
+                same = (other for other, first in first_inputs.items() if first is x)
+                self.leader[name] = next(same, name)
+                first_inputs.setdefault(self.leader[name], x)
+            if self.leader[name] == name:
+                rows = x.detach().flatten(0, -2).float()
+                if name not in self.sums:
+                    self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+                self.sums[name].addmm_(rows.mT, rows)
+
+        handles = [
+            layer.register_forward_pre_hook(lambda _, inputs, name=name: hook(name, inputs[0]))
+            for name, layer in self.layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

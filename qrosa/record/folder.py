@@ -1,6 +1,7 @@
 """The run folder: what lies in it, when it may be made, and its two growing logs.
 
-    config.yaml plan.json metrics.jsonl eval.jsonl checkpoints/ adapter/ report.json report.html README.md [logs/]
+    config.yaml plan.json metrics.jsonl eval.jsonl checkpoints/ adapter/ report.json report.html README.md
+    [base/] [logs/]
 
 Nothing is created before everything that can be refused has been looked at, so a bad input leaves no folder behind.
 ``--force`` deletes the files of a former run and no others: a mistyped ``--output ~`` must not cost a home folder.
@@ -23,6 +24,7 @@ PLAN_FILE = "plan.json"
 METRICS_FILE = "metrics.jsonl"
 EVAL_FILE = "eval.jsonl"
 ADAPTER_FOLDER = "adapter"
+BASE_FOLDER = "base"  # a 4-bit base that was made for the run
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 CARD_FILE = "README.md"
@@ -34,6 +36,7 @@ OWN_NAMES = (
     EVAL_FILE,
     "checkpoints",
     ADAPTER_FOLDER,
+    BASE_FOLDER,
     REPORT_JSON,
     REPORT_HTML,
     CARD_FILE,

@@ -19,6 +19,7 @@ from qrosa.base.speech import Speech
 from qrosa.config import SPLITS, RunConfig
 from qrosa.data.length import row_length
 from qrosa.data.rendering import read_template
+from qrosa.errors import InputError
 from qrosa.optim.schedule import Phases, warmup_and_total
 from qrosa.optim.zero.settings import ZeroSettings, zero_settings
 from qrosa.planner.bytes.zero import drive_bytes
@@ -45,6 +46,7 @@ class Prepared:
     Attributes:
         config: Settings with every choice made.
         base_files: The base, opened.
+        original: The 16-bit weights that it was or will be rounded from; None where they are not known.
         tokenizer: Its tokenizer.
         train: Training rows.
         heldout: Rows to evaluate on, or None.
@@ -57,6 +59,7 @@ class Prepared:
 
     config: RunConfig
     base_files: BaseFiles
+    original: BaseFiles | None
     tokenizer: PreTrainedTokenizerBase
     train: Dataset
     heldout: Dataset | None
@@ -111,12 +114,20 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
         StorageError: Damaged, unreadable or unwritable files.
     """
     from qrosa.base.open import open_base
+    from qrosa.train.base import given_base
 
     if not dry_run:
         check_output(Path(config.output), resume=resume, force=force)
     check_trackers(config.train.log_to)
     zero = _deepspeed(config, dry_run=dry_run)
-    base_files = open_base(config.model)
+    named = open_base(config.model)
+    original = None if named.kind == "nf4" else named
+    base_files = named if config.train.base is None else given_base(config.train.base, named)
+    if original is None and config.train.base_rounding == "feedback":
+        raise InputError(
+            f"{config.model} is in 4 bits already, so --base-rounding has nothing to round",
+            "give the 16-bit model, or leave --base-rounding out",
+        )
     shape = read_shape(config.model)
     here = read_here()
     allocation = allocate(config.adapter, shape.linears, shape.base_parameters)
@@ -137,7 +148,7 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
             needed = drive_bytes(plan.work) * here.sharing
             check_room(Path(zero.nvme).expanduser(), needed, "free some of it, or name a folder on another drive")
     config = _resolve(config, seq_len, phases, plan)
-    return Prepared(config, base_files, tokenizer, train, heldout, allocation, phases, plan, cap, zero)
+    return Prepared(config, base_files, original, tokenizer, train, heldout, allocation, phases, plan, cap, zero)
 
 
 def _deepspeed(config: RunConfig, *, dry_run: bool) -> ZeroSettings | None:

@@ -34,6 +34,7 @@ from qrosa.record.state import RunState
 from qrosa.record.trackers import check_trackers, make_accelerator, start_trackers
 from qrosa.report.facts import Facts, ModuleShare
 from qrosa.report.report import write_report
+from qrosa.train.base import feedback_base, name_home, take_home
 from qrosa.train.loop import TrainingLoop
 from qrosa.train.prepare import Prepared, prepare
 from qrosa.train.progress import Progress
@@ -77,6 +78,9 @@ def finetune(
     try:
         prepared = prepare(config, resume=resume, force=force)
         accelerator.wait_for_everyone()  # no process makes the folder before every one has found it free
+        if config.train.base_rounding == "feedback":
+            base = feedback_base(prepared.config, prepared.train.rows, accelerator, progress)
+            prepared = dataclasses.replace(prepared, base_files=base)
         return _Run(prepared, accelerator, progress).go(resume=resume, force=force)
     finally:
         progress.close()
@@ -109,6 +113,8 @@ class _Run:
         set_speech(model, self.prepared.speech)
         # Only now: a damaged base shows when it is read, and must not leave a folder, nor cost --force a former run.
         self._open_folder(checkpoint, fresh=not resume, force=force)
+        if self.config.train.base_rounding == "feedback":
+            self._take_base_home(model)
         work = self._work(model, checkpoint)
         start_trackers(self.accelerator, self.identity["settings"])
         loop = TrainingLoop(work, self.progress)
@@ -141,6 +147,13 @@ class _Run:
             if fresh or checkpoint is None:
                 write_json(self.folder / PLAN_FILE, document(self.prepared.plan))
         self.accelerator.wait_for_everyone()
+
+    def _take_base_home(self, model: PreTrainedModel) -> None:
+        """A base that was made for the run lies in its folder, now that there is one."""
+        if self.accelerator.is_main_process:
+            take_home(self.config.output)
+        self.accelerator.wait_for_everyone()
+        name_home(self.config.output, model)
 
     def _load(self) -> PreTrainedModel:
         """The base in 4 bits."""
@@ -177,7 +190,7 @@ class _Run:
                 rows,
                 limit=len(rows),
                 seed=config.train.seed,
-                base_files=None if self.prepared.base_files.kind == "nf4" else self.prepared.base_files,
+                base_files=self.prepared.original,
                 progress=lambda n, of: self.progress.stage("svd", n, of),
             ):
                 self.progress.notice(notice)
@@ -240,7 +253,7 @@ class _Run:
         """Pick the masks and hand the new sparse part to the optimizer."""
         config, prepared = self.config, self.prepared
         rows = self._selection_rows()
-        original = None if prepared.base_files.kind == "nf4" else prepared.base_files
+        original = prepared.original
         positions = select_masks(
             model,
             rows,

@@ -9,7 +9,7 @@ from torch import Tensor
 from qrosa.errors import InputError
 from qrosa.quant.feedback import round_with_feedback
 from qrosa.quant.grid import Grid
-from qrosa.quant.hessian import Factor, factor, input_moments
+from qrosa.quant.hessian import Factor, InputMoments, factor
 from qrosa.quant.maxima import search_maxima
 from qrosa.quant.nf4 import NF4Weight
 
@@ -138,16 +138,20 @@ def test_unusable_moments_are_refused(fill: float) -> None:
         factor(torch.full((8, 8), fill))
 
 
-def test_moments_are_summed_over_passes() -> None:
-    layer = torch.nn.Linear(6, 3)
-    first, second = torch.randn(2, 5, 6), torch.randn(1, 4, 6)
-    moments: dict[str, Tensor] = {}
-    with input_moments({"layer": layer}, moments):
-        layer(first)
-        layer(second)
-    layer(first)  # outside: not counted
+def test_moments_are_summed_over_passes_and_shared() -> None:
+    layers = {name: torch.nn.Linear(6, 3) for name in ("q", "k", "o", "never")}
+    first, second, other = torch.randn(2, 5, 6), torch.randn(1, 4, 6), torch.randn(2, 2, 6)
+    moments = InputMoments(layers)
+    with moments.watch():
+        for x in (first, second):
+            layers["q"](x)
+            layers["k"](x)
+            layers["o"](other + 0)
+    layers["q"](first)  # outside: not counted
     rows = torch.cat((first.flatten(0, 1), second.flatten(0, 1)))
-    torch.testing.assert_close(moments["layer"], rows.T @ rows)
+    assert moments.groups() == [["q", "k"], ["o"]]
+    torch.testing.assert_close(moments.sums["q"], rows.T @ rows)
+    torch.testing.assert_close(moments.sums["o"], 2 * other.flatten(0, 1).T @ other.flatten(0, 1))
 
 
 def test_rounding_is_deterministic() -> None:

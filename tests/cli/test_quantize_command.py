@@ -1,0 +1,53 @@
+"""``qrosa quantize`` from outside: its document, its table, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from qrosa.cli.main import cli
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"the film number {n} was good and long"}) + "\n" for n in range(40)))
+    return str(path)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli, ["quantize", *arguments, "--device", "cpu"])
+
+
+def test_prints_one_document(tiny_model_dir: Any, calibration: str, tmp_path: Path) -> None:
+    flags = ("--density", "1%", "--calibration", calibration, "--rows", "4", "--seq-len", "32", "--json")
+    done = run("--model", str(tiny_model_dir()), "--output", str(tmp_path / "base"), *flags)
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert set(report["perplexity"]) == {"original", "nearest", "base", "repaired"}
+    assert report["settings"]["density"] == 0.01 and (tmp_path / "base" / "adapter").is_dir()
+
+
+def test_prints_a_table(tiny_model_dir: Any, calibration: str, tmp_path: Path) -> None:
+    flags = ("--calibration", calibration, "--rows", "4", "--seq-len", "32")
+    done = run("--model", str(tiny_model_dir()), "--output", str(tmp_path / "base"), *flags)
+    assert done.exit_code == 0, done.output
+    assert "4 bits, to nearest" in done.stdout and "with the repair" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--density", "much"), "--density 'much' is not a share"),
+        (("--density", "60%"), "density 0.6 is out of range"),
+        (("--calibration", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_refuses(flags: tuple[str, ...], message: str, tiny_model_dir: Any, tmp_path: Path) -> None:
+    done = run("--model", str(tiny_model_dir()), "--output", str(tmp_path / "base"), *flags)
+    assert done.exit_code == 2 and message in done.output
+    assert list(tmp_path.iterdir()) == []
