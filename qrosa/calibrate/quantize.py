@@ -12,10 +12,9 @@ matrix depend on nothing but the base, the rows and the settings.
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,18 +28,22 @@ from qrosa.base.base_files import BaseFiles
 from qrosa.base.blocks import Block, BlockwiseModel, Run
 from qrosa.base.load import count_parameters, empty_model, load_base
 from qrosa.base.open import open_base
+from qrosa.base.shape_source import read_shape
 from qrosa.calibrate.folder import ADAPTER_FOLDER, WorkFolder, check_output
 from qrosa.calibrate.matrices import quantize_matrices
 from qrosa.calibrate.rows import windows, written_by
-from qrosa.config import AdapterConfig, MaskConfig
+from qrosa.calibrate.settings import QuantizeConfig, describe
+from qrosa.config import MaskConfig
 from qrosa.data.encode import EncodedRow
-from qrosa.errors import InputError
+from qrosa.errors import DoesNotFitError, InputError
 from qrosa.eval.perplexity import evaluate_loss
 from qrosa.files import read_json, read_tensors, write_json, write_tensors
 from qrosa.masks.samples import Sample
 from qrosa.masks.select import select_masks
 from qrosa.model.head import token_log_probs
-from qrosa.quant.hessian import DAMPING, InputMoments
+from qrosa.planner.bytes.calibration import calibration_bytes, calibration_flops
+from qrosa.quant.hessian import InputMoments
+from qrosa.quantities import bytes_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,41 +53,6 @@ Stage = Callable[[str, int, int], None]
 _SELECTION_ROWS = 32
 _ROWS_FILE, _POSITIONS_FILE = "rows.safetensors", "positions.safetensors"
 _NEAREST_FILE, _ORIGINAL_FILE = "nearest.json", "original.json"
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """How a base is quantised.
-
-    Attributes:
-        model: The 16-bit model: a folder, a hub id or a GGUF file.
-        output: The folder to make.
-        density: Share of the quantised weights with a sparse value.
-        rank: Rank of the low-rank part of every matrix.
-        rows: Calibration windows.
-        length: Tokens a window.
-        held_out: More windows, for perplexity.
-        damping: Share of the second moments' mean diagonal that is added to it.
-        seed: Of the windows and of the low-rank fit.
-        micro_batch: Windows that a block computes at once.
-    """
-
-    model: str
-    output: str
-    density: float = 0.0
-    rank: int = 0
-    rows: int = 128
-    length: int = 256
-    held_out: int = 16
-    damping: float = DAMPING
-    seed: int = 42
-    micro_batch: int = 8
-
-    def adapter(self) -> AdapterConfig | None:
-        """The repair's size as an adapter's settings, alpha such that its scale is 1; None without a repair."""
-        if not self.density and not self.rank:
-            return None
-        return AdapterConfig(rank=self.rank, density=self.density, alpha=float(self.rank or 1), dropout=0.0)
 
 
 def quantize(
@@ -141,6 +109,32 @@ class _Job:
         identity = {"base": base_files.fingerprint(), "calibration": source, "settings": settings_text}
         self.folder = WorkFolder(Path(config.output), identity, _blocks(self.shell))
         self.rows = rows
+        self.planned = self._plan()
+
+    def _plan(self) -> dict[str, int]:
+        """Bytes of the pass over the blocks, and its operations.
+
+        Raises:
+            DoesNotFitError: The card has less.
+        """
+        config, shape = self.config, read_shape(self.config.model)
+        planned = calibration_bytes(
+            shape,
+            config.rows,
+            config.length,
+            config.micro_batch,
+            sparse=config.density > 0,
+            low_rank=config.rank > 0,
+            on_card=self.device.type == "cuda",
+        )
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if planned["total"] > free:
+                raise DoesNotFitError(
+                    f"quantising takes {bytes_text(planned['total'])} of device memory, and {bytes_text(free)} is free",
+                    "give fewer --rows or a smaller --seq-len, or --device cpu",
+                )
+        return {**planned, "operations": calibration_flops(shape, config.rows, config.length)}
 
     def go(self) -> dict[str, Any]:
         """Everything in order; returns the report."""
@@ -152,7 +146,16 @@ class _Job:
         self.folder.complete_model(self.base_files, self._dense(blockwise.outside))
         del blockwise
         bare, repaired = self._write_adapter(held_out)
-        report = self._report(ids, sixteen, nearest, bare, repaired)
+        losses = {"original": sixteen, "nearest": nearest, "base": bare}
+        report = {
+            **describe(
+                self.config, ids, self._held_out(ids), losses | ({} if repaired is None else {"repaired": repaired})
+            ),
+            "base": self.base_files.fingerprint(),
+            "planned": self.planned,
+            "matrices": self.folder.errors(),
+            "seconds": round(time.perf_counter() - self.started, 1),
+        }
         self.folder.finish(report)
         return report
 
@@ -191,7 +194,7 @@ class _Job:
         """Flat positions of the sparse part by matrix; empty without one."""
         if self.allocation is None or not self.allocation.nnz_total:
             return {}
-        masks = MaskConfig(mask_score="squared", mask_scope="global", mask_samples=_SELECTION_ROWS)
+        masks = MaskConfig(mask_score="repair", mask_scope="global", mask_samples=_SELECTION_ROWS)
         spread = torch.linspace(0, len(ids) - 1, min(_SELECTION_ROWS, len(ids))).long()
         samples = [Sample(row, row) for row in ids[spread].tolist()]
         return select_masks(
@@ -263,26 +266,6 @@ class _Job:
 
     def _compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-    def _report(
-        self, ids: Tensor, original: float, nearest: float, bare: float, repaired: float | None
-    ) -> dict[str, Any]:
-        held_out = self._held_out(ids)
-
-        def outcome(loss: float) -> dict[str, float]:
-            return {"loss": loss, "perplexity": math.exp(loss), "won_back": (nearest - loss) / (nearest - original)}
-
-        return {
-            "model": self.config.model,
-            "base": self.base_files.fingerprint(),
-            "settings": asdict(self.config),
-            "calibration": {"windows": len(ids) - held_out, "tokens": (len(ids) - held_out) * ids.shape[1]},
-            "held_out": {"windows": held_out, "tokens": held_out * (ids.shape[1] - 1)},
-            "perplexity": {"original": outcome(original), "nearest": outcome(nearest), "base": outcome(bare)}
-            | ({} if repaired is None else {"repaired": outcome(repaired)}),
-            "matrices": self.folder.errors(),
-            "seconds": round(time.perf_counter() - self.started, 1),
-        }
 
 
 def _digest(rows: list[list[int]]) -> str:

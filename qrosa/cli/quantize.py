@@ -72,7 +72,8 @@ def command(
 
     Interrupted, the same command goes on after the last whole block.
     """
-    from qrosa.calibrate.quantize import QuantizeConfig, quantize
+    from qrosa.calibrate.quantize import quantize
+    from qrosa.calibrate.settings import QuantizeConfig
 
     console = progress_console()
     place = choose_device(device)

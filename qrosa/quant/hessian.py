@@ -50,23 +50,23 @@ def factor(hessian: Tensor, damping: float = DAMPING) -> Factor:
     Raises:
         InputError: H holds values that are not finite, or is all zero.
     """
-    damped = hessian.double()
-    diagonal = damped.diagonal()
+    diagonal = hessian.diagonal().double()
     if not bool(diagonal.isfinite().all()) or not bool((diagonal > 0).any()):
         raise InputError(
             "the second moments of a layer's inputs are not finite, or all zero",
             "check the calibration text and the model's weights",
         )
-    damped = damped.clone() if damped is hessian else damped
-    diagonal = damped.diagonal()
-    diagonal[diagonal == 0] = 1
+    diagonal = torch.where(diagonal == 0, 1.0, diagonal)
     order = torch.argsort(diagonal, descending=True, stable=True)
-    diagonal += damping * diagonal.mean()
     backward = order.flip(0)
-    damped = damped[backward][:, backward]
-    upper = torch.linalg.cholesky(damped).flip(0, 1)
-    identity = torch.eye(len(order), dtype=upper.dtype, device=upper.device)
-    return Factor(order, torch.linalg.solve_triangular(upper, identity, upper=True).float())
+    damped = hessian[backward][:, backward].double()
+    damped.diagonal().copy_(diagonal[backward] + damping * diagonal.mean())
+    lower = torch.linalg.cholesky(damped)
+    del damped  # three fp64 matrices at once are enough
+    identity = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)  # J U J
+    del lower, identity
+    return Factor(order, inverse.float().flip(0, 1))
 
 
 class InputMoments:

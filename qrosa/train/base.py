@@ -20,7 +20,8 @@ from qrosa.base.base_files import BaseFiles
 from qrosa.base.load import base_info
 from qrosa.base.open import open_base
 from qrosa.calibrate.folder import REPORT_FILE
-from qrosa.calibrate.quantize import QuantizeConfig, quantize
+from qrosa.calibrate.quantize import quantize
+from qrosa.calibrate.settings import QuantizeConfig
 from qrosa.errors import InputError
 from qrosa.files import read_json, write_fault
 from qrosa.record.folder import BASE_FOLDER

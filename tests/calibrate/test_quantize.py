@@ -17,7 +17,8 @@ from qrosa.adapters.inject import quantized_linears
 from qrosa.base.adapter_io import load_run_or_model
 from qrosa.base.load import load_base
 from qrosa.calibrate import quantize as module
-from qrosa.calibrate.quantize import QuantizeConfig, quantize
+from qrosa.calibrate.quantize import quantize
+from qrosa.calibrate.settings import QuantizeConfig
 from qrosa.errors import InputError
 from tests.conftest import TINY_FAMILIES
 

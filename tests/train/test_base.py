@@ -8,7 +8,8 @@ import pytest
 
 from qrosa.base.adapter_io import load_run_or_model
 from qrosa.base.base_files import SafetensorsBase
-from qrosa.calibrate.quantize import QuantizeConfig, quantize
+from qrosa.calibrate.quantize import quantize
+from qrosa.calibrate.settings import QuantizeConfig
 from qrosa.errors import InputError
 from qrosa.train.run import finetune
 
