@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from qrosa.data.encode import IGNORE
 from qrosa.errors import InputError
-from qrosa.model.head import logit_rule
+from qrosa.model.head import CHUNK_TOKENS, logit_rule
 
-CHUNK_TOKENS = 256
 _CACHED_ROWS = 8  # on the CPU: rows of logits that stay in the L2 cache through the passes of a softmax
 
 
