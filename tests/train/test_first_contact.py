@@ -1,4 +1,4 @@
-"""What a stranger meets with rows and a base as they come: losses told, ends learnt, several sources, an own template."""
+"""What a stranger meets with rows and a base as they come: losses told, ends learnt, several sources, a template."""
 
 from __future__ import annotations
 
