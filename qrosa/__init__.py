@@ -19,7 +19,12 @@ _EXPORTS = {
     "MaskConfig": "qrosa.config",
     "QRosaLinear": "qrosa.adapters.linear",
     "CsrDelta": "qrosa.sparse.csr",
+    "RunConfig": "qrosa.config",
+    "Callback": "qrosa.train.callbacks",
     "load": "qrosa.api",
+    "finetune": "qrosa.api",
+    "plan": "qrosa.api",
+    "optimizer": "qrosa.api",
     "merge": "qrosa.export.merge",
     "save_adapter": "qrosa.base.adapter_io",
     "load_adapter": "qrosa.base.adapter_io",
@@ -29,17 +34,26 @@ __all__ = [*_EXPORTS, "__version__"]
 
 if TYPE_CHECKING:
     from qrosa.adapters.linear import QRosaLinear as QRosaLinear
+    from qrosa.api import finetune as finetune
     from qrosa.api import load as load
+    from qrosa.api import optimizer as optimizer
+    from qrosa.api import plan as plan
     from qrosa.base.adapter_io import load_adapter as load_adapter
     from qrosa.base.adapter_io import save_adapter as save_adapter
     from qrosa.config import AdapterConfig as AdapterConfig
     from qrosa.config import MaskConfig as MaskConfig
+    from qrosa.config import RunConfig as RunConfig
     from qrosa.export.merge import merge as merge
     from qrosa.masks.apply import select_masks as select_masks
     from qrosa.sparse.csr import CsrDelta as CsrDelta
+    from qrosa.train.callbacks import Callback as Callback
 
 
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'qrosa' has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

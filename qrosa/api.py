@@ -1,17 +1,27 @@
-"""The Python entry point that joins the parts: a base with trainable adapters on it."""
+"""What Python programs call: a base with adapters on it, its optimizer, a plan, and a run from start to end."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qrosa.base.adapter_io import attach_adapter, refuse_unmeasured
 from qrosa.base.load import load_base
-from qrosa.config import AdapterConfig
+from qrosa.config import AdapterConfig, RunConfig, make_run_config, read_yaml, to_flat
+from qrosa.errors import InputError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from qrosa.optim.torch_optimizer import TorchAdapterOptimizer
+    from qrosa.planner.plan import Plan
+    from qrosa.train.callbacks import Callback
+
+Settings = RunConfig | Mapping[str, Any] | str | Path
+"""A run's settings: as they are, as a flat mapping of what the flags are called, or as the path of a YAML file."""
 
 
 def load(
@@ -45,3 +55,80 @@ def load(
         attach_adapter(model, adapter, seed)
         model.train()
     return model, tokenizer
+
+
+def optimizer(
+    model: nn.Module,
+    *,
+    lr: float = 7e-4,
+    sparse_lr: float = 2e-4,
+    weight_decay: float = 0.0,
+    kind: str = "adamw",
+) -> TorchAdapterOptimizer:
+    """The optimizer that the command line uses, as a ``torch.optim.Optimizer``: fp32 masters, two learning rates.
+
+    Args:
+        model: A model from ``load``, on the device where it will be trained. A sparse part that comes later is taken
+            in by itself.
+        lr: Learning rate of the low-rank part (``param_groups[0]``).
+        sparse_lr: Learning rate of the sparse part (``param_groups[1]``).
+        weight_decay: Decoupled weight decay.
+        kind: ``adamw``, ``adamw8bit`` or ``paged-adamw8bit``.
+
+    Raises:
+        InputError: The model has no adapter or a frozen one, or the kind is unknown.
+    """
+    from qrosa.optim.torch_optimizer import TorchAdapterOptimizer
+
+    return TorchAdapterOptimizer(model, lr=lr, sparse_lr=sparse_lr, weight_decay=weight_decay, kind=kind)
+
+
+def finetune(
+    config: Settings, *, resume: bool = False, force: bool = False, callbacks: Iterable[Callback] = ()
+) -> dict[str, Any]:
+    """A fine-tuning run in one call: what ``qrosa finetune`` does.
+
+    Args:
+        config: The settings.
+        resume: Go on with the run that lies in the output folder.
+        force: Start over in a folder that holds a run.
+        callbacks: Told of each step, evaluation and checkpoint (``qrosa.Callback``).
+
+    Returns:
+        The contents of ``report.json``.
+
+    Raises:
+        QrosaError: Whatever ``qrosa finetune`` would end with; ``exit_code`` says which.
+    """
+    from qrosa.train.run import finetune as run
+
+    settings = config if isinstance(config, RunConfig) else make_run_config(_flat(config))
+    return run(settings, resume=resume, force=force, callbacks=callbacks)
+
+
+def plan(config: Settings | None = None, **settings: Any) -> Plan:
+    """What a run will take, phase by phase, before anything is loaded: what ``qrosa plan`` tells.
+
+    Args:
+        config: Settings to begin with, as for ``finetune``.
+        settings: Single settings on top: ``plan(model="path/or/id", budget="0.3%", vram="24GB")``.
+
+    Returns:
+        The plan: ``fits``, ``peak``, ``settings``, ``phases``; ``qrosa.planner.show.document`` makes the JSON of it.
+
+    Raises:
+        InputError: A model, a budget or a setting that cannot be.
+    """
+    from qrosa.cli.plan import make_plan
+
+    values = {**({} if config is None else _flat(config)), **settings}
+    if not values.get("model"):
+        raise InputError("no model is named", "give model=, a folder or a Hugging Face id")
+    return make_plan(str(values["model"]), values)
+
+
+def _flat(config: Settings) -> dict[str, Any]:
+    """Settings as one flat mapping."""
+    if isinstance(config, RunConfig):
+        return {name: value for name, value in to_flat(config).items() if value is not None}
+    return dict(config) if isinstance(config, Mapping) else read_yaml(config)

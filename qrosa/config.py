@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from qrosa.errors import InputError, StorageError
-from qrosa.fields import check_positive, check_range, coerce, setting, suggest
+from qrosa.fields import check_positive, check_range, coerce, quoted, setting, suggest
+from qrosa.optim.kinds import OPTIMIZERS, SHARED, describe_optimizers
 from qrosa.quantities import parse_budget, parse_offload, parse_share, parse_size
 
 MASK_SCORES = ("squared", "mean", "repair", "residual", "random")
@@ -24,7 +25,6 @@ MASK_SCOPES = ("matrix", "global")
 SPARSE_INITS = ("residual", "zero")
 LOW_RANK_INITS = ("lora", "svd")
 RANK_ORDERS = ("order", "sensitivity")
-OPTIMIZERS = ("adamw", "adamw8bit", "paged-adamw8bit")
 BASE_ROUNDINGS = ("nearest", "feedback")
 SCHEDULES = ("linear", "cosine", "constant")
 SPLITS = ("validation", "test")
@@ -192,7 +192,7 @@ class TrainConfig:
     lr_warmup: float = setting(0.03, "Share of the steps over which the learning rate rises from 0.")
     weight_decay: float = setting(0.0, "Decoupled weight decay of the adapter.")
     max_grad_norm: float = setting(1.0, "Gradient norm above which gradients are scaled down.")
-    optimizer: str = setting("adamw", "Optimizer; the 8-bit ones keep bitsandbytes' 8-bit states.", choices=OPTIMIZERS)
+    optimizer: str = setting("adamw", f"Optimizer. {describe_optimizers()}.", choices=tuple(OPTIMIZERS))
     checkpointing: str = setting(
         "auto",
         "Recompute activations in backward to save memory.",
@@ -226,6 +226,9 @@ class TrainConfig:
         "file says.",
         metavar="zero2|zero3|FILE.json",
     )
+    timeout: float = setting(
+        1800.0, "Seconds that one of several processes waits for the others before the run ends with an error."
+    )
     vram: str | None = setting(None, "Hard cap on device memory, such as 24GB.  [default: the card's]", metavar="SIZE")
     host_memory: str | None = setting(
         None,
@@ -235,7 +238,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "lr", "sparse_lr", "max_grad_norm", "keep"):
+        for name in ("batch_size", "lr", "sparse_lr", "max_grad_norm", "keep", "timeout"):
             check_positive(name, getattr(self, name))
         for name in ("max_steps", "epochs", "eval_every", "save_every"):
             if getattr(self, name) is not None:
@@ -270,11 +273,11 @@ class TrainConfig:
                 raise InputError(
                     f"--deepspeed {self.deepspeed!r} is unknown", "use zero2, zero3, or the path of a .json file"
                 )
-        if (self.deepspeed is not None or chosen.optimizer) and self.optimizer != "adamw":
+        if (self.deepspeed is not None or chosen.optimizer) and not OPTIMIZERS[self.optimizer].shared:
             flag = "--deepspeed" if self.deepspeed is not None else "--offload optimizer"
             raise InputError(
-                f"{flag} runs AdamW with fp32 states, and --optimizer is {self.optimizer}",
-                f"leave --optimizer at adamw, or leave {flag} out",
+                f"{flag} runs {SHARED.words}, and --optimizer is {self.optimizer}",
+                f"leave --optimizer at {SHARED.name}, or leave {flag} out",
             )
 
 
@@ -305,6 +308,7 @@ class Groups(NamedTuple):
 
 
 GROUPS: dict[str, type] = {"adapter": AdapterConfig, "masks": MaskConfig, "data": DataConfig, "train": TrainConfig}
+_MOST_YAML = 1 << 20  # characters of a config file
 _PLAIN_KEYS = ("model", "output")
 _Group = TypeVar("_Group")
 
@@ -344,10 +348,13 @@ def make_run_config(values: Mapping[str, Any]) -> RunConfig:
     known = setting_names()
     for key in values:
         if key not in known:
-            raise InputError(f"unknown setting {key!r}", suggest(key, known))
+            raise InputError(f"unknown setting {quoted(key)}", suggest(str(key), known))
     for key, flag in (("model", "--model"), ("output", "--output"), ("data", "--data")):
         if not values.get(key):
             raise InputError(f"{flag} is missing", f"give {flag}, or {key}: in the config file")
+    for key in _PLAIN_KEYS:
+        if not isinstance(values[key], (str, Path)):
+            raise InputError(f"--{key} has the wrong type: {quoted(values[key])}", "give a path or a name as text")
     return RunConfig(str(values["model"]), str(values["output"]), *make_groups(values))
 
 
@@ -358,28 +365,44 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         InputError: The file does not exist, is not valid YAML, or is not one flat mapping.
         StorageError: The file cannot be read.
     """
-    import yaml
-
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        if not Path(path).is_file() and Path(path).exists():
+            raise InputError(f"config file {path} is not a file", "check the path given to --config")
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MOST_YAML + 1)
     except FileNotFoundError:
         raise InputError(f"config file {path} does not exist", "check the path given to --config") from None
     except (OSError, UnicodeDecodeError) as error:
         raise StorageError(f"config file {path} cannot be read: {error}", "check the file's permissions") from None
-    try:
-        loaded = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        raise InputError(f"config file {path} is not valid YAML{where}", "write one 'key: value' a line") from None
-    if not isinstance(loaded, dict):
-        raise InputError(f"config file {path} is not a mapping", "write one 'key: value' a line")
+    loaded = _parse_yaml(path, text)
     values = {str(key).replace("-", "_"): value for key, value in loaded.items()}
     known = setting_names()
     for key in values:
         if key not in known:
-            raise InputError(f"unknown key {key!r} in {path}", suggest(key, known))
+            raise InputError(f"unknown key {quoted(key)} in {path}", suggest(key, known))
     return values
+
+
+def _parse_yaml(path: str | Path, text: str) -> dict[Any, Any]:
+    """The mapping in a config file; tags, and aliases, whose expansion has no bound, are refused."""
+    import yaml
+
+    hint = "write one 'key: value' a line"
+    if len(text) > _MOST_YAML:
+        raise InputError(f"config file {path} is longer than {_MOST_YAML} characters", hint)
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise InputError(f"config file {path} holds aliases (*name)", hint)
+        loaded = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise InputError(f"config file {path} is not valid YAML{where}", hint) from None
+    except (ValueError, RecursionError, OverflowError):  # a number of thousands of digits, brackets without end
+        raise InputError(f"config file {path} holds a value that no setting has", hint) from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"config file {path} is not a mapping", hint)
+    return loaded
 
 
 def to_flat(config: RunConfig) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from typing import Any
 from qrosa.errors import InputError
 from qrosa.quantities import parse_share
 
+_MOST = 2**53  # beyond it a float no longer counts one by one
+_LONGEST_SHOWN = 60  # characters
+
 
 def setting(
     default: Any,
@@ -47,13 +50,13 @@ def coerce(name: str, value: Any, hint: Any, choices: tuple[str, ...] | None, re
     if isinstance(value, bool) and name == "checkpointing":  # YAML reads on and off as booleans
         value = "on" if value else "off"
     if isinstance(value, (bool, dict, list)):
-        raise InputError(f"{flag} has the wrong type: {value!r}", f"give one {hint.__name__}")
+        raise InputError(f"{flag} has the wrong type: {quoted(value)}", f"give one {hint.__name__}")
     try:
         if name == "density":
             return parse_share(value, flag)
         if hint is int:
             number = float(value)
-            if number != math.floor(number):
+            if number != math.floor(number) or abs(number) > _MOST:
                 raise ValueError
             return int(number)
         if hint is float:
@@ -63,7 +66,7 @@ def coerce(name: str, value: Any, hint: Any, choices: tuple[str, ...] | None, re
             return number
     except (ValueError, OverflowError, TypeError):
         kind = "a whole number" if hint is int else "a number"
-        raise InputError(f"{flag} {value!r} is not {kind}", f"give {kind}") from None
+        raise InputError(f"{flag} {quoted(value)} is not {kind}", f"give {kind}") from None
     check_choice(flag, str(value), choices)
     return str(value)
 
@@ -72,14 +75,20 @@ def _parts(flag: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         return value.split(",")
     if not isinstance(value, (list, tuple)) or any(isinstance(part, (dict, list)) for part in value):
-        raise InputError(f"{flag} has the wrong type: {value!r}", "give one text or a list of texts")
+        raise InputError(f"{flag} has the wrong type: {quoted(value)}", "give one text or a list of texts")
     return list(value)
 
 
 def check_choice(flag: str, value: str, choices: tuple[str, ...] | None) -> None:
     """Refuse a value that is not one of ``choices``, where there are any."""
     if choices and value not in choices:
-        raise InputError(f"{flag} {value!r} is unknown", f"use one of: {', '.join(choices)}")
+        raise InputError(f"{flag} {quoted(value)} is unknown", f"use one of: {', '.join(choices)}")
+
+
+def quoted(value: Any) -> str:
+    """A value for an error message: one short line, whatever it is."""
+    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def check_positive(name: str, value: float) -> None:

@@ -8,9 +8,11 @@ dtype, shape, byte range), then the data, back to back.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +59,7 @@ def read_safetensors_header(path: str | Path) -> tuple[Header, int]:
         raise StorageError(f"{path} cannot be read: {reason}", "check the file's permissions") from None
     try:
         parsed = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or a number of thousands of digits
         raise _damaged(path, "its header is not JSON") from None
     if not isinstance(parsed, dict):
         raise _damaged(path, "its header is not a JSON object")
@@ -100,7 +102,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
         loaded = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist", "check the path, or copy the missing file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or a number of thousands of digits
         raise StorageError(f"{path} is not valid JSON", "copy or download the file again") from None
     except OSError as error:
         reason = error.strerror or str(error)
@@ -123,11 +125,49 @@ def write_text(path: str | Path, text: str) -> None:
     """
     temporary = Path(f"{path}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)  # a link that someone left there must not be written through
+        with open(temporary, "x", encoding="utf-8") as file:
+            file.write(text)
+        put_in_place(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise write_fault(path, error) from None
+
+
+def put_in_place(temporary: Path, path: str | Path) -> None:
+    """Rename a finished file or folder, so that a power cut leaves either the old one or the new one, whole.
+
+    Raises:
+        OSError: Whatever the system says.
+    """
+    flush_to_disk(temporary)
+    os.replace(temporary, path)
+    flush_to_disk(Path(path).parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Ask the system to put a file or folder on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: str | Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as manifests hold them: ``{"bytes", "sha256"}``."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def document_digest(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON document, whatever the order of its keys and its spaces."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def write_fault(path: str | Path, error: OSError) -> StorageError:
@@ -147,8 +187,9 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
     temporary = Path(f"{path}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-        os.replace(temporary, path)
+        put_in_place(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         fault = error if isinstance(error, OSError) else OSError(str(error))

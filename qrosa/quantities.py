@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from qrosa.errors import InputError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+_MOST = 2**60  # no count or size is larger
 _SIZE_UNITS = {"b": 1, "kb": 2**10, "mb": 2**20, "gb": 2**30, "tb": 2**40}
 
 
@@ -31,6 +32,11 @@ class Offload:
     nvme: str | None = None
 
 
+def _shown(text: object) -> str:
+    """What was written, quoted, and cut where it is long."""
+    return repr(text) if len(str(text)) <= 60 else f"{str(text)[:60]!r}..."
+
+
 def parse_budget(text: str) -> tuple[str, float]:
     """Read a budget: ``("share", 0.003)`` for ``0.3%``, ``("count", 20e6)`` for ``20M``.
 
@@ -40,15 +46,17 @@ def parse_budget(text: str) -> tuple[str, float]:
     hint = "write a share of the base's parameters (0.3%) or a count (20M)"
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%|[kmgb]?)\s*", str(text), re.IGNORECASE)
     if match is None:
-        raise InputError(f"budget {text!r} is neither a share nor a count", hint)
+        raise InputError(f"budget {_shown(text)} is neither a share nor a count", hint)
     value, unit = float(match[1]), match[2].lower()
+    if value > _MOST:
+        raise InputError(f"budget {_shown(text)} is more than any model has", hint)
     if unit == "%":
         if not 0 < value <= 100:
             raise InputError(f"budget {text} is not above 0% and up to 100%", hint)
         return "share", value / 100
     count = value * _UNITS[unit]
     if count < 1 or count != math.floor(count):
-        raise InputError(f"budget {text!r} is not a whole number of parameters", hint)
+        raise InputError(f"budget {_shown(text)} is not a whole number of parameters", hint)
     return "count", count
 
 
@@ -60,7 +68,7 @@ def parse_share(text: str | float, flag: str) -> float:
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%?)\s*", str(text), re.IGNORECASE)
     if match is None:
-        raise InputError(f"{flag} {text!r} is not a share", "write a share such as 5% or 0.05")
+        raise InputError(f"{flag} {_shown(text)} is not a share", "write a share such as 5% or 0.05")
     value = float(match[1]) / (100 if match[2] else 1)
     if not 0 <= value <= 1:
         raise InputError(f"{flag} {text} is not between 0 and 100%", "write a share such as 5% or 0.05")
@@ -76,13 +84,15 @@ def parse_size(text: str | int, flag: str) -> int:
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?i?b?)\s*", str(text), re.IGNORECASE)
     hint = "write a size such as 24GB or 800MB"
     if match is None:
-        raise InputError(f"{flag} {text!r} is not a size", hint)
+        raise InputError(f"{flag} {_shown(text)} is not a size", hint)
     unit = match[2].lower().replace("i", "")
     scale = _SIZE_UNITS[unit if unit.endswith("b") else unit + "b"]
-    size = int(float(match[1]) * scale)
-    if size <= 0:
-        raise InputError(f"{flag} {text} is not above zero", hint)
-    return size
+    size = float(match[1]) * scale
+    if size > _MOST:
+        raise InputError(f"{flag} {_shown(text)} is more than any machine has", hint)
+    if size < 1:
+        raise InputError(f"{flag} {_shown(text)} is not above zero", hint)
+    return int(size)
 
 
 def parse_offload(text: str) -> Offload:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from qrosa.adapters.budget import Allocation, allocate
+from qrosa.adapters.frozen import watch_for_frozen
 from qrosa.adapters.inject import (
     adapter_state,
     inject_low_rank,
@@ -23,6 +24,7 @@ from qrosa.adapters.inject import (
 )
 from qrosa.base.load import Progress, base_info, load_base
 from qrosa.base.open import open_base
+from qrosa.base.saving import SavesAdapter
 from qrosa.base.speech import Speech
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
@@ -59,6 +61,8 @@ def attach_adapter(
     inject_low_rank(model, allocation.ranks, config.alpha, config.dropout, seed)
     model.qrosa_adapter = config  # type: ignore[assignment]
     model.qrosa_allocation = allocation  # type: ignore[assignment]
+    model.save_pretrained = SavesAdapter(model, save_adapter)  # type: ignore[assignment]
+    watch_for_frozen(model)
     return allocation
 
 
@@ -132,10 +136,11 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
             "use the base that the adapter was trained on",
         )
     settings = config["adapter"]
-    alphas = {path: float(module.get("alpha", 0.0)) for path, module in config["modules"].items()}
+    alphas = {path: float(module["alpha"]) for path, module in config["modules"].items()}
     load_adapter_state(model, tensors, alphas, float(settings.get("dropout", 0.0)))
     if settings:
         model.qrosa_adapter = AdapterConfig(**settings)  # type: ignore[assignment]
+    model.save_pretrained = SavesAdapter(model, save_adapter)  # type: ignore[assignment]
     set_speech(model, Speech.of(config))
 
 

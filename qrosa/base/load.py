@@ -18,6 +18,7 @@ from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.base_files import BaseFiles, SafetensorsBase, first_line
 from qrosa.base.head import OutputHead
 from qrosa.base.open import open_base
+from qrosa.base.saving import SavesAdapter
 from qrosa.errors import InputError, StorageError
 from qrosa.quant.nf4 import NF4Weight
 
@@ -75,6 +76,7 @@ def load_base(
     _fill(model, base_files, torch.device(device), dtype, progress, place)
     info = BaseInfo(base_files.source, base_files.kind, base_files.fingerprint(), count_parameters(model))
     model.qrosa_base = info  # type: ignore[assignment]
+    model.save_pretrained = SavesAdapter(model, None)  # type: ignore[assignment]
     generation = base_files.generation_config()
     if generation:
         from transformers import GenerationConfig

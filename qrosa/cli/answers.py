@@ -43,7 +43,8 @@ def _swapped_descriptors(descriptor: int, error: int) -> Iterator[None]:
         yield
         kept.flush()  # a full disk or a closed pipe shows here, where it can still be reported
     finally:
-        outer.flush()
+        with suppress(OSError):  # what libraries printed goes to stderr, whose reader may have gone
+            outer.flush()
         os.dup2(copy, descriptor)
         _kept.pop()
         with suppress(OSError):  # its reader may have gone

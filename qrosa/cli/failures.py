@@ -17,12 +17,17 @@ import click
 from qrosa.errors import QrosaError
 
 _BUG_HINT = "this is a bug in qrosa: run the command again with --debug to see where, and report what it prints"
+_MEMORY_HINT = "'qrosa plan' shows what takes it; try a smaller --micro-batch or a shorter --seq-len"
+# As torch, oneDNN and safetensors word it where an allocation of their own fails.
+_MEMORY_WORDS = ("DefaultCPUAllocator", "could not create a primitive", "unable to mmap", "Cannot allocate memory")
+_LOST_PROCESS_WORDS = ("/gloo/", "[gloo", "Connection closed by peer", "NCCL error", "ProcessGroup", "[c10d]")
 _OS_HINTS = {
     errno.ENOSPC: ("no room left on the disk", "free some room, or choose a folder on another disk"),
     errno.EDQUOT: ("the disk quota is used up", "free some room, or choose a folder on another disk"),
     errno.EACCES: ("permission denied", "check the permissions of the file and its folder, or choose another place"),
     errno.EPERM: ("operation not permitted", "check the permissions of the file and its folder"),
     errno.EROFS: ("the file system is read-only", "choose a folder that can be written to"),
+    errno.EBADF: ("an output that is closed was written to", "leave stdout and stderr open, or send them to /dev/null"),
     errno.EIO: ("the disk reports an input/output error", "check the disk; copy the data elsewhere and try again"),
 }
 
@@ -47,10 +52,15 @@ def describe(error: BaseException) -> Failure:
     if isinstance(error, click.ClickException):
         return _usage_failure(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return Failure("ran out of memory", _MEMORY_HINT, 3)
+    text = str(error)
+    if isinstance(error, RuntimeError) and any(words in text for words in _MEMORY_WORDS):
+        return Failure("ran out of memory", _MEMORY_HINT, 3)
+    if type(error).__name__.startswith("Dist") or any(words in text for words in _LOST_PROCESS_WORDS):
         return Failure(
-            "ran out of memory",
-            "'qrosa plan' shows what takes it; try a smaller --micro-batch or a shorter --seq-len",
-            3,
+            "another process of this run has ended, or has not answered within --timeout",
+            "its own output says why; 'qrosa finetune --resume' goes on from the last checkpoint",
+            4,
         )
     code, path = _os_error(error)
     if code is not None:
@@ -59,6 +69,19 @@ def describe(error: BaseException) -> Failure:
     lines = str(error).strip().splitlines()
     first = f": {lines[0]}" if lines else ""
     return Failure(f"unexpected {type(error).__name__}{first}", _BUG_HINT, 1)
+
+
+def printable(text: str) -> str:
+    """Text of a file or model for a terminal: control characters, which could move the cursor, retitle the window or
+    hide what follows, as ``\\x1b``; line breaks and tabs stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda c: ascii(c[0])[1:-1], text)
+
+
+def drop_output(descriptor: int) -> None:
+    """Point stdout (1) or stderr (2) at nothing, so that no later write or flush can complain of a reader that left."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, descriptor)
+    os.close(nothing)
 
 
 def suggest(word: str, known: Sequence[str]) -> str | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrosa.cli.failures import printable
 from qrosa.cli.options import (
     emit_json,
     force_option,
@@ -24,6 +25,7 @@ from qrosa.cli.options import (
     settings_options,
 )
 from qrosa.config import RunConfig, make_run_config, read_yaml
+from qrosa.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +44,7 @@ _REPLACES: dict[str, tuple[str, ...]] = {
     "eval_split": ("eval_data",),
 }
 
+_START_OVER = "give all its settings again with --force, or in another --output"
 EPILOG = """\b
 Examples:
   qrosa finetune --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl --budget 0.3% --output run
@@ -78,7 +81,7 @@ def command(
     from qrosa.train.run import finetune
 
     console = progress_console()
-    report = finetune(config, resume=resume, force=force, progress=make_progress(console))
+    report = finetune(config, resume=resume, force=force, callbacks=[make_progress(console)])
     if not report:  # not the main process: that one speaks for all
         return
     if as_json:
@@ -97,12 +100,30 @@ def resolve(config_file: str | None, settings: Mapping[str, str | None], *, resu
     flags = given(settings)
     below = read_yaml(config_file) if config_file else {}
     values = overlay(below, flags)
-    stored = Path(str(values.get("output", ""))) / "config.yaml"
-    if resume and values.get("output") and stored.is_file():
-        values = overlay(read_yaml(stored), values)
+    if resume and values.get("output"):
+        values = overlay(_stored(Path(str(values["output"]))), values)
     if dry_run:
         values.setdefault("output", "run")
     return make_run_config(values)
+
+
+def _stored(run: Path) -> dict[str, Any]:
+    """The settings of the run to resume.
+
+    Raises:
+        InputError: There is no run.
+        StorageError: Its settings are damaged.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"there is no run to resume in {run}", "check --output, or leave --resume out")
+    try:
+        stored = read_yaml(path)
+    except InputError as error:
+        raise StorageError(f"the settings of run {run} are damaged: {error.message}", _START_OVER) from None
+    if not stored.keys() >= {"model", "data"}:
+        raise StorageError(f"the settings of run {run} are incomplete", _START_OVER)
+    return stored
 
 
 def overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,9 +174,9 @@ def _show_rows(console: Console, prepared: Prepared) -> None:
 
     console.print("\nThree rows; what is learnt is marked:", markup=False)
     for row, pieces in zip(prepared.train.rows, preview(prepared.train.rows, prepared.tokenizer), strict=False):
-        text = Text(f"--- {row.where}\n", style="dim")
+        text = Text(f"--- {printable(row.where)}\n", style="dim")
         for piece, learnt in pieces:
-            plain = f"[[{piece}]]" if learnt and not console.is_terminal else piece
+            plain = printable(f"[[{piece}]]" if learnt and not console.is_terminal else piece)
             text.append(plain, style="bold black on green" if learnt else "default")
         console.print(text)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qrosa.cli.failures import printable
 from qrosa.cli.options import emit_json, json_option, result_console
 from qrosa.errors import StorageError
 from qrosa.quantities import bytes_text
@@ -138,7 +139,7 @@ def _show(console: Console, document: dict[str, Any], *, every: bool) -> None:
         ("sparse", f"{document['nnz']:,} values, density {100 * document['density']:.3g}%"),
         ("size", bytes_text(document["bytes"])),
     ):
-        console.print(f"{key:12} {value}", markup=False, soft_wrap=True)
+        console.print(printable(f"{key:12} {value}"), markup=False, soft_wrap=True)
     table = Table("module", box=None, header_style="bold")
     for name in ("count", "rank", "sparse values", "density", "bytes"):
         table.add_column(name, justify="right")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qrosa.quantities import bytes_text
-from qrosa.train.progress import Progress, StepLine
+from qrosa.record.logs import StepRecord
+from qrosa.train.callbacks import Callback
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,12 +27,12 @@ _STAGES = {
 }
 
 
-def make_progress(console: Console) -> Progress:
+def make_progress(console: Console) -> PlainProgress:
     """The progress that suits where the output goes."""
     return LiveProgress(console) if console.is_terminal else PlainProgress(console)
 
 
-class PlainProgress(Progress):
+class PlainProgress(Callback):
     """A line now and then, for logs: the first step, the last one, and one every few seconds between them."""
 
     def __init__(self, console: Console) -> None:
@@ -38,11 +40,11 @@ class PlainProgress(Progress):
         self._last = float("-inf")
         self._stage = ""
 
-    def notice(self, text: str) -> None:
+    def on_notice(self, text: str) -> None:
         """Printed at once."""
         self._print(f"note: {text}")
 
-    def stage(self, name: str, done: int, total: int) -> None:
+    def on_phase(self, name: str, done: int, total: int) -> None:
         """Printed when it begins and when it is done."""
         if name != self._stage:
             self._stage = name
@@ -50,16 +52,16 @@ class PlainProgress(Progress):
         if done >= total:
             self._stage = ""
 
-    def step(self, line: StepLine) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Printed if the last one was long enough ago."""
         now = time.monotonic()
-        if line.step in (1, line.total) or now - self._last >= _SECONDS_BETWEEN_LINES:
+        if record.step in (1, record.total) or now - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = now
-            self._print(describe(line))
+            self._print(describe(record))
 
-    def evaluated(self, step: int, loss: float, perplexity: float) -> None:
+    def on_evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """Printed at once."""
-        self._print(f"after step {step}: held-out loss {loss:.4f}, perplexity {perplexity:.3f}")
+        self._print(f"after step {step}: held-out loss {result['loss']:.4f}, perplexity {result['perplexity']:.3f}")
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -84,16 +86,16 @@ class LiveProgress(PlainProgress):
         self._task: Any = None
         self._shown = ""
 
-    def stage(self, name: str, done: int, total: int) -> None:
+    def on_phase(self, name: str, done: int, total: int) -> None:
         """Moves the bar."""
         self._show(_STAGES.get(name, name), done, total, "")
 
-    def step(self, line: StepLine) -> None:
+    def on_step(self, record: StepRecord) -> None:
         """Moves the bar and shows the step's figures beside it."""
-        figures = f"loss {line.loss:.4f}  {_speed(line)}  {_memory(line)}  {_left(line.seconds_left)} left"
-        self._show(_phase(line.phase), line.step, line.total, figures)
+        figures = f"loss {record.loss:.4f}  {_speed(record)}  {_memory(record)}  {_left(record.seconds_left)} left"
+        self._show(_phase(record.phase), record.step, record.total, figures)
 
-    def close(self) -> None:
+    def on_end(self) -> None:
         """Takes the bar away."""
         self._bar.stop()
 
@@ -109,11 +111,11 @@ class LiveProgress(PlainProgress):
             self._bar.update(self._task, completed=done, total=total, figures=figures)
 
 
-def describe(line: StepLine) -> str:
+def describe(record: StepRecord) -> str:
     """A step as one line of a log."""
     return (
-        f"step {line.step}/{line.total}  {_phase(line.phase)}  loss {line.loss:.4f}  {_speed(line)}  "
-        f"{_memory(line)}  {_left(line.seconds_left)} left"
+        f"step {record.step}/{record.total}  {_phase(record.phase)}  loss {record.loss:.4f}  {_speed(record)}  "
+        f"{_memory(record)}  {_left(record.seconds_left)} left"
     )
 
 
@@ -121,13 +123,13 @@ def _phase(phase: str) -> str:
     return {"warmup": "warm-up", "train": "training"}.get(phase, phase)
 
 
-def _speed(line: StepLine) -> str:
-    return f"{line.tokens_per_s:,.0f} tokens/s"
+def _speed(record: StepRecord) -> str:
+    return f"{record.tokens_per_s:,.0f} tokens/s"
 
 
-def _memory(line: StepLine) -> str:
-    planned = f" of {bytes_text(line.planned)} planned" if line.planned else ""
-    return f"{bytes_text(line.memory)}{planned}"
+def _memory(record: StepRecord) -> str:
+    planned = f" of {bytes_text(record.planned)} planned" if record.planned else ""
+    return f"{bytes_text(record.memory)}{planned}"
 
 
 def _left(seconds: float) -> str:

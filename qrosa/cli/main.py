@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import click
 
 from qrosa.cli.answers import stdout_for_answers
-from qrosa.cli.failures import describe, suggest
+from qrosa.cli.failures import describe, drop_output, printable, suggest
 from qrosa.errors import InputError
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -112,16 +112,18 @@ def _run_and_exit(invoke: Callable[[dict[str, bool]], Any]) -> NoReturn:
     state: dict[str, bool] = {"debug": False}
     try:
         returned = invoke(state)
-        sys.stdout.flush()  # a full disk or a closed pipe shows here, where it can still be reported
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk or a closed pipe shows here, where it can still be reported
         code = returned if isinstance(returned, int) else 0
     except BrokenPipeError:
-        _drop_stdout()
+        drop_output(1)
         code = _BROKEN_PIPE_EXIT
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        _say("interrupted")
         code = 130
     except Exception as error:
         code = _report(error, state["debug"])
+    _say("", newline=False)  # what stderr still holds for a reader that has left must not fail the interpreter's exit
     sys.exit(code)
 
 
@@ -130,16 +132,19 @@ def _report(error: Exception, debug: bool) -> int:
     if debug:
         import traceback
 
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        _say("".join(traceback.format_exception(error)).rstrip("\n"))
     failure = describe(error)
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {failure.message}", err=True)
-    click.echo(f"{click.style('hint:', fg='cyan', bold=True)} {failure.hint}", err=True)
+    _say(f"{click.style('error:', fg='red', bold=True)} {printable(failure.message)}")
+    _say(f"{click.style('hint:', fg='cyan', bold=True)} {printable(failure.hint)}")
     return failure.exit_code
 
 
-def _drop_stdout() -> None:
-    """Point stdout at nothing, so that the interpreter's last flush cannot complain about the closed pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _say(text: str, *, newline: bool = True) -> None:
+    """Print on stderr; where nobody can read it any more, the exit code has to do."""
+    try:
+        click.echo(text, err=True, nl=newline)
+    except (OSError, ValueError):
+        drop_output(2)
 
 
 def _debug_option() -> click.Option:
@@ -196,7 +201,11 @@ def _set_environment() -> None:
 )
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Fine-tune language models on a small card: a frozen 4-bit base, low-rank and sparse adapters."""
+    """Fine-tune language models on a small card: a frozen 4-bit base, low-rank and sparse adapters.
+
+    To have a shell complete commands, options and their values: eval "$(_QROSA_COMPLETE=bash_source qrosa)" in
+    ~/.bashrc; zsh_source and fish_source likewise.
+    """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
         return

@@ -17,11 +17,13 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import click
+from click.shell_completion import CompletionItem
 
 from qrosa.cli.answers import answers
+from qrosa.cli.unheard import NeverFails
 from qrosa.config import GROUPS
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def model_option(*, required: bool = True) -> Callable[[_Function], _Function]:
         "--model",
         metavar="ID|FOLDER|FILE",
         required=required,
+        shell_complete=_completer(None, "ID|FOLDER|FILE"),
         help="The base: a Hugging Face id, a folder of safetensors (16-bit, or bitsandbytes 4-bit), or a .gguf file.",
     )
 
@@ -119,7 +122,7 @@ def progress_console() -> Console:
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
-    stream = sys.stderr if stderr else answers()
+    stream = cast(IO[str], NeverFails(sys.stderr)) if stderr else answers()
     console = Console(file=stream, highlight=False)
     return console if console.is_terminal else Console(file=stream, highlight=False, width=_LOG_WIDTH)
 
@@ -139,8 +142,23 @@ def _option(field: dataclasses.Field[Any], hint: Any, *, required: bool) -> Call
         required=required,
         help=text,
         multiple=repeated,
+        shell_complete=_completer(field.metadata["choices"], metavar),
         callback=(lambda _context, _option, values: values or None) if repeated else None,
     )
+
+
+def _completer(choices: tuple[str, ...] | None, metavar: str) -> Callable[..., list[CompletionItem]]:
+    """What a shell offers as an option's value: its choices, the last of several, or files where it takes a file."""
+
+    def complete(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        before, comma, last = incomplete.rpartition(",")
+        words = choices or tuple(word for word in metavar.split("|") if word.islower())
+        found = [CompletionItem(before + comma + word) for word in words if word.startswith(last)]
+        if not choices and any(word in metavar for word in ("FILE", "FOLDER")):
+            found.append(CompletionItem(incomplete, type="file"))
+        return found
+
+    return complete
 
 
 def _metavar(hint: Any, choices: tuple[str, ...] | None) -> str:

@@ -82,9 +82,9 @@ def command(
     given = _token_rows(model, calibration) if calibration else None
     progress = make_progress(console)
     try:
-        report = quantize(config, given, device=place, force=force, stage=progress.stage)
+        report = quantize(config, given, device=place, force=force, stage=progress.on_phase)
     finally:
-        progress.close()
+        progress.on_end()
     if as_json:
         emit_json(report)
     else:

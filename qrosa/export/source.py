@@ -78,7 +78,7 @@ def open_adapter(source: str | Path, model: str | None = None) -> OpenedAdapter:
             "give the base that it was trained on with --model",
         )
     structure = empty_model(base_files.config)
-    alphas = {path: float(module.get("alpha", 0.0)) for path, module in config["modules"].items()}
+    alphas = {path: float(module["alpha"]) for path, module in config["modules"].items()}
     load_adapter_state(structure, tensors, alphas)
     return OpenedAdapter(folder, base_files, structure, tensors, config)
 

@@ -26,6 +26,7 @@ from qrosa.model.modes import offload_activations, set_attention, set_checkpoint
 from qrosa.offload.packing import FlatWeight, flat_layout
 from qrosa.offload.streaming import BaseStream
 from qrosa.optim.adamw import AdapterOptimizer
+from qrosa.optim.kinds import OPTIMIZERS
 from qrosa.optim.parts import SPARSE
 from qrosa.planner.bytes.components import statistic_groups
 from qrosa.planner.workload import GRADIENT_SCORES, Workload
@@ -96,8 +97,8 @@ class Trace:
             self._count_model()
             inject_low_rank(self.model, work.allocation.ranks, dropout=work.dropout)
             low_rank = [p for layer in self.layers.values() for p in layer.adapter_parameters().values()]
-            paged = work.optimizer.startswith("paged")
-            optimizer = AdapterOptimizer(low_rank, kind="adamw8bit" if paged else work.optimizer)
+            kind = OPTIMIZERS[work.optimizer]
+            optimizer = AdapterOptimizer(low_rank, kind=kind.stand_in or kind.name)
             self._settle(optimizer)
             self.model.train()
             if select and work.allocation.nnz_total and work.mask_score in GRADIENT_SCORES:
@@ -136,7 +137,7 @@ class Trace:
                 group.optimizer.param_groups[0]["fused"] = True
             self.tracker.count(group.master, "adapter" if name == SPARSE else "optimizer", name)
             self.tracker.count(group.gradient, "gradients", name)
-            paged = self.work.optimizer.startswith("paged") and not self.work.on_cpu
+            paged = OPTIMIZERS[self.work.optimizer].paged and not self.work.on_cpu
             for key, state in group.optimizer.state[group.master].items():
                 if isinstance(state, Tensor) and paged and state.dtype == torch.uint8:
                     self.tracker.forget(state)  # unified memory: it lies on the host

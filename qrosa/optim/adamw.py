@@ -19,7 +19,6 @@ optimizer is used, which is what bitsandbytes falls back to there, and whose res
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from qrosa.errors import InputError, StorageError
-from qrosa.optim.parts import LOW_RANK, SPARSE, FlatParameters, check_sparse, summed_norms
+from qrosa.optim.kinds import OPTIMIZERS
+from qrosa.optim.parts import LOW_RANK, SPARSE, FlatParameters, Optimizer, check_sparse
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
-PAGED = "paged-adamw8bit"
 
 _MakeOptimizer = Callable[[nn.Parameter], torch.optim.Optimizer]
 
@@ -119,13 +115,13 @@ class FlatGroup(FlatParameters):
                 state[key] = int(value)
 
 
-class AdapterOptimizer:
-    """AdamW over the low-rank part and, once it exists, the sparse part, each with its own learning rate.
+class AdapterOptimizer(Optimizer):
+    """One optimizer over the low-rank part and, once it exists, the sparse part, each with its own learning rate.
 
     Args:
         low_rank: Parameters of the low-rank part, any floating dtype; may be empty.
         sparse: Parameters of the sparse part, fp32; may be empty and may come later (``add_sparse``).
-        kind: ``adamw``, ``adamw8bit`` or ``paged-adamw8bit``.
+        kind: A name in ``qrosa.optim.kinds``.
         weight_decay: Decoupled weight decay.
         accelerator: The processes to sum gradients over; None for this one alone.
     """
@@ -139,7 +135,9 @@ class AdapterOptimizer:
         weight_decay: float = 0.0,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.kind = kind
+        if kind not in OPTIMIZERS:
+            raise InputError(f"optimizer {kind!r} is unknown", f"use one of: {', '.join(OPTIMIZERS)}")
+        self.kind = OPTIMIZERS[kind]
         self.accelerator = accelerator
         self.weight_decay = weight_decay
         self.groups: dict[str, FlatGroup] = {}
@@ -149,7 +147,7 @@ class AdapterOptimizer:
             self.add_sparse(sparse)
 
     @property
-    def parts(self) -> Mapping[str, FlatParameters]:
+    def parts(self) -> Mapping[str, FlatGroup]:
         """The parts that there are."""
         return self.groups
 
@@ -164,32 +162,12 @@ class AdapterOptimizer:
             self.groups[SPARSE] = FlatGroup(parameters, self._make, views=True)
 
     def _make(self, master: nn.Parameter) -> torch.optim.Optimizer:
-        if self.kind == "adamw":
-            fused = master.device.type in ("cpu", "cuda")
-            return torch.optim.AdamW(
-                [master], betas=BETAS, eps=EPSILON, weight_decay=self.weight_decay, fused=fused or None
-            )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import bitsandbytes as bnb
-        kinds = {"adamw8bit": bnb.optim.AdamW8bit, PAGED: bnb.optim.PagedAdamW8bit}
-        if self.kind not in kinds:
-            raise InputError(f"optimizer {self.kind!r} is unknown", f"use one of: adamw, {', '.join(kinds)}")
-        paged_on_host = self.kind == PAGED and master.device.type == "cpu"
-        kind = "adamw8bit" if paged_on_host else self.kind
-        made = kinds[kind]([master], betas=BETAS, eps=EPSILON, weight_decay=self.weight_decay)
-        assert isinstance(made, torch.optim.Optimizer)
-        return made
-
-    def accumulate(self) -> None:
-        """Add the ``.grad`` of all parameters to the flat fp32 gradients and clear them."""
-        for group in self.groups.values():
-            group.accumulate()
-
-    def zero_gradients(self) -> None:
-        """Forget what was accumulated, and any ``.grad`` that a broken-off backward left behind."""
-        for group in self.groups.values():
-            group.zero_gradients()
+        kind = self.kind
+        if kind.stand_in is not None and master.device.type == "cpu":
+            kind = OPTIMIZERS[kind.stand_in]
+        optimizer = kind.make(master, self.weight_decay)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return optimizer
 
     def gradients(self) -> list[Tensor]:
         """The flat fp32 gradients."""
@@ -224,14 +202,6 @@ class AdapterOptimizer:
         for name, group in self.groups.items():
             group.step(sparse_lr if name == SPARSE else lr)
 
-    def gradient_norms(self) -> dict[str, float]:
-        """The sum over the processes of the norms of what each has accumulated, by part."""
-        return summed_norms(self.groups, self.accelerator)
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the parameters as the model sees them, by part: the same as long as nothing was learnt."""
-        return {name: group.digest() for name, group in self.groups.items()}
-
     @property
     def nbytes(self) -> int:
         """Bytes of masters, flat gradients and optimizer states."""
@@ -259,6 +229,3 @@ class AdapterOptimizer:
         for name, group in self.groups.items():
             prefix = name + "."
             group.load_state_tensors({k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)})
-
-    def close(self) -> None:
-        """Nothing to give back."""

@@ -8,61 +8,20 @@ fp32 tensor a part, so the loop, the checkpoints and the checks are the same for
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from qrosa.adapters.inject import quantized_linears
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 LOW_RANK, SPARSE = "low_rank", "sparse"
-
-
-class Optimizer(Protocol):
-    """What the training loop asks of an optimizer of the adapter, wherever its states are.
-
-    With several processes, ``update``, ``add_sparse``, ``state_tensors``, ``gradient_norms`` and ``close`` are called
-    on all of them.
-    """
-
-    @property
-    def parts(self) -> Mapping[str, FlatParameters]:
-        """The parts that there are: ``low_rank``, ``sparse``."""
-
-    def add_sparse(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Take in the sparse part, once."""
-
-    def accumulate(self) -> None:
-        """Add the ``.grad`` of all parameters to the flat fp32 gradients and clear them."""
-
-    def zero_gradients(self) -> None:
-        """Forget what was accumulated."""
-
-    def gradient_norms(self) -> dict[str, float]:
-        """By part, a norm of what was accumulated that is zero only where all of it, on all processes, is."""
-
-    def update(self, *, lr: float, sparse_lr: float, max_norm: float) -> float:
-        """Sum the gradients over the processes, clip, step, and write the model; gradients are zero afterwards.
-
-        Returns:
-            The norm of the sum before clipping. Where it is not finite, nothing was updated.
-        """
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the parameters as the model sees them, by part."""
-
-    def state_tensors(self, *, wanted: bool = True) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, on the host; nothing where it is not ``wanted``."""
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take back ``state_tensors``' answer, bit for bit."""
-
-    def close(self) -> None:
-        """Give back what outlives the object."""
 
 
 class FlatParameters:
@@ -133,6 +92,68 @@ class FlatParameters:
         return digest.hexdigest()
 
 
+class Optimizer(ABC):
+    """What the training loop asks of an optimizer of the adapter, wherever its states are.
+
+    With several processes, ``update``, ``add_sparse``, ``state_tensors``, ``gradient_norms`` and ``close`` are called
+    on all of them.
+
+    Attributes:
+        accelerator: The processes that share a step; None for this one alone.
+    """
+
+    accelerator: Accelerator | None
+
+    @property
+    @abstractmethod
+    def parts(self) -> Mapping[str, FlatParameters]:
+        """The parts that there are: ``low_rank``, ``sparse``."""
+
+    @abstractmethod
+    def add_sparse(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Take in the sparse part, once."""
+
+    @abstractmethod
+    def update(self, *, lr: float, sparse_lr: float, max_norm: float) -> float:
+        """Sum the gradients over the processes, clip, step, and write the model; gradients are zero afterwards.
+
+        Returns:
+            The norm of the sum before clipping. Where it is not finite, nothing was updated.
+        """
+
+    @abstractmethod
+    def state_tensors(self, *, wanted: bool = True) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, on the host; nothing where it is not ``wanted``."""
+
+    @abstractmethod
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take back ``state_tensors``' answer, bit for bit."""
+
+    def accumulate(self) -> None:
+        """Add the ``.grad`` of all parameters to the flat fp32 gradients and clear them."""
+        for part in self.parts.values():
+            part.accumulate()
+
+    def zero_gradients(self) -> None:
+        """Forget what was accumulated, and any ``.grad`` that a broken-off backward left behind."""
+        for part in self.parts.values():
+            part.zero_gradients()
+
+    def gradient_norms(self) -> dict[str, float]:
+        """By part, the sum over the processes of the norms of what each has accumulated."""
+        norms = torch.stack([torch.linalg.vector_norm(part.gradient) for part in self.parts.values()])
+        if self.accelerator is not None and self.accelerator.num_processes > 1:
+            norms = self.accelerator.reduce(norms)
+        return dict(zip(self.parts, norms.tolist(), strict=True))
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the parameters as the model sees them, by part: the same as long as nothing was learnt."""
+        return {name: part.digest() for name, part in self.parts.items()}
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to give back)
+        """Give back what outlives the object."""
+
+
 def check_sparse(parts: Mapping[str, FlatParameters], parameters: Sequence[nn.Parameter]) -> None:
     """Refuse a sparse part that an optimizer with ``parts`` cannot take in.
 
@@ -145,9 +166,17 @@ def check_sparse(parts: Mapping[str, FlatParameters], parameters: Sequence[nn.Pa
         raise InputError("sparse values must be fp32", "do not cast the model after the masks are selected")
 
 
-def summed_norms(parts: Mapping[str, FlatParameters], accelerator: Accelerator | None) -> dict[str, float]:
-    """By part, the sum over the processes of the norms of what each has accumulated."""
-    norms = torch.stack([torch.linalg.vector_norm(part.gradient) for part in parts.values()])
-    if accelerator is not None and accelerator.num_processes > 1:
-        norms = accelerator.reduce(norms)
-    return dict(zip(parts, norms.tolist(), strict=True))
+def adapter_parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The low-rank and the sparse parameters of a model, in model order.
+
+    Raises:
+        InputError: The sparse values do not keep the dtype that optimizers rely on.
+    """
+    low_rank: list[nn.Parameter] = []
+    sparse: list[nn.Parameter] = []
+    for layer in quantized_linears(model).values():
+        for name, parameter in layer.adapter_parameters().items():
+            (sparse if name == "sparse_values" else low_rank).append(parameter)
+    if any(parameter.dtype != torch.float32 for parameter in sparse):
+        raise InputError("sparse values must be fp32", "do not cast the model")
+    return low_rank, sparse

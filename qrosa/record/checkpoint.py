@@ -7,17 +7,18 @@
 
 No random-number state is stored, because there is none to store: data order is a function of (seed, step) and every
 micro-batch seeds its own generator from (seed, step, index). A checkpoint is written into a hidden folder and renamed
-when it is whole; ``state.json`` is written last and holds size and SHA-256 of the other files, so that a checkpoint
-cut short by a crash or damaged on disk is recognised, reported and passed over for the one before.
+when it is whole; one that it takes the place of is moved aside first and deleted last. ``state.json`` is written last
+and holds size and SHA-256 of the other files and of itself, so that a checkpoint cut short by a crash or damaged on
+disk is recognised, reported and passed over for the one before.
 
 The logs of a run (``metrics.jsonl``, ``eval.jsonl``) grow by appending. Their lengths are part of the state; on
-resume they are cut back to it, and the steps done since are logged again as they are done again.
+resume they are put back to it, and the steps done since are logged again as they are done again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,13 +28,26 @@ from typing import Any
 from torch import Tensor
 
 from qrosa.errors import InputError, QrosaError, StorageError
-from qrosa.files import read_json, read_tensors, write_fault, write_json, write_tensors
+from qrosa.files import (
+    document_digest,
+    file_digest,
+    flush_to_disk,
+    put_in_place,
+    read_json,
+    read_tensors,
+    write_fault,
+    write_json,
+    write_tensors,
+)
+from qrosa.record.state import RunState
 from qrosa.sparse.store import ADAPTER_FILE, CONFIG_FILE
 
 CHECKPOINTS = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+FORMAT = 2
 _FILES = (ADAPTER_FILE, CONFIG_FILE, OPTIMIZER_FILE)
+_SEAL = "sha256"  # of state.json without this key
 
 # Settings that may change between the two halves of a run without changing what is computed.
 FREE_SETTINGS = frozenset(
@@ -50,17 +64,31 @@ FREE_SETTINGS = frozenset(
         "offload",
         "deepspeed",  # states are stored whole, under the same names
         "mask_memory",
+        "timeout",
     }
 )
+PLACES = ("model", "data", "eval_data", "chat_template", "base")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole and undamaged checkpoint on disk."""
+    """A whole and undamaged checkpoint on disk.
+
+    Attributes:
+        folder: Where it lies.
+        step: Optimizer steps done.
+        run: What the run remembered.
+        settings: The run's flat settings.
+        fingerprints: Of the run's base and data.
+        logs: Bytes of each log.
+    """
 
     folder: Path
     step: int
-    state: dict[str, Any]
+    run: RunState
+    settings: dict[str, Any]
+    fingerprints: dict[str, str]
+    logs: dict[str, int]
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """What ``Optimizer.load_state_tensors`` takes."""
@@ -74,39 +102,51 @@ def step_folder(run: Path, step: int) -> Path:
 
 def save_checkpoint(
     run: Path,
-    step: int,
+    state: RunState,
     *,
     write_adapter: Callable[[Path], None],
     optimizer: Mapping[str, Tensor],
-    state: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    fingerprints: Mapping[str, str],
+    logs: Mapping[str, int],
 ) -> Path:
     """Write one checkpoint and make it visible all at once.
 
     Args:
         run: The run's folder.
-        step: Optimizer steps done.
+        state: What the run remembers, its step among it.
         write_adapter: Writes ``adapter.safetensors`` and ``adapter_config.json`` into a folder.
         optimizer: ``Optimizer.state_tensors()``.
-        state: Plain values for ``state.json``.
+        settings: The run's flat settings.
+        fingerprints: Of the run's base and data.
+        logs: Bytes of each log, which are on the disk already.
 
     Raises:
         StorageError: The disk is full or the folder cannot be written; no half-written checkpoint stays.
     """
-    final = step_folder(run, step)
+    final = step_folder(run, state.step)
     draft = final.parent / f".{final.name}.tmp"
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         write_adapter(draft)
         write_tensors(draft / OPTIMIZER_FILE, dict(optimizer))
-        files = {name: {"bytes": (draft / name).stat().st_size, "sha256": _sha256(draft / name)} for name in _FILES}
-        write_json(draft / STATE_FILE, {"format": 1, **state, "step": step, "files": files})
-        for name in (*_FILES, STATE_FILE):
-            _flush_to_disk(draft / name)
-        if final.exists():  # left by a run that went on from an older checkpoint
-            shutil.rmtree(final)
-        os.replace(draft, final)
-        _flush_to_disk(final.parent)
+        document = {
+            "format": FORMAT,
+            "step": state.step,
+            "settings": dict(settings),
+            "fingerprints": dict(fingerprints),
+            "run": state.to_json(),
+            "logs": dict(logs),
+            "files": {name: file_digest(draft / name) for name in _FILES},
+        }
+        write_json(draft / STATE_FILE, {**document, _SEAL: document_digest(document)})
+        aside = _aside(final)
+        if final.exists():  # of this step before the masks were picked, or of a run that went on from an older one
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(final, aside)
+        put_in_place(draft, final)
+        shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise write_fault(final, error) from None
     finally:
@@ -114,27 +154,37 @@ def save_checkpoint(
     return final
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def _aside(final: Path) -> Path:
+    """Where a checkpoint waits until its successor is in place."""
+    return final.parent / f".{final.name}.old"
 
 
-def _flush_to_disk(path: Path) -> None:
-    """Ask the system to put a file or folder on the disk itself, so that a power cut cannot lose it."""
-    descriptor = os.open(path, os.O_RDONLY)
+def recover(run: Path) -> None:
+    """Bring back checkpoints whose successors never came, and delete what was left half-done.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    folder = run / CHECKPOINTS
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        for left in folder.glob(".step-*"):
+            name = re.fullmatch(r"\.(step-[0-9]+)\.(old|tmp)", left.name)
+            if name is None or left.is_symlink() or not left.is_dir():
+                continue
+            if name[2] == "old" and not (folder / name[1]).exists():
+                os.replace(left, folder / name[1])
+            else:
+                shutil.rmtree(left)
+        if folder.is_dir():
+            flush_to_disk(folder)
+    except OSError as error:
+        raise write_fault(folder, error) from None
 
 
 def checkpoint_steps(run: Path) -> list[int]:
     """Steps of the checkpoints that lie there, newest first, whether sound or not."""
-    names = [entry.name for entry in (run / CHECKPOINTS).glob("step-*") if entry.is_dir()]
-    return sorted((int(name[5:]) for name in names if name[5:].isdigit()), reverse=True)
+    names = [re.fullmatch(r"step-([0-9]{1,18})", entry.name) for entry in (run / CHECKPOINTS).glob("step-*")]
+    return sorted((int(name[1]) for name in names if name and step_folder(run, int(name[1])).is_dir()), reverse=True)
 
 
 def prune(run: Path, keep: int) -> None:
@@ -143,59 +193,95 @@ def prune(run: Path, keep: int) -> None:
         shutil.rmtree(step_folder(run, step), ignore_errors=True)
 
 
+def delete_checkpoints(run: Path) -> None:
+    """Delete every checkpoint of a run, drafts included, and the folder if nothing else is in it.
+
+    Raises:
+        OSError: Something cannot be deleted.
+    """
+    folder = run / CHECKPOINTS
+    for path in [*folder.glob("step-*"), *folder.glob(".step-*")]:
+        known = {entry.name.removesuffix(".tmp") for entry in path.iterdir()} if path.is_dir() else {""}
+        if re.fullmatch(r"\.?step-[0-9]+(\.old|\.tmp)?", path.name) and known <= {*_FILES, STATE_FILE}:
+            shutil.rmtree(path)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def latest(run: Path, notice: Callable[[str], None]) -> Checkpoint | None:
-    """The newest sound checkpoint, or None; a damaged one is passed over with a notice."""
-    for step in checkpoint_steps(run):
+    """The newest sound checkpoint, or None where there is none at all; a damaged one is passed over with a notice.
+
+    Raises:
+        StorageError: There are checkpoints, and all of them are damaged.
+    """
+    steps = checkpoint_steps(run)
+    for step in steps:
         try:
             return _open(step_folder(run, step), step)
         except QrosaError as error:
             notice(f"checkpoint step-{step} is damaged and is passed over: {error.message}")
+    if steps:
+        raise StorageError(
+            f"all {len(steps)} checkpoints of {run} are damaged", "start over with --force, or in another --output"
+        )
     return None
 
 
 def _open(folder: Path, step: int) -> Checkpoint:
-    state = read_json(folder / STATE_FILE)
-    files = state.get("files")
-    if state.get("step") != step or not isinstance(files, dict) or set(files) != set(_FILES):
-        raise StorageError(f"{folder / STATE_FILE} is incomplete", "resume from another checkpoint")
+    """The checkpoint of a step.
+
+    Raises:
+        QrosaError: It is not, byte for byte, what was written there.
+    """
+    path, elsewhere = folder / STATE_FILE, "resume from another checkpoint"
+    document = read_json(path)
+    seal = document.pop(_SEAL, None)
+    if document.get("format") != FORMAT or seal != document_digest(document):
+        raise StorageError(f"{path} is not what was written", elsewhere)
+    state = RunState.from_json(document.get("run", {}))
+    files, logs = document.get("files"), document.get("logs")
+    settings, fingerprints = document.get("settings"), document.get("fingerprints")
+    if state.step != step or not isinstance(files, dict) or set(files) != set(_FILES):
+        raise StorageError(f"{path} is incomplete", elsewhere)
+    if not all(isinstance(part, dict) for part in (logs, settings, fingerprints)):
+        raise StorageError(f"{path} is incomplete", elsewhere)
+    assert isinstance(logs, dict) and isinstance(settings, dict) and isinstance(fingerprints, dict)
+    if not all(type(size) is int and size >= 0 for size in logs.values()):
+        raise StorageError(f"{path} is incomplete", elsewhere)
     for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise StorageError(f"{path} is missing", "resume from another checkpoint")
-        if path.stat().st_size != expected.get("bytes") or _sha256(path) != expected.get("sha256"):
-            raise StorageError(f"{path} is not what was written", "resume from another checkpoint")
-    return Checkpoint(folder, step, state)
+        if not (folder / name).is_file():
+            raise StorageError(f"{folder / name} is missing", elsewhere)
+        if file_digest(folder / name) != expected:
+            raise StorageError(f"{folder / name} is not what was written", elsewhere)
+    return Checkpoint(folder, step, state, settings, fingerprints, logs)
 
 
-def check_same_run(state: Mapping[str, Any], settings: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+def check_same_run(checkpoint: Checkpoint, settings: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
     """Refuse to resume a run whose base, data or settings are not the ones it was started with.
 
     Args:
-        state: A checkpoint's ``state.json``, with ``settings`` and ``fingerprints``.
+        checkpoint: Of the run.
         settings: The flat settings of now (``qrosa.config.to_flat``).
         fingerprints: ``model`` and ``data`` as they are now.
 
     Raises:
         InputError: Saying which of them changed, from what to what.
     """
+    for name, now in settings.items():  # first: another seed or share held out makes other data
+        # The fingerprints speak for the base and the data; where they lie is free.
+        before = checkpoint.settings.get(name)
+        if name not in FREE_SETTINGS and name not in PLACES and before != now:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{flag} was {_shown(before)} when the run was started and is {_shown(now)} now",
+                f"resume with {flag} as it was, or start a new run in another --output",
+            )
     words = {"model": "the base", "data": "the data"}
     for name, fingerprint in fingerprints.items():
-        before = state.get("fingerprints", {}).get(name)
-        if before != fingerprint:
+        if checkpoint.fingerprints.get(name) != fingerprint:
             raise InputError(
                 f"{words[name]} has changed since the run was started",
                 f"resume with the same {name}, or start a new run in another --output",
-            )
-    before_settings = state.get("settings", {})
-    for name, now in settings.items():
-        # The fingerprints speak for the base and the data; where they lie is free.
-        if name in FREE_SETTINGS or name in ("model", "data", "eval_data", "chat_template"):
-            continue
-        if before_settings.get(name) != now:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(
-                f"{flag} was {_shown(before_settings.get(name))} when the run was started and is {_shown(now)} now",
-                f"resume with {flag} as it was, or start a new run in another --output",
             )
 
 
@@ -204,16 +290,3 @@ def _shown(value: object) -> str:
     if value is None:
         return "not set"
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def cut_back(path: Path, size: int) -> None:
-    """Cut a log back to the length that it had at a checkpoint; a missing log of length 0 is fine.
-
-    Raises:
-        StorageError: The log is shorter than that: it was changed or lost.
-    """
-    found = path.stat().st_size if path.exists() else 0
-    if found < size:
-        raise StorageError(f"{path} is shorter than at the checkpoint", "start a new run in another --output")
-    if found > size:
-        os.truncate(path, size)

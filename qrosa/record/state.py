@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from qrosa.data.batching import Limits
+from qrosa.errors import StorageError
 
 
 @dataclass
@@ -48,6 +51,35 @@ class RunState:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> RunState:
-        """The state that ``to_json`` gave."""
-        return cls(**{**values, "limits": Limits(**values["limits"])})
+    def from_json(cls, values: Mapping[str, Any]) -> RunState:
+        """The state that ``to_json`` gave.
+
+        Raises:
+            StorageError: It did not give this: a value is missing, unknown, of another type or out of range.
+        """
+        try:
+            state = cls(**{**values, "limits": Limits(**values["limits"])})
+            sound = state._is_sound()
+        except (KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise StorageError("the state of the run does not add up", "resume from another checkpoint")
+        return state
+
+    def _is_sound(self) -> bool:
+        counts = (self.limits.rows, self.limits.tokens, self.eval_tokens, self.chunk_tokens)
+        losses = (self.first_loss, self.last_loss)
+        return (
+            all(type(count) is int and count > 0 for count in counts)
+            and type(self.step) is int
+            and self.step >= 0
+            and (self.selected_at is None or (type(self.selected_at) is int and 0 <= self.selected_at <= self.step))
+            and all(loss is None or type(loss) is float for loss in losses)
+            and isinstance(self.seconds, (int, float))
+            and 0 <= self.seconds < math.inf
+            and type(self.tokens) is int
+            and isinstance(self.evaluation, dict)
+            and isinstance(self.changes, list)
+            and all(isinstance(digest, str) for digest in self.digests.values())
+            and all(type(size) is int for size in self.peaks.values())
+        )

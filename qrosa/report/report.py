@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qrosa.files import write_json, write_text
-from qrosa.record.folder import CARD_FILE, EVAL_FILE, METRICS_FILE, REPORT_HTML, REPORT_JSON, read_lines
+from qrosa.record.folder import CARD_FILE, CARD_MARK, REPORT_HTML, REPORT_JSON, is_own_card
+from qrosa.record.logs import EVAL_FILE, METRICS_FILE, read_lines
 from qrosa.report.facts import Facts
 from qrosa.report.page import loss_text, page
 
@@ -21,13 +22,14 @@ def write_report(folder: Path, facts: Facts) -> dict[str, Any]:
     """Write ``report.json``, ``report.html`` and ``README.md`` into the run.
 
     Returns:
-        What ``report.json`` holds.
+        What ``report.json`` holds. A ``README.md`` that someone else wrote stays.
     """
     report = figures(facts)
     write_json(folder / REPORT_JSON, report)
     metrics, evals = read_lines(folder / METRICS_FILE), read_lines(folder / EVAL_FILE)
     write_text(folder / REPORT_HTML, page(facts, report, metrics, evals))
-    write_text(folder / CARD_FILE, card(facts, report))
+    if is_own_card(folder / CARD_FILE):
+        write_text(folder / CARD_FILE, card(facts, report))
     return report
 
 
@@ -67,7 +69,7 @@ def card(facts: Facts, report: Mapping[str, Any]) -> str:
     ranks = [module.rank for module in facts.modules]
     low_rank = f"{sum(rank > 0 for rank in ranks)} of {len(ranks)} matrices, ranks up to {max(ranks)}"
     return f"""---
-library_name: qrosa
+{CARD_MARK}
 base_model: {base["source"]}
 tags: [qrosa, lora, sparse]
 ---

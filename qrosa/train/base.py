@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from qrosa.config import RunConfig
     from qrosa.data.encode import EncodedRow
-    from qrosa.train.progress import Progress
+    from qrosa.train.callbacks import Callback
 
 
 def given_base(folder: str, original: BaseFiles) -> BaseFiles:
@@ -55,7 +55,7 @@ def given_base(folder: str, original: BaseFiles) -> BaseFiles:
 
 
 def feedback_base(
-    config: RunConfig, rows: Iterable[EncodedRow], accelerator: Accelerator, progress: Progress
+    config: RunConfig, rows: Iterable[EncodedRow], accelerator: Accelerator, callback: Callback
 ) -> BaseFiles:
     """Make the run's own base of its training rows, or find the one that a resumed run has; the main process works.
 
@@ -70,7 +70,7 @@ def feedback_base(
     if accelerator.is_main_process:
         settings = QuantizeConfig(config.model, str(apart), seed=config.train.seed)
         tokens = [row.input_ids for row in rows]
-        quantize(settings, tokens, device=accelerator.device, force=True, stage=progress.stage)
+        quantize(settings, tokens, device=accelerator.device, force=True, stage=callback.on_phase)
     accelerator.wait_for_everyone()
     return open_base(str(apart))
 

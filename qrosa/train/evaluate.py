@@ -5,7 +5,7 @@ Running out of memory here says nothing about training, so the training micro-ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from qrosa.data.store import row_lengths, with_supervised_tokens
 from qrosa.errors import DoesNotFitError
 from qrosa.eval.perplexity import evaluate_loss, loss_result
+from qrosa.train.callbacks import Advance
 from qrosa.train.step import free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def evaluate(
     max_tokens: int,
     pad_id: int,
     accelerator: Accelerator,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> tuple[dict[str, Any], int]:
     """Loss and perplexity of ``rows`` over all processes.
 
@@ -74,7 +75,7 @@ def _share(
     rows: Sequence[EncodedRow],
     max_tokens: int,
     pad_id: int,
-    progress: Callable[[int, int], None] | None,
+    progress: Advance | None,
 ) -> tuple[float, float]:
     if not rows:
         return 0.0, 0.0

@@ -7,7 +7,7 @@ What comes out is all that the run needs, settings resolved: where the user left
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +29,9 @@ from qrosa.planner.request import Rows, make_request
 from qrosa.planner.search.alternatives import require_fit
 from qrosa.planner.search.solve import solve
 from qrosa.quantities import parse_share, parse_size
+from qrosa.record.checkpoint import PLACES
 from qrosa.record.folder import check_output, check_room
-from qrosa.record.trackers import check_trackers
+from qrosa.train.trackers import check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +100,9 @@ class Prepared:
         return {"model": self.base_files.fingerprint(), "data": f"{self.train.fingerprint()}+{held_out}"}
 
 
-def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry_run: bool = False) -> Prepared:
+def prepare(
+    config: RunConfig, *, resume: bool = False, force: bool = False, dry_run: bool = False, locked: bool = False
+) -> Prepared:
     """Check and resolve a run; nothing is written.
 
     Args:
@@ -107,6 +110,7 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
         resume: Go on with the run in the output folder.
         force: Start over in a folder that holds a run.
         dry_run: The output folder is not looked at.
+        locked: It was looked at already, by who holds its lock.
 
     Raises:
         InputError: Anything about the settings, the base, the rows or the output.
@@ -116,7 +120,7 @@ def prepare(config: RunConfig, *, resume: bool = False, force: bool = False, dry
     from qrosa.base.open import open_base
     from qrosa.train.base import given_base
 
-    if not dry_run:
+    if not (dry_run or locked):
         check_output(Path(config.output), resume=resume, force=force)
     check_trackers(config.train.log_to)
     zero = _deepspeed(config, dry_run=dry_run)
@@ -209,6 +213,23 @@ def load_data(
         return train, load(data.data, data.eval_split)
     share = parse_share(data.eval_split, "--eval-split") if data.eval_split is not None else 0.0
     return train.split(share, config.train.seed) if share > 0 else (train, None)
+
+
+def with_absolute_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings in which every local file and folder is named from the root, for use in other working folders."""
+
+    def absolute(place: Any) -> Any:
+        if isinstance(place, (list, tuple)):
+            return [absolute(item) for item in place]
+        if not isinstance(place, str) or not place:
+            return place
+        path, equals, share = place.rpartition("=")  # --data FILE=0.3
+        for name, rest in ((place, ""), (path, equals + share)):
+            if name and Path(name).expanduser().exists():
+                return str(Path(name).expanduser().absolute()) + rest
+        return place
+
+    return {name: absolute(value) if name in PLACES else value for name, value in settings.items()}
 
 
 def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: Plan) -> RunConfig:

@@ -16,7 +16,8 @@ from qrosa.adapters.inject import linear_shapes
 from qrosa.base.load import base_info
 from qrosa.masks.sensitivity import measure_sensitivity
 from qrosa.sparse.store import read_adapter_config
-from qrosa.train.progress import Progress
+from qrosa.train.agree import agree
+from qrosa.train.callbacks import Callbacks
 from qrosa.train.selection import sample_loss, selection_rows
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def measure_ranks(
-    prepared: Prepared, model: PreTrainedModel, accelerator: Accelerator, progress: Progress
+    prepared: Prepared, model: PreTrainedModel, accelerator: Accelerator, callbacks: Callbacks
 ) -> Allocation:
     """The budget's split with ranks by sensitivity, on the rows that masks are selected on.
 
@@ -36,19 +37,20 @@ def measure_ranks(
         prepared: The run; ``with_ranks`` puts the result into it.
         model: The base, before it has an adapter.
         accelerator: The run's processes: all measure, the main one's figures count.
-        progress: Told of each sample.
+        callbacks: Told of each sample.
 
     Raises:
         TrainingError: A loss or a gradient is not finite, or all gradients are zero.
     """
     config = prepared.config
-    found = measure_sensitivity(
+    sensitivity = measure_sensitivity(
         model,
         selection_rows(prepared.train.rows, config.masks.mask_samples, config.train.seed),
         loss=sample_loss(prepared.plan.work.loss_chunk_tokens),
-        progress=lambda done, total: progress.stage("ranks", done, total),
+        progress=callbacks.phase("ranks"),
     )
-    agreed = _agree_on(accelerator, found)
+    values = torch.tensor(list(sensitivity.values()), dtype=torch.float64)
+    agreed = dict(zip(sensitivity, agree(accelerator, [values])[0].tolist(), strict=True))
     return allocate(config.adapter, linear_shapes(model), base_info(model).parameters, sensitivity=agreed)
 
 
@@ -63,13 +65,3 @@ def with_ranks(prepared: Prepared, allocation: Allocation) -> Prepared:
     """The run with its final split, in its plan, too, whose memory stays as it was planned."""
     plan = dataclasses.replace(prepared.plan, allocation=allocation, ranks_measured=True)
     return dataclasses.replace(prepared, allocation=allocation, plan=plan)
-
-
-def _agree_on(accelerator: Accelerator, found: dict[str, float]) -> dict[str, float]:
-    """The main process's figures, on every process: cards may round differently, and a near tie would part them."""
-    if accelerator.num_processes == 1:
-        return found
-    from accelerate.utils import broadcast
-
-    values = torch.tensor(list(found.values()), dtype=torch.float64, device=accelerator.device)
-    return dict(zip(found, broadcast(values).tolist(), strict=True))

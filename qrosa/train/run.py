@@ -7,6 +7,7 @@ prepare (refuses what cannot work) -> load the base -> measure ranks, if asked -
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,31 +17,32 @@ from qrosa.adapters.inject import quantized_linears
 from qrosa.base.adapter_io import attach_adapter, load_adapter, save_adapter, set_speech
 from qrosa.config import RunConfig, to_flat
 from qrosa.data.batching import Limits, supervised_tokens
-from qrosa.errors import InputError
 from qrosa.files import write_json, write_text
 from qrosa.masks.repair import init_low_rank, set_masks
-from qrosa.masks.select import Progress as SelectionProgress
 from qrosa.masks.select import select_masks
 from qrosa.model.place import hold_to_cap, load_planned
-from qrosa.optim.adamw import PAGED, AdapterOptimizer
-from qrosa.optim.parts import Optimizer
+from qrosa.optim.adamw import AdapterOptimizer
+from qrosa.optim.kinds import OPTIMIZERS
+from qrosa.optim.parts import Optimizer, adapter_parts
 from qrosa.optim.zero.optimizer import ZeroOptimizer
 from qrosa.planner.show import document
 from qrosa.quantities import parse_offload
-from qrosa.record.checkpoint import Checkpoint, check_same_run, cut_back, latest
-from qrosa.record.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, make_folder
+from qrosa.record.checkpoint import Checkpoint, check_same_run, latest, recover
+from qrosa.record.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, check_output, open_folder
+from qrosa.record.lock import RunLock
+from qrosa.record.logs import restore
 from qrosa.record.meter import MemoryMeter
 from qrosa.record.state import RunState
-from qrosa.record.trackers import check_trackers, make_accelerator, start_trackers
 from qrosa.report.facts import Facts, ModuleShare
 from qrosa.report.report import write_report
+from qrosa.train.agree import agree
 from qrosa.train.base import feedback_base, name_home, take_home
-from qrosa.train.loop import TrainingLoop
-from qrosa.train.prepare import Prepared, prepare
-from qrosa.train.progress import Progress
+from qrosa.train.callbacks import Advance, Callback, Callbacks
+from qrosa.train.loop import LoopParts, TrainingLoop
+from qrosa.train.prepare import Prepared, prepare, with_absolute_places
 from qrosa.train.ranks import measure_ranks, stored_ranks, with_ranks
-from qrosa.train.selection import agree_on, agree_on_values, sample_loss, selection_rows
-from qrosa.train.work import Work
+from qrosa.train.selection import sample_loss, selection_rows
+from qrosa.train.trackers import Trackers, check_trackers, make_accelerator
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 
 
 def finetune(
-    config: RunConfig, *, resume: bool = False, force: bool = False, progress: Progress | None = None
+    config: RunConfig, *, resume: bool = False, force: bool = False, callbacks: Iterable[Callback] = ()
 ) -> dict[str, Any]:
     """Fine-tune a model and write the run folder ``config.output``.
 
@@ -57,7 +59,7 @@ def finetune(
         config: The settings.
         resume: Go on with the run that lies in the output folder, from its newest sound checkpoint.
         force: Start over in a folder that holds a run.
-        progress: Told of everything that people may want to see.
+        callbacks: Told of everything that the run does, on its main process only.
 
     Returns:
         The contents of ``report.json``; empty on all processes but the main one.
@@ -69,30 +71,33 @@ def finetune(
         StorageError: Damaged, unreadable or unwritable files.
         InterruptedRunError: A signal came, and a checkpoint was written.
     """
-    progress = progress or Progress()
+    folder = Path(config.output)
     check_trackers(config.train.log_to)
-    accelerator = make_accelerator(config.train.log_to, Path(config.output))
-    if not accelerator.is_main_process:  # one process speaks for all
-        progress.close()
-        progress = Progress()
+    accelerator = make_accelerator(config.train.log_to, folder, config.train.timeout)
+    listeners = Callbacks([*callbacks, Trackers(accelerator, folder)] if accelerator.is_main_process else [])
     try:
-        prepared = prepare(config, resume=resume, force=force)
-        accelerator.wait_for_everyone()  # no process makes the folder before every one has found it free
-        if config.train.base_rounding == "feedback":
-            base = feedback_base(prepared.config, prepared.train.rows, accelerator, progress)
-            prepared = dataclasses.replace(prepared, base_files=base)
-        return _Run(prepared, accelerator, progress).go(resume=resume, force=force)
+        with RunLock(folder) as lock:
+            if resume and accelerator.is_main_process:
+                check_output(folder, resume=True, force=False)
+                lock.acquire()  # before anything is read: another process may be about to change it
+            prepared = prepare(config, resume=resume, force=force, locked=resume)
+            accelerator.wait_for_everyone()  # no process makes the folder before every one has found it free
+            if config.train.base_rounding == "feedback":
+                base = feedback_base(prepared.config, prepared.train.rows, accelerator, listeners)
+                prepared = dataclasses.replace(prepared, base_files=base)
+            return _Run(prepared, accelerator, listeners, lock).go(resume=resume, force=force)
     finally:
-        progress.close()
+        listeners.on_end()
 
 
 class _Run:
     """One run in the making: what is loaded, and where it goes."""
 
-    def __init__(self, prepared: Prepared, accelerator: Accelerator, progress: Progress) -> None:
+    def __init__(self, prepared: Prepared, accelerator: Accelerator, callbacks: Callbacks, lock: RunLock) -> None:
         self.prepared = prepared
         self.config = prepared.config
-        self.progress = progress
+        self.callbacks = callbacks
+        self.lock = lock
         self.folder = Path(self.config.output)
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
@@ -101,9 +106,9 @@ class _Run:
 
     def go(self, *, resume: bool, force: bool) -> dict[str, Any]:
         """Everything from loading the base to the report, in order; returns the report."""
-        checkpoint = self._found_checkpoint() if resume else None
+        checkpoint = self._newest_checkpoint() if resume else None
         for text in self.prepared.unused():
-            self.progress.notice(text)
+            self.callbacks.on_notice(text)
         with self.meter.phase("load"):
             base = self._load()
         if self.config.adapter.rank_by == "sensitivity":
@@ -115,35 +120,38 @@ class _Run:
         self._open_folder(checkpoint, fresh=not resume, force=force)
         if self.config.train.base_rounding == "feedback":
             self._take_base_home(model)
-        work = self._work(model, checkpoint)
-        start_trackers(self.accelerator, self.identity["settings"])
-        loop = TrainingLoop(work, self.progress)
+        parts = self._parts(model, checkpoint)
+        self.callbacks.on_start(self.identity["settings"], parts.state.step)
+        loop = TrainingLoop(parts, self.callbacks)
         try:
             loop.fit()
             loop.evaluate()
         finally:
-            work.optimizer.close()
-        return self._finish(work)
+            parts.optimizer.close()
+        return self._finish(parts)
 
-    def _found_checkpoint(self) -> Checkpoint | None:
+    def _newest_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from; None where the run stopped before its first one."""
-        found = latest(self.folder, self.progress.notice)
-        if found is None:
-            self.progress.notice("the run has no checkpoint yet: it starts from the beginning")
+        if self.accelerator.is_main_process:
+            recover(self.folder)
+        self.accelerator.wait_for_everyone()
+        checkpoint = latest(self.folder, self.callbacks.on_notice)
+        if checkpoint is None:
+            self.callbacks.on_notice("the run has no checkpoint yet: it starts from the beginning")
         else:
-            check_same_run(found.state, self.identity["settings"], self.identity["fingerprints"])
-        return found
+            check_same_run(checkpoint, self.identity["settings"], self.identity["fingerprints"])
+        return checkpoint
 
     def _open_folder(self, checkpoint: Checkpoint | None, *, fresh: bool, force: bool) -> None:
         import yaml
 
         if self.accelerator.is_main_process:
-            make_folder(self.folder, force=fresh and force)
-            logs = checkpoint.state["logs"] if checkpoint else {"metrics.jsonl": 0, "eval.jsonl": 0}
-            for name, size in logs.items():
-                cut_back(self.folder / name, size)
+            open_folder(self.folder, self.lock, fresh=fresh, force=force)
+            for notice in restore(self.folder, checkpoint.logs if checkpoint else {}):
+                self.callbacks.on_notice(notice)
             if fresh:
-                write_text(self.folder / CONFIG_FILE, yaml.safe_dump(self.identity["settings"], sort_keys=False))
+                settings = with_absolute_places(self.identity["settings"])
+                write_text(self.folder / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
             if fresh or checkpoint is None:
                 write_json(self.folder / PLAN_FILE, document(self.prepared.plan))
         self.accelerator.wait_for_everyone()
@@ -163,19 +171,19 @@ class _Run:
             self.prepared.plan.work,
             self.device,
             parse_offload(self.config.train.offload).disk,
-            lambda n, of: self.progress.stage("load", n, of),
+            self.callbacks.phase("load"),
         )
 
     def _give_out_ranks(self, base: PreTrainedModel, checkpoint: Checkpoint | None) -> None:
         """Ranks by sensitivity: measured, or those of the run that goes on; and said, where they went."""
         if checkpoint is None:
             with self.meter.phase("select"):
-                allocation = measure_ranks(self.prepared, base, self.accelerator, self.progress)
+                allocation = measure_ranks(self.prepared, base, self.accelerator, self.callbacks)
         else:
             allocation = stored_ranks(self.prepared, base, checkpoint)
         self.prepared = with_ranks(self.prepared, allocation)
         for line in self.prepared.plan.where:
-            self.progress.notice(line)
+            self.callbacks.on_notice(line)
 
     def _attach(self, model: PreTrainedModel, checkpoint: Checkpoint | None) -> PreTrainedModel:
         """Put the adapter on, new or from a checkpoint, ready to train."""
@@ -191,24 +199,25 @@ class _Run:
                 limit=len(rows),
                 seed=config.train.seed,
                 base_files=self.prepared.original,
-                progress=lambda n, of: self.progress.stage("svd", n, of),
+                progress=self.callbacks.phase("svd"),
             ):
-                self.progress.notice(notice)
+                self.callbacks.on_notice(notice)
         return model
 
-    def _work(self, model: nn.Module, checkpoint: Checkpoint | None) -> Work:
+    def _parts(self, model: nn.Module, checkpoint: Checkpoint | None) -> LoopParts:
         prepared, train = self.prepared, self.config.train
-        if train.optimizer == PAGED and self.device.type == "cpu":
-            self.progress.notice("there is nothing to page on the CPU: the plain 8-bit optimizer runs")
+        stand_in = OPTIMIZERS[train.optimizer].stand_in
+        if stand_in is not None and self.device.type == "cpu":
+            self.callbacks.on_notice(f"there is nothing to page on the CPU: {stand_in} runs")
         optimizer = self._optimizer(model)
         plan = prepared.plan.work
         state = RunState(Limits(plan.rows, plan.tokens), plan.eval_tokens, plan.loss_chunk_tokens)
         if checkpoint is not None:
             optimizer.load_state_tensors(checkpoint.optimizer_tensors())
-            state = RunState.from_json(checkpoint.state["run"])
+            state = checkpoint.run
             self.meter.peaks = {**state.peaks, **self.meter.peaks}
-            self.progress.notice(f"going on after step {state.step}")
-        return Work(
+            self.callbacks.on_notice(f"going on after step {state.step}")
+        return LoopParts(
             config=self.config,
             phases=prepared.phases,
             folder=self.folder,
@@ -221,7 +230,7 @@ class _Run:
             accelerator=self.accelerator,
             meter=self.meter,
             identity=self.identity,
-            select=lambda report: self._select(model, optimizer, report),
+            select=lambda advance: self._select(model, optimizer, advance),
             write_adapter=lambda folder: save_adapter(model, folder),
             planned=prepared.plan.planned,
         )
@@ -229,8 +238,8 @@ class _Run:
     def _optimizer(self, model: nn.Module) -> Optimizer:
         """The optimizer of the parts that the model has: on the device, or DeepSpeed's."""
         train, settings = self.config.train, self.prepared.zero
-        low_rank, sparse = _parameters(model)
-        agree_on_values(self.accelerator, [*low_rank, *sparse])
+        low_rank, sparse = adapter_parts(model)
+        self._agree_on([*low_rank, *sparse])
         if settings is None:
             return AdapterOptimizer(
                 low_rank,
@@ -239,7 +248,7 @@ class _Run:
                 weight_decay=train.weight_decay,
                 accelerator=self.accelerator,
             )
-        self.progress.notice(f"DeepSpeed: {settings.words}, {self.accelerator.num_processes} processes")
+        self.callbacks.on_notice(f"DeepSpeed: {settings.words}, {self.accelerator.num_processes} processes")
         return ZeroOptimizer(
             low_rank,
             sparse,
@@ -249,7 +258,7 @@ class _Run:
             accelerator=self.accelerator,
         )
 
-    def _select(self, model: nn.Module, optimizer: Optimizer, report: SelectionProgress) -> tuple[int, int]:
+    def _select(self, model: nn.Module, optimizer: Optimizer, advance: Advance) -> tuple[int, int]:
         """Pick the masks and hand the new sparse part to the optimizer."""
         config, prepared = self.config, self.prepared
         rows = self._selection_rows()
@@ -261,64 +270,55 @@ class _Run:
             nnz=prepared.allocation.nnz,
             seed=config.train.seed,
             group_bytes=prepared.plan.work.mask_group_bytes or None,
-            progress=report,
+            progress=advance,
             loss=sample_loss(prepared.plan.work.loss_chunk_tokens),
             base_files=original,
         )
+        agreed = agree(self.accelerator, list(positions.values()))
         notices = set_masks(
             model,
-            agree_on(self.accelerator, positions),
+            dict(zip(positions, agreed, strict=True)),
             init=config.adapter.sparse_init,
             low_rank_repairs=config.adapter.low_rank_init == "svd",
             base_files=original if config.adapter.sparse_init == "residual" else None,
         )
         for notice in notices:
-            self.progress.notice(notice)
-        sparse = _parameters(model)[1]
-        agree_on_values(self.accelerator, sparse)
+            self.callbacks.on_notice(notice)
+        sparse = adapter_parts(model)[1]
+        self._agree_on(sparse)
         optimizer.add_sparse(sparse)
         return sum(len(row.input_ids) for row in rows), sum(supervised_tokens(row) for row in rows)
+
+    @torch.no_grad()
+    def _agree_on(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Give every process the main process's values of these parameters."""
+        for parameter, value in zip(parameters, agree(self.accelerator, parameters), strict=True):
+            parameter.copy_(value)
 
     def _selection_rows(self) -> list[Any]:
         return selection_rows(self.prepared.train.rows, self.config.masks.mask_samples, self.config.train.seed)
 
-    def _finish(self, work: Work) -> dict[str, Any]:
+    def _finish(self, parts: LoopParts) -> dict[str, Any]:
         """Save the adapter and write the report."""
         with self.meter.phase("save"):
             if self.accelerator.is_main_process:
-                save_adapter(work.model, self.folder / ADAPTER_FOLDER)
-        work.state.peaks = dict(self.meter.peaks)
+                save_adapter(parts.model, self.folder / ADAPTER_FOLDER)
+        parts.state.peaks = dict(self.meter.peaks)
         facts = Facts(
             settings=self.identity["settings"],
-            base=dataclasses.asdict(work.model.qrosa_base),  # type: ignore[call-overload]
+            base=dataclasses.asdict(parts.model.qrosa_base),  # type: ignore[call-overload]
             phases=self.prepared.phases,
-            state=work.state,
+            state=parts.state,
             planned=self.prepared.plan.planned,
-            modules=module_shares(work.model),
+            modules=module_shares(parts.model),
             where=self.prepared.plan.where,
             data=self.prepared.data_report(),
-            trainable=sum(part.size for part in work.optimizer.parts.values()),
+            trainable=sum(part.size for part in parts.optimizer.parts.values()),
         )
         report = write_report(self.folder, facts) if self.accelerator.is_main_process else {}
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()  # closes trackers and the other processes' group: nothing may follow
         return report
-
-
-def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Low-rank and sparse parameters, in model order.
-
-    Raises:
-        InputError: The layers do not keep the dtypes that the optimizer relies on.
-    """
-    low_rank: list[nn.Parameter] = []
-    sparse: list[nn.Parameter] = []
-    for layer in quantized_linears(model).values():
-        for name, parameter in layer.adapter_parameters().items():
-            (sparse if name == "sparse_values" else low_rank).append(parameter)
-    if any(parameter.dtype != torch.float32 for parameter in sparse):
-        raise InputError("sparse values must be fp32", "do not cast the model")
-    return low_rank, sparse
 
 
 def module_shares(model: nn.Module) -> list[ModuleShare]:

@@ -1,4 +1,4 @@
-"""Mask selection inside a run: which rows it reads, with which loss, and the same masks and values on every process."""
+"""Mask selection inside a run: which rows it reads, and with which loss."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from qrosa.model.head import logit_rule
 from qrosa.train.loss import chunked_loss
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
     from qrosa.data.encode import EncodedRow
 
 _SEED_SHIFT = 7919  # the selection's rows are drawn apart from the order of the steps
@@ -46,33 +44,3 @@ def sample_loss(chunk_tokens: int) -> Callable[[nn.Module, Sample], Tensor]:
         return total / sample.supervised
 
     return loss
-
-
-def agree_on(accelerator: Accelerator, positions: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The main process's masks, on every process.
-
-    Every process selects on the same rows, but different cards may round differently, and masks that differ in
-    one place would add gradients of different positions.
-    """
-    if accelerator.num_processes == 1:
-        return positions
-    from accelerate.utils import broadcast
-
-    counts = torch.tensor([chosen.numel() for chosen in positions.values()], device=accelerator.device)
-    counts = broadcast(counts)
-    flat = torch.zeros(int(counts.sum()), dtype=torch.int64, device=accelerator.device)
-    if accelerator.is_main_process:
-        flat.copy_(torch.cat([chosen.to(torch.int64) for chosen in positions.values()]))
-    parts = broadcast(flat).cpu().split(counts.tolist())
-    return dict(zip(positions, parts, strict=True))
-
-
-@torch.no_grad()
-def agree_on_values(accelerator: Accelerator, parameters: Sequence[nn.Parameter]) -> None:
-    """Give every process the main process's values: where they are computed, cards may round differently."""
-    if accelerator.num_processes == 1:
-        return
-    from accelerate.utils import broadcast
-
-    for parameter in parameters:
-        parameter.copy_(broadcast(parameter.detach().clone()))

@@ -39,7 +39,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "out of memory" in text)
+    words = ("DefaultCPUAllocator", "out of memory", "could not create a primitive")  # the last: oneDNN's own
+    return isinstance(error, RuntimeError) and any(word in text for word in words)
 
 
 def free_memory() -> None:

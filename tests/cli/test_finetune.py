@@ -153,16 +153,16 @@ def test_the_live_line_shows_loss_speed_memory_and_time_left():
     from rich.console import Console
 
     from qrosa.cli.live import LiveProgress, make_progress
-    from qrosa.train.progress import StepLine
+    from qrosa.record.logs import StepRecord
 
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=140, highlight=False)
     progress = make_progress(console)
     assert isinstance(progress, LiveProgress)
-    progress.stage("load", 1, 2)
-    progress.step(StepLine(3, 10, "warmup", 1.2345, 987.6, 2**30, 2**31, 75.0))
-    progress.notice("something [odd]")
-    progress.close()
+    progress.on_phase("load", 1, 2)
+    progress.on_step(StepRecord(3, "warmup", 1.2345, 1e-3, 0.5, 400, 40, 987.6, 2**30, 10, 2**31, 75.0))
+    progress.on_notice("something [odd]")
+    progress.on_end()
     text = out.getvalue()
-    for words in ("loading", "warm-up", "1.2345", "988 tokens/s", "1.00 GiB of 2.00 planned", "1:15 left", "[odd]"):
+    for words in ("loading", "warm-up", "1.2345", "988 tokens/s", "1.00 GiB of 2.00 GiB planned", "1:15 left", "[odd]"):
         assert words in text

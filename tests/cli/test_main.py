@@ -217,3 +217,26 @@ def test_json_has_no_nan_and_keeps_paths_and_dataclasses(capsys: pytest.CaptureF
 @pytest.mark.parametrize("make", [options.result_console, options.progress_console])
 def test_consoles_are_wide_in_a_log(make: Callable[[], Any]) -> None:
     assert make().width >= 100 or make().is_terminal
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("qrosa fin", {"finetune"}),
+        ("qrosa finetune --optim", {"--optimizer"}),
+        ("qrosa finetune --optimizer ad", {"adamw", "adamw8bit"}),
+        ("qrosa finetune --log-to wandb,t", {"wandb,tensorboard", "wandb,trackio"}),
+        ("qrosa finetune --deepspeed z", {"zero2", "zero3"}),
+    ],
+)
+def test_a_shell_completes_commands_options_and_values(typed: str, offered: set[str]) -> None:
+    environment = {
+        **os.environ,
+        "_QROSA_COMPLETE": "bash_complete",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(typed.split()) - 1),
+    }
+    code = "from qrosa.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    lines = [line.split(",", 1) for line in done.stdout.splitlines()]
+    assert offered <= {value for kind, value in lines if kind == "plain"}

@@ -6,8 +6,9 @@ from safetensors.torch import load, save
 
 from qrosa.errors import InputError, StorageError
 from qrosa.optim.adamw import AdapterOptimizer
+from qrosa.optim.kinds import OPTIMIZERS
 
-KINDS = ("adamw", "adamw8bit", "paged-adamw8bit")
+KINDS = tuple(OPTIMIZERS)
 pytestmark = pytest.mark.filterwarnings("error:Paged optimizers are not supported on CPU")
 
 

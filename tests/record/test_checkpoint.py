@@ -1,31 +1,54 @@
 """Checkpoints: whole or absent, recognised when damaged, refused when they belong to another run."""
 
 import errno
+import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from qrosa.data.batching import Limits
 from qrosa.errors import InputError, StorageError
-from qrosa.files import write_json, write_tensors
+from qrosa.files import document_digest, write_json, write_tensors
 from qrosa.record import checkpoint as module
-from qrosa.record.checkpoint import check_same_run, checkpoint_steps, cut_back, latest, prune, save_checkpoint
+from qrosa.record.checkpoint import (
+    Checkpoint,
+    check_same_run,
+    checkpoint_steps,
+    latest,
+    prune,
+    recover,
+    save_checkpoint,
+)
+from qrosa.record.state import RunState
+
+SETTINGS = {"lr": 1e-3, "keep": 2}
+FINGERPRINTS = {"model": "m1", "data": "d1"}
 
 
-def save(run, step, **state):
+def save(run, step, **changes):
     def write_adapter(folder):
         write_tensors(folder / "adapter.safetensors", {"a": torch.full((3,), float(step))})
         write_json(folder / "adapter_config.json", {"format": "qrosa-adapter"})
 
     return save_checkpoint(
-        run, step, write_adapter=write_adapter, optimizer={"low_rank.master": torch.arange(4.0)}, state=state
+        run,
+        RunState(Limits(2, 64), 128, 32, step=step, **changes),
+        write_adapter=write_adapter,
+        optimizer={"low_rank.master": torch.arange(4.0)},
+        settings=SETTINGS,
+        fingerprints=FINGERPRINTS,
+        logs={"metrics.jsonl": 10, "eval.jsonl": 0},
     )
 
 
 def test_a_checkpoint_comes_back(tmp_path):
-    save(tmp_path, 3, phase="train")
+    save(tmp_path, 3, selected_at=2)
     found = latest(tmp_path, pytest.fail)
-    assert found.step == 3
-    assert found.state["phase"] == "train"
+    assert found.step == found.run.step == 3
+    assert found.run == RunState(Limits(2, 64), 128, 32, step=3, selected_at=2)
+    assert (found.settings, found.fingerprints, found.logs["metrics.jsonl"]) == (SETTINGS, FINGERPRINTS, 10)
     assert torch.equal(found.optimizer_tensors()["low_rank.master"], torch.arange(4.0))
     assert {p.name for p in found.folder.iterdir()} == {
         "adapter.safetensors", "adapter_config.json", "optimizer.safetensors", "state.json"
@@ -36,7 +59,8 @@ def test_a_checkpoint_comes_back(tmp_path):
 def test_none_where_there_is_none(tmp_path):
     assert latest(tmp_path, pytest.fail) is None
     save(tmp_path, 1)
-    (tmp_path / "checkpoints" / "step-x").mkdir()
+    for name in ("step-x", "step-\u00b2", "step-" + "9" * 200):
+        (tmp_path / "checkpoints" / name).mkdir()
     assert checkpoint_steps(tmp_path) == [1]
 
 
@@ -86,16 +110,97 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch):
 
 
 def test_an_older_checkpoint_of_the_same_step_is_replaced(tmp_path):
-    save(tmp_path, 7, phase="warmup")
-    save(tmp_path, 7, phase="train")
-    assert latest(tmp_path, pytest.fail).state["phase"] == "train"
+    save(tmp_path, 7)
+    save(tmp_path, 7, selected_at=7)
+    assert latest(tmp_path, pytest.fail).run.selected_at == 7
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-7"]
 
 
-STATE = {"settings": {"lr": 1e-3, "keep": 2}, "fingerprints": {"model": "m1", "data": "d1"}}
+@pytest.mark.parametrize("renames", [1, 2])
+def test_killed_while_one_takes_the_place_of_another_neither_is_lost(tmp_path, monkeypatch, renames):
+    """Whatever rename is the last that happens, a sound checkpoint of the step is there afterwards."""
+    save(tmp_path, 7)
+    real, done = os.replace, []
+
+    class Killed(BaseException):
+        pass
+
+    def replace(source, target):
+        if "step-7" in str(target) and str(target).endswith(("step-7", ".old")):
+            done.append(target)
+            if len(done) == renames:
+                raise Killed
+        real(source, target)
+
+    monkeypatch.setattr("os.replace", replace)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # a killed process cleans nothing up
+    with pytest.raises(Killed):
+        save(tmp_path, 7, selected_at=7)
+    monkeypatch.undo()
+    recover(tmp_path)
+    assert latest(tmp_path, pytest.fail).run.selected_at is None
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-7"]
+
+
+def rewrite(folder, change):
+    """Change state.json and make its digest fit again, as someone who knows the format would."""
+    document = json.loads((folder / "state.json").read_text())
+    del document["sha256"]
+    change(document)
+    write_json(folder / "state.json", {**document, "sha256": document_digest(document)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["run"].update(step=2),
+        lambda state: state["run"].update(step=10**9),
+        lambda state: state["run"].update(step="5"),
+        lambda state: state["run"]["limits"].update(rows=0),
+        lambda state: state["run"]["limits"].update(rows=-1),
+        lambda state: state["run"].update(selected_at=-3),
+        lambda state: state["run"].update(seconds=float("nan")),
+        lambda state: state["run"].update(unknown=1),
+        lambda state: state.update(format=99),
+        lambda state: state.update(logs=[]),
+        lambda state: state["logs"].update({"metrics.jsonl": -1}),
+        lambda state: state.pop("settings"),
+        lambda state: state.update(runs=state.pop("run")),
+    ],
+)
+def test_a_state_that_does_not_add_up_is_damage(tmp_path, change):
+    save(tmp_path, 4)
+    rewrite(save(tmp_path, 5), change)
+    notices = []
+    assert latest(tmp_path, notices.append).step == 4
+    assert "step-5 is damaged" in notices[0]
+
+
+def test_any_byte_of_the_state_matters(tmp_path):
+    save(tmp_path, 4)
+    path = save(tmp_path, 5) / "state.json"
+    sound = path.read_bytes()
+    for at in range(0, len(sound), 7):
+        changed = bytearray(sound)
+        changed[at] ^= 2
+        path.write_bytes(changed)
+        if sound[at : at + 1].isspace() and bytes(changed[at : at + 1]).isspace():
+            continue
+        assert latest(tmp_path, lambda _: None).step == 4, sound[at - 20 : at + 20]
+
+
+def test_all_damaged_is_an_error_and_no_new_beginning(tmp_path):
+    (save(tmp_path, 4) / "state.json").write_text("{}")
+    with pytest.raises(StorageError, match="all 1 checkpoints"):
+        latest(tmp_path, lambda _: None)
+
+
+def checkpoint():
+    return Checkpoint(Path(), 1, RunState(Limits(1, 1), 1, 1), SETTINGS, FINGERPRINTS, {})
 
 
 def test_the_same_run_goes_on_and_free_settings_may_change():
-    check_same_run(STATE, {"lr": 1e-3, "keep": 5}, {"model": "m1", "data": "d1"})
+    check_same_run(checkpoint(), {"lr": 1e-3, "keep": 5}, FINGERPRINTS)
 
 
 @pytest.mark.parametrize(
@@ -107,18 +212,9 @@ def test_the_same_run_goes_on_and_free_settings_may_change():
         ({"rank": 8}, {"model": "m1", "data": "d1"}, "--rank was not set when the run was started and is 8 now"),
         ({"lr": 1e-3}, {"model": "m2", "data": "d1"}, "the base has changed"),
         ({"lr": 1e-3}, {"model": "m1", "data": "d2"}, "the data has changed"),
+        ({"lr": 1e-3, "seed": 7}, {"model": "m1", "data": "d2"}, "--seed was not set .* and is 7 now"),
     ],
 )
 def test_another_run_is_refused_and_says_why(settings, fingerprints, words):
     with pytest.raises(InputError, match=words):
-        check_same_run(STATE, settings, fingerprints)
-
-
-def test_logs_are_cut_back(tmp_path):
-    log = tmp_path / "metrics.jsonl"
-    cut_back(log, 0)
-    log.write_text("one\ntwo\n")
-    cut_back(log, 4)
-    assert log.read_text() == "one\n"
-    with pytest.raises(StorageError, match="shorter"):
-        cut_back(log, 5)
+        check_same_run(checkpoint(), settings, fingerprints)

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from qrosa.errors import InputError, QrosaError, StorageError
+from qrosa.files import read_safetensors_header
 from qrosa.sparse import store
 
 TENSORS = {
     "layer.low_rank_A": torch.randn(2, 6).bfloat16(),
     "layer.sparse_col": torch.tensor([1, 2], dtype=torch.uint16),
 }
-CONFIG = {"base": {}, "adapter": {}, "modules": {}}
+CONFIG = {"base": {}, "adapter": {}, "modules": {"layer": {"rank": 2, "nnz": 2, "alpha": 4.0, "shape": [4, 6]}}}
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -32,7 +33,7 @@ def test_header_agrees_with_the_library(tmp_path: Path) -> None:
 
     path = tmp_path / "x.safetensors"
     store.write_tensors(path, TENSORS)
-    header, offset = store.read_safetensors_header(path)
+    header, offset = read_safetensors_header(path)
     with safe_open(path, "pt") as file:
         assert set(header) == set(file.keys())
         for name, (_, shape, _) in header.items():
@@ -90,7 +91,8 @@ def test_hostile_files_are_refused(tmp_path: Path, content: bytes) -> None:
         ("[]", StorageError),
         ('{"format": "lora"}', InputError),
         ('{"format": "qrosa-adapter", "version": 99}', InputError),
-        ('{"format": "qrosa-adapter", "version": 1, "base": 3}', StorageError),
+        ('{"format": "qrosa-adapter", "version": 1}', InputError),
+        ('{"format": "qrosa-adapter", "version": 2, "base": 3}', StorageError),
     ],
 )
 def test_unsuitable_configs_are_refused(tmp_path: Path, config: str, error: type[QrosaError]) -> None:

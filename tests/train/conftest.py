@@ -12,42 +12,42 @@ import pytest
 import torch
 
 from qrosa.config import make_run_config
-from qrosa.train.progress import Progress
+from qrosa.train.callbacks import Callback
 
 # A process of its own for what cannot be tested in one: being killed. It dies after reporting step `kill_at`.
 _WORKER = """
 import json, os, signal, sys
 import torch
 from qrosa.config import make_run_config
-from qrosa.train.progress import Progress
+from qrosa.train.callbacks import Callback
 from qrosa.train.run import finetune
 
 values, resume, kill_at, threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 
-class Killer(Progress):
-    def step(self, line):
-        if line.step == kill_at:
+class Killer(Callback):
+    def on_step(self, record):
+        if record.step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-finetune(make_run_config(values), resume=resume, progress=Killer())
+finetune(make_run_config(values), resume=resume, callbacks=[Killer()])
 """
 
 
-class Recorder(Progress):
+class Recorder(Callback):
     """Keeps what it is told."""
 
     def __init__(self):
         self.notices, self.steps, self.evaluations = [], [], []
 
-    def notice(self, text):
+    def on_notice(self, text):
         self.notices.append(text)
 
-    def step(self, line):
-        self.steps.append(line)
+    def on_step(self, record):
+        self.steps.append(record)
 
-    def evaluated(self, step, loss, perplexity):
-        self.evaluations.append((step, loss))
+    def on_evaluation(self, step, result):
+        self.evaluations.append((step, result["loss"]))
 
 
 @pytest.fixture

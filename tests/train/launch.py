@@ -15,28 +15,28 @@ import torch
 import qrosa.train.run as run
 from qrosa.adapters.inject import adapter_state
 from qrosa.config import make_run_config
-from qrosa.train.progress import Progress
+from qrosa.train.callbacks import Callback
 
 values, resume, kill_at = json.loads(sys.argv[1])
 torch.set_num_threads(1)
 
-class Killer(Progress):
-    def step(self, line):
-        if line.step == kill_at:
+class Killer(Callback):
+    def on_step(self, record):
+        if record.step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
 finish = run._Run._finish
 
-def leave_digest(self, work):
+def leave_digest(self, parts):
     digest = hashlib.sha256()
-    for name, tensor in sorted(adapter_state(work.model).items()):
+    for name, tensor in sorted(adapter_state(parts.model).items()):
         digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     with open(f"{values['output']}/rank{os.environ.get('RANK', '0')}", "w") as file:
         file.write(digest.hexdigest())
-    return finish(self, work)
+    return finish(self, parts)
 
 run._Run._finish = leave_digest
-run.finetune(make_run_config(values), resume=resume, progress=Killer())
+run.finetune(make_run_config(values), resume=resume, callbacks=[Killer()])
 """
 
 

@@ -45,7 +45,7 @@ def test_a_run_that_goes_on_keeps_its_base(config, tmp_path):
 def test_a_run_takes_the_base_that_it_is_given(config, tmp_path, recorder):
     made = config(base=str(tmp_path / "better"), sparse_init="residual")
     quantize(QuantizeConfig(made.model, made.train.base, rows=6, length=32, held_out=2), ROWS)
-    finetune(made, progress=recorder)
+    finetune(made, callbacks=[recorder])
     assert adapter_base(tmp_path / "run")["source"] == str(tmp_path / "better")
     # The 16-bit weights are --model's, so the sparse part starts at what the given base lost.
     assert not any("already quantised" in notice for notice in recorder.notices)

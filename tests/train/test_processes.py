@@ -25,9 +25,9 @@ def test_two_processes_equal_one(settings, tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text(_WORKER)
     two = {**values, "output": str(tmp_path / "two")}
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]), "ACCELERATE_USE_CPU": "true"
-    }  # fmt: skip
+    # Nothing tells accelerate to use the CPU: where there is no card, each process would take itself for the only one.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
+    environment.pop("ACCELERATE_USE_CPU", None)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker), json.dumps(two)]
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr

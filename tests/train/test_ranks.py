@@ -54,7 +54,7 @@ def test_ranks_go_to_the_matrices_with_large_gradients(config, monkeypatch, tmp_
     monkeypatch.setattr(ranks_module, "measure_sensitivity", keep)
     settings = config(**SMALL, sparse_share=0.0)
     recorder = Recorder()
-    report = finetune(settings, progress=recorder)
+    report = finetune(settings, callbacks=[recorder])
     found = stored_ranks(settings.output)
 
     model = load_base(settings.model)[0]
@@ -103,12 +103,12 @@ def test_a_resumed_run_takes_the_ranks_of_its_checkpoint(config, monkeypatch, tm
     broken = config(**SMALL, output=str(tmp_path / "broken"))
 
     class Stop(Recorder):
-        def step(self, line):
-            if line.step == at:
+        def on_step(self, record):
+            if record.step == at:
                 signal.raise_signal(signal.SIGTERM)
 
     with pytest.raises(InterruptedRunError):
-        finetune(broken, progress=Stop())
+        finetune(broken, callbacks=[Stop()])
 
     def never(*arguments, **keywords):
         raise AssertionError("measured again")

@@ -44,9 +44,9 @@ class Stop(Recorder):
         super().__init__()
         self.at, self.number = at, number
 
-    def step(self, line):
-        super().step(line)
-        if line.step == self.at:
+    def on_step(self, record):
+        super().on_step(record)
+        if record.step == self.at:
             signal.raise_signal(self.number)
 
 
@@ -56,12 +56,12 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(config, tmp_path, at, n
     finetune(whole)
     broken = config(max_steps=7, output=str(tmp_path / "broken"))
     with pytest.raises(InterruptedRunError, match=f"after step {at}") as stopped:
-        finetune(broken, progress=Stop(at, number))
+        finetune(broken, callbacks=[Stop(at, number)])
     assert stopped.value.exit_code == 130
     assert f"--resume --output {broken.output}" in stopped.value.hint
     assert checkpoint_steps(Path(broken.output))[0] == at
     recorder = Recorder()
-    report = finetune(broken, resume=True, progress=recorder)
+    report = finetune(broken, resume=True, callbacks=[recorder])
     assert [line.step for line in recorder.steps] == list(range(at + 1, 8))
     assert report["steps"] == 7
     assert losses(broken.output) == losses(whole.output)
@@ -77,7 +77,7 @@ class StopSelecting(Recorder):
         super().__init__()
         self.samples = []
 
-    def stage(self, name, done, total):
+    def on_phase(self, name, done, total):
         if name == "select":
             self.samples.append((done, total))
             if done == 3:
@@ -91,7 +91,7 @@ def test_a_signal_ends_mask_selection_at_the_next_sample(config, tmp_path, warmu
     finetune(whole)
     broken, recorder = config(output=str(tmp_path / "broken"), **changes), StopSelecting()
     with pytest.raises(InterruptedRunError, match="stopped by SIGTERM while masks were picked") as stopped:
-        finetune(broken, progress=recorder)
+        finetune(broken, callbacks=[recorder])
     assert stopped.value.exit_code == 130 and f"--resume --output {broken.output}" in stopped.value.hint
     assert recorder.samples[-1] == (3, 8)
     assert checkpoint_steps(Path(broken.output)) == ([2] if warmup else [])
@@ -104,16 +104,16 @@ def test_a_signal_ends_mask_selection_at_the_next_sample(config, tmp_path, warmu
 def test_a_finished_run_resumes_to_its_end(config):
     finetune(config())
     recorder = Recorder()
-    assert finetune(config(), resume=True, progress=recorder)["steps"] == 6
+    assert finetune(config(), resume=True, callbacks=[recorder])["steps"] == 6
     assert recorder.steps == []
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(config, recorder):
     with pytest.raises(InterruptedRunError):
-        finetune(config(save_every=2), progress=Stop(5))
+        finetune(config(save_every=2), callbacks=[Stop(5)])
     run = Path(config().output)
     (run / "checkpoints" / "step-5" / "optimizer.safetensors").write_bytes(b"")
-    finetune(config(save_every=2), resume=True, progress=recorder)
+    finetune(config(save_every=2), resume=True, callbacks=[recorder])
     assert any("step-5 is damaged" in text for text in recorder.notices)
     assert recorder.steps[0].step == 5
     assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
@@ -124,13 +124,13 @@ def test_a_run_without_a_checkpoint_starts_over(config, recorder):
         pass
 
     class Crashing(Recorder):
-        def step(self, line):
-            if line.step == 2:
+        def on_step(self, record):
+            if record.step == 2:
                 raise Crash
 
     with pytest.raises(Crash):
-        finetune(config(save_every=5), progress=Crashing())
-    finetune(config(save_every=5), resume=True, progress=recorder)
+        finetune(config(save_every=5), callbacks=[Crashing()])
+    finetune(config(save_every=5), resume=True, callbacks=[recorder])
     assert any("no checkpoint yet" in text for text in recorder.notices)
     assert len(losses(config().output)) == 6
 
@@ -147,7 +147,7 @@ def test_a_run_without_a_checkpoint_starts_over(config, recorder):
 )
 def test_another_runs_settings_are_refused(config, change, words):
     with pytest.raises(InterruptedRunError):
-        finetune(config(), progress=Stop(3))
+        finetune(config(), callbacks=[Stop(3)])
     with pytest.raises(InputError, match=words):
         finetune(config(**change), resume=True)
 
@@ -156,7 +156,7 @@ def test_other_data_and_another_base_are_refused(config, tiny_rows, tmp_path, ti
     from tests.conftest import save_tiny_model
 
     with pytest.raises(InterruptedRunError):
-        finetune(config(), progress=Stop(3))
+        finetune(config(), callbacks=[Stop(3)])
     other_rows = str(tiny_rows(count=20, name="other.jsonl"))
     with pytest.raises(InputError, match="the data has changed"):
         finetune(config(data=other_rows), resume=True)
@@ -167,6 +167,6 @@ def test_other_data_and_another_base_are_refused(config, tiny_rows, tmp_path, ti
 
 def test_settings_that_change_nothing_may_change(config):
     with pytest.raises(InterruptedRunError):
-        finetune(config(), progress=Stop(3))
+        finetune(config(), callbacks=[Stop(3)])
     free = config(keep=5, save_every=1, eval_every=2, micro_batch="3")
     assert finetune(dataclasses.replace(free), resume=True)["steps"] == 6

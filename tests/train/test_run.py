@@ -27,12 +27,12 @@ def metrics(run):
 
 def test_a_run_learns_and_its_folder_is_complete(config, recorder):
     settings = config(max_steps=12, eval_split="25%", eval_every=5, save_every=4, keep=2)
-    report = finetune(settings, progress=recorder)
+    report = finetune(settings, callbacks=[recorder])
     run = Path(settings.output)
 
     assert {p.name for p in run.iterdir()} == {
         "config.yaml", "plan.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "adapter", "report.json",
-        "report.html", "README.md",
+        "report.html", "README.md", "run.json",
     }  # fmt: skip
     assert report["loss"]["last"] < 0.7 * report["loss"]["first"]
     assert report == json.loads((run / "report.json").read_text())
@@ -162,7 +162,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_effective_batch(conf
     values = {"batch_size": 8, "max_steps": 4, "dropout": 0.0, "eval_split": "20%"}
     finetune(config(**values, micro_batch="8", output=str(tmp_path / "free")))
     inject(monkeypatch, out_of_memory(most_rows=2))
-    report = finetune(config(**values, micro_batch="8", output=str(tmp_path / "tight")), progress=recorder)
+    report = finetune(config(**values, micro_batch="8", output=str(tmp_path / "tight")), callbacks=[recorder])
     assert [(change["step"], change["where"]) for change in report["micro_batch_changes"]] == [(1, "train")] * 2
     assert report["micro_batch"]["rows"] == 2
     assert sum("out of memory" in text for text in recorder.notices) == 2
@@ -214,12 +214,12 @@ def test_bad_input_leaves_no_folder(settings, values):
 
 
 def test_a_paged_optimizer_on_the_cpu_says_so(config, recorder):
-    finetune(config(optimizer="paged-adamw8bit", max_steps=2), progress=recorder)
+    finetune(config(optimizer="paged-adamw8bit", max_steps=2), callbacks=[recorder])
     assert any("nothing to page" in text for text in recorder.notices) or torch.cuda.is_available()
 
 
 def test_a_missing_tracker_is_named(config, monkeypatch):
-    monkeypatch.setattr("qrosa.record.trackers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("qrosa.train.trackers.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="--log-to wandb needs the package wandb"):
         finetune(config(log_to="wandb"))
     assert not Path(config().output).exists()
@@ -231,7 +231,7 @@ def test_an_existing_output_is_refused(config, tmp_path):
     (run / "letters.txt").write_text("mine")
     with pytest.raises(InputError, match="exists and is not empty"):
         finetune(config())
-    with pytest.raises(InputError, match="is no run"):
+    with pytest.raises(InputError, match="is not a qrosa run"):
         finetune(config(), force=True)
     assert [p.name for p in run.iterdir()] == ["letters.txt"]
     with pytest.raises(InputError, match="no run to resume"):

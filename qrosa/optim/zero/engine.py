@@ -37,12 +37,11 @@ import torch.distributed
 from torch import Tensor
 
 from qrosa.errors import InputError
+from qrosa.optim.kinds import BETAS, EPSILON
 from qrosa.optim.zero.masters import Masters
 from qrosa.optim.zero.settings import ZeroSettings
 from qrosa.optim.zero.states import Accessors, SharedStates, quiet
 
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
 # Elements that each process's share of a piece is a multiple of: stage 3 shares pieces out equally, and gradients that
 # are not aligned to a drive's blocks (4096 bytes) come back from it wrong.
 _ALIGNED = 1024

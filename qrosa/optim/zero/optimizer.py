@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qrosa.errors import StorageError
-from qrosa.optim.parts import LOW_RANK, SPARSE, FlatParameters, check_sparse, summed_norms
+from qrosa.optim.parts import LOW_RANK, SPARSE, FlatParameters, Optimizer, check_sparse
 from qrosa.optim.zero.settings import ZeroSettings
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _MASTER = "master"
 
 
-class ZeroOptimizer:
+class ZeroOptimizer(Optimizer):
     """AdamW over both parts, each at its own learning rate, with masters and states where ``settings`` say.
 
     Args:
@@ -82,20 +82,6 @@ class ZeroOptimizer:
             self.close()
         self.groups[SPARSE] = FlatParameters(parameters)
 
-    def accumulate(self) -> None:
-        """Add the ``.grad`` of all parameters to the flat fp32 gradients and clear them."""
-        for group in self.groups.values():
-            group.accumulate()
-
-    def zero_gradients(self) -> None:
-        """Forget what was accumulated, and any ``.grad`` that a broken-off backward left behind."""
-        for group in self.groups.values():
-            group.zero_gradients()
-
-    def gradient_norms(self) -> dict[str, float]:
-        """The sum over the processes of the norms of what each has accumulated, by part."""
-        return summed_norms(self.groups, self.accelerator)
-
     def update(self, *, lr: float, sparse_lr: float, max_norm: float) -> float:
         """Sum over the processes, clip and step, all by DeepSpeed; see ``Optimizer.update``."""
         assert max_norm == self.max_norm
@@ -144,10 +130,6 @@ class ZeroOptimizer:
                 group.write(engine.pieces(name))
             elif name != SPARSE:
                 group.write([flat])
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the parameters as the model sees them, by part."""
-        return {name: group.digest() for name, group in self.groups.items()}
 
     def state_tensors(self, *, wanted: bool = True) -> dict[str, Tensor]:
         """Masters and states, gathered from all processes, named as ``AdapterOptimizer`` names them."""

@@ -14,10 +14,10 @@ from qrosa.adapters.budget import Allocation, LinearShape
 from qrosa.base.families import Dimensions
 from qrosa.base.shape import ModelShape
 from qrosa.masks.groups import GRAM_TILE, STATISTIC_BYTES, group_matrices
+from qrosa.optim.kinds import OPTIMIZERS
 from qrosa.planner.bytes.activations import FULL, HALF
 
 _BLOCK, _NESTED_BLOCK, _CODE_TABLE = 64, 256, 1024
-_OPTIMIZER_BLOCK, _OPTIMIZER_MINIMUM = 256, 4096  # bitsandbytes' 8-bit AdamW; smaller tensors stay in fp32
 _ALIGNMENT, STREAM_SLOTS, _HOST_CHUNK = 256, 2, 1 << 28  # of qrosa.offload
 _FULL_SVD, _OVERSAMPLING = 256, 16  # of qrosa.masks.repair
 _TOP_K_CHUNK = 1 << 22  # values that top-k looks at together
@@ -162,17 +162,9 @@ def micro_batch_gradient_bytes(low_rank: int, sparse: int) -> int:
 
 
 def optimizer_bytes(low_rank: int, sparse: int, optimizer: str) -> int:
-    """The fp32 master of the low-rank part (sparse values are their own), and two states a parameter.
-
-    AdamW: fp32 m and v. 8-bit: a byte each, an fp32 absmax for each block of 256 of each, and two 1 KiB tables.
-    """
-    return FULL * low_rank + sum(_state_bytes(size, optimizer) for size in (low_rank, sparse) if size)
-
-
-def _state_bytes(size: int, optimizer: str) -> int:
-    if optimizer == "adamw" or size < _OPTIMIZER_MINIMUM:
-        return 2 * FULL * size
-    return 2 * (size + FULL * -(-size // _OPTIMIZER_BLOCK) + _CODE_TABLE)
+    """The fp32 master of the low-rank part (sparse values are their own), and the states of both parts."""
+    states = OPTIMIZERS[optimizer].state_bytes
+    return FULL * low_rank + sum(states(size) for size in (low_rank, sparse) if size)
 
 
 def observed(allocation: Allocation, scope: str) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qrosa.optim.kinds import OPTIMIZERS
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.bytes import zero as deepspeed
 from qrosa.planner.bytes.activations import FULL, HALF
@@ -98,7 +99,7 @@ def traffic(work: Workload) -> dict[str, int]:
 
 
 def _is_paged(work: Workload) -> bool:
-    return work.optimizer.startswith("paged") and not work.on_cpu
+    return OPTIMIZERS[work.optimizer].paged and not work.on_cpu
 
 
 def _load(work: Workload) -> PhaseMemory:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qrosa.optim.kinds import SHARED
 from qrosa.planner.bytes.activations import FULL
 from qrosa.planner.bytes.components import pinned_bytes
 from qrosa.planner.workload import Workload
@@ -30,7 +31,6 @@ ALIGNED = 1024  # elements that a process's share of a piece is a multiple of (q
 # best, and torch's fused kernel has been seen to move 16e9 on one core of a server (24M values). Bytes a second over
 # PCIe where no card is named: generation 4 on 8 lanes, or 3 on 16, have 15.8e9.
 HOST_RATE = 10e9
-STEP_BYTES = 28  # gradient in; master and two states in and out
 _SENT = {None: 2, 2: 3, 3: 4}  # shares of (p - 1) / p: all-reduce; that and a gather; reduce-scatter and three gathers
 
 
@@ -108,5 +108,5 @@ def sent_bytes(work: Workload, cards: int) -> float:
 def offload_seconds(work: Workload, link: float, bandwidth: float) -> float:
     """Time that an offloaded step takes beyond one on the card: both ways over PCIe, and AdamW at the host's rate."""
     share = work.allocation.trainable / work.processes
-    on_card = STEP_BYTES * share / bandwidth if bandwidth else 0.0
-    return 2 * FULL * share / link + STEP_BYTES * share / HOST_RATE - on_card
+    on_card = SHARED.step_bytes * share / bandwidth if bandwidth else 0.0
+    return 2 * FULL * share / link + SHARED.step_bytes * share / HOST_RATE - on_card

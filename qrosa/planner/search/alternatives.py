@@ -10,6 +10,7 @@ from typing import Any
 
 from qrosa.adapters.budget import allocate
 from qrosa.errors import DoesNotFitError, InputError
+from qrosa.optim.kinds import OPTIMIZERS, leanest
 from qrosa.planner.plan import Plan
 from qrosa.planner.request import Request
 from qrosa.planner.search.solve import solve_smallest
@@ -70,8 +71,8 @@ def _tries(plan: Plan) -> Iterator[Suggestion | None]:
         "checkpointing": "auto",
         "offload": ",".join(["auto", *optimizer_parts(train.offload)]),
     }
-    if train.optimizer == "adamw" and request.zero is None:  # DeepSpeed's states are in fp32
-        freed["optimizer"] = "adamw8bit"
+    if not OPTIMIZERS[train.optimizer].paged and request.zero is None:  # DeepSpeed runs one optimizer only
+        freed["optimizer"] = leanest().name
     for name, free in freed.items():
         if getattr(train, name) != free:
             change: dict[str, Any] = {name: free}

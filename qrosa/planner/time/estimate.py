@@ -14,8 +14,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from qrosa.optim.kinds import OPTIMIZERS
 from qrosa.planner.bytes.phases import traffic
-from qrosa.planner.bytes.zero import STEP_BYTES, offload_seconds, sent_bytes
+from qrosa.planner.bytes.zero import offload_seconds, sent_bytes
 from qrosa.planner.cards import Card, Machines
 from qrosa.planner.time.cost import BANDWIDTH_SHARE, Cost, passes
 from qrosa.planner.workload import Workload
@@ -146,11 +147,11 @@ def estimate(work: Workload, batch_size: int, machines: Machines) -> Estimate:
 
 
 def _optimizer_seconds(work: Workload, card: Card) -> float:
-    """AdamW over what a card owns; offloaded, two copies and the host's bandwidth (a drive's time is not known)."""
+    """The optimizer over what a card owns; offloaded, two copies and the host's bandwidth (a drive's is not known)."""
     bandwidth, zero = BANDWIDTH_SHARE * card.bandwidth, work.zero
     owned = work.allocation.trainable / (work.processes if zero is not None else 1)
     offloaded = offload_seconds(work, card.link, bandwidth) if zero is not None and zero.offload is not None else 0.0
-    return STEP_BYTES * owned / bandwidth + offloaded
+    return OPTIMIZERS[work.optimizer].step_bytes * owned / bandwidth + offloaded
 
 
 def micro_batch_rows(work: Workload, rows: int) -> list[int]:

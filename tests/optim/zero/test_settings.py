@@ -9,7 +9,7 @@ from qrosa.config import TrainConfig
 from qrosa.errors import InputError
 from qrosa.optim.zero.settings import BUCKET, zero_settings
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECIPES = sorted((ROOT / "configs" / "deepspeed").glob("*.json"))
 
 
