@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qrosa.files import write_json, write_text
+from qrosa.files import read_json, write_json, write_text
 from qrosa.record.folder import CARD_FILE, CARD_MARK, REPORT_HTML, REPORT_JSON, is_own_card
 from qrosa.record.logs import EVAL_FILE, METRICS_FILE, read_lines
 from qrosa.report.facts import Facts
@@ -30,7 +30,7 @@ def write_report(folder: Path, facts: Facts) -> dict[str, Any]:
     write_text(folder / REPORT_HTML, page(facts, report, metrics, evals))
     if is_own_card(folder / CARD_FILE):
         write_text(folder / CARD_FILE, card(facts, report))
-    return report
+    return read_json(folder / REPORT_JSON)
 
 
 def figures(facts: Facts) -> dict[str, Any]:
