@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from qrosa.adapters.inject import quantized_linears, replace_module, target_linears
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.base_files import BaseFiles, SafetensorsBase, first_line
-from qrosa.base.head import OutputHead
 from qrosa.base.open import open_base
 from qrosa.base.saving import SavesAdapter
 from qrosa.errors import InputError, StorageError
+from qrosa.ops.few_rows_head import OutputHead
 from qrosa.quant.nf4 import NF4Weight
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from qrosa.errors import InputError
 from qrosa.measure.card import card_kernels, hidden_bytes
 from qrosa.measure.trace import Trace, worst_micro_batches
 from qrosa.measure.tracker import Allocation, Peak, StorageTracker
-from qrosa.ops.linear import meta_like_cpu
+from qrosa.ops.workspace import meta_like_cpu
 from qrosa.planner.workload import Workload
 
 if TYPE_CHECKING:

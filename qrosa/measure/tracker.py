@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qrosa.ops import CsrOperands, NF4Operands
 from qrosa.ops.linear import backward, forward
+from qrosa.ops.schema import LINEAR, LINEAR_BACKWARD
 
 _aten, _qrosa = torch.ops.aten, torch.ops.qrosa
 _PATH = "qrosa_module"  # key in an autograd node's metadata
@@ -188,11 +188,9 @@ class StorageTracker(TorchDispatchMode):
         try:
             with self, torch.no_grad():
                 if func is _qrosa.linear.default:
-                    nf4, csr = NF4Operands(*args[1:7]), _csr(*args[9:12])
-                    result: Any = forward(args[0], nf4, args[7], args[8], csr, *args[12:])
+                    result: Any = forward(*LINEAR.split(args))
                 else:
-                    nf4, csr = NF4Operands(*args[3:9]), _csr(*args[9:12])
-                    result = backward(args[0], args[1], args[2], nf4, csr, *args[12:])
+                    result = backward(*LINEAR_BACKWARD.split(args))
         finally:
             self._inside_linear = False
         component = self._component()
@@ -294,9 +292,3 @@ class StorageTracker(TorchDispatchMode):
         if self.stage == UPDATE:
             return "the optimizer step"
         return f"forward through {record.module}" if self._stack else "computing the loss"
-
-
-def _csr(row_ptr: Tensor | None, col: Tensor | None, values: Tensor | None) -> CsrOperands | None:
-    if row_ptr is None or col is None or values is None:
-        return None
-    return CsrOperands(row_ptr, col, values)

@@ -15,8 +15,8 @@ from qrosa.ops import autograd as autograd
 from qrosa.ops import library, reference
 from qrosa.ops.decode import DecodePlan, plan_decode
 from qrosa.ops.library import force_cpu_isa
-from qrosa.ops.linear import release_workspace
-from qrosa.ops.operands import MAX_UINT16_COLUMNS, NESTED_BLOCK, NF4_TABLE, CsrOperands, NF4Operands
+from qrosa.ops.operands import MAX_UINT16_COLUMNS, NESTED_BLOCK, NF4_TABLE, NO_DELTA, CsrOperands, NF4Operands
+from qrosa.ops.workspace import release_workspace
 
 __all__ = [
     "MAX_UINT16_COLUMNS",
@@ -53,9 +53,6 @@ def decode_rows(device: torch.device) -> int:
     return _DECODE_ROWS.get(device.type, 0)
 
 
-_NO_DELTA = (None, None, None)
-
-
 def dequant_add(nf4: NF4Operands, csr: CsrOperands | None, out: torch.Tensor) -> None:
     """Writes deq(Wq) + S into ``out``, rounded once.
 
@@ -70,7 +67,7 @@ def dequant_add(nf4: NF4Operands, csr: CsrOperands | None, out: torch.Tensor) ->
     if out.dtype == torch.float64:
         reference.dequant_add(nf4, csr, out)
     else:
-        torch.ops.qrosa.dequant_add(*nf4, *(csr or _NO_DELTA), out)
+        torch.ops.qrosa.dequant_add(*nf4, *(csr or NO_DELTA), out)
 
 
 def sddmm(dy: torch.Tensor, x: torch.Tensor, row_ptr: torch.Tensor, col: torch.Tensor) -> torch.Tensor:
@@ -104,7 +101,7 @@ def dequant_spmm(x: torch.Tensor, nf4: NF4Operands, csr: CsrOperands | None, out
     """
     if x.dtype == torch.float64:
         return reference.dequant_spmm(x, nf4, csr, out_features)
-    return torch.ops.qrosa.dequant_spmm(x, *nf4, *(csr or _NO_DELTA), out_features)  # type: ignore[no-any-return]
+    return torch.ops.qrosa.dequant_spmm(x, *nf4, *(csr or NO_DELTA), out_features)  # type: ignore[no-any-return]
 
 
 def score_accumulate(dy: torch.Tensor, x: torch.Tensor, stat: torch.Tensor, square: bool) -> None:
@@ -148,10 +145,10 @@ def linear(
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         return _decode_linear(  # type: ignore[no-any-return]
-            x.contiguous(), *nf4, out_features, bias, *(csr or _NO_DELTA), a, b, scale
+            x.contiguous(), *nf4, out_features, bias, *(csr or NO_DELTA), a, b, scale
         )
     y, _projected = torch.ops.qrosa.linear(
-        x, *nf4, out_features, bias, *(csr or _NO_DELTA), a, b, scale, dropout_p, seed
+        x, *nf4, out_features, bias, *(csr or NO_DELTA), a, b, scale, dropout_p, seed
     )
     return y  # type: ignore[no-any-return]
 

@@ -12,36 +12,32 @@ from typing import Any
 
 import torch
 
-from qrosa.ops.schema import LIBRARY
+from qrosa.ops.operands import NO_DELTA
+from qrosa.ops.schema import LIBRARY, LINEAR
 
-_X, _BIAS, _VALUES, _A, _B = 0, 8, 11, 12, 13
-"""Places of the differentiable inputs in the schema of ``qrosa::linear``."""
-_INPUTS = 17
+_DIFFERENTIABLE = tuple(LINEAR.place(name) for name in ("x", "values", "a", "b", "bias"))
+_BIAS = LINEAR.place("bias")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, _out_features, bias = inputs[:9]
-    row_ptr, col, values, a, b, scale, dropout_p, seed = inputs[9:]
+    x, nf4, _out_features, bias, csr, a, b, *settings = LINEAR.split(inputs)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        x, output[1], codes, absmax, absmax_code, absmax_scale, absmax_offset, row_ptr, col, values, a, b
-    )
-    ctx.settings = (block_size, scale, dropout_p, seed)
+    ctx.save_for_backward(x, output[1], *nf4[:5], *(csr or NO_DELTA), a, b)
+    ctx.block_size, ctx.settings = nf4.block_size, settings
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, dy: torch.Tensor | None, _dprojected: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    gradients: list[torch.Tensor | None] = [None] * _INPUTS
-    needs = [ctx.needs_input_grad[place] for place in (_X, _VALUES, _A, _B, _BIAS)]
+    gradients: list[torch.Tensor | None] = [None] * len(LINEAR.names)
+    needs = [ctx.needs_input_grad[place] for place in _DIFFERENTIABLE]
     if dy is None or not any(needs):
         return tuple(gradients)
     x, projected, *nf4_tensors, row_ptr, col, values, a, b = ctx.saved_tensors
-    block_size, scale, dropout_p, seed = ctx.settings
     results = torch.ops.qrosa.linear_backward(
-        dy, x, projected, *nf4_tensors, block_size, row_ptr, col, values, a, b, scale, dropout_p, seed, needs
+        dy, x, projected, *nf4_tensors, ctx.block_size, row_ptr, col, values, a, b, *ctx.settings, *needs
     )
-    for place, need, gradient in zip((_X, _VALUES, _A, _B, _BIAS), needs, results, strict=True):
+    for place, need, gradient in zip(_DIFFERENTIABLE, needs, results, strict=True):
         if need:
             gradients[place] = gradient.to(ctx.bias_dtype) if place == _BIAS else gradient
     return tuple(gradients)

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from qrosa.ops import linear
-from qrosa.ops.operands import CsrOperands, NF4Operands
+from qrosa.ops import devices
+from qrosa.ops.operands import NO_DELTA, CsrOperands, NF4Operands
 
 
 def decode_linear(
@@ -31,7 +31,7 @@ def decode_linear(
 ) -> torch.Tensor:
     """x W_eff^T + scale * x A^T B^T + bias, [..., N] in x's dtype; x [..., K], a [r, K], b [N, r], bias [N]."""
     rows = x.reshape(-1, x.shape[-1])
-    y: torch.Tensor = torch.ops.qrosa.dequant_spmm(rows, *nf4, *(csr or (None, None, None)), out_features)
+    y: torch.Tensor = torch.ops.qrosa.dequant_spmm(rows, *nf4, *(csr or NO_DELTA), out_features)
     if a is not None and b is not None:
         y.addmm_(rows @ a.to(x.dtype).t(), b.to(x.dtype).t(), alpha=scale)
     if bias is not None:
@@ -58,8 +58,8 @@ def plan_decode(
     scale: float,
 ) -> DecodePlan | None:
     """The plan of a layer [N, K], or None where no kernel takes one: only the CPU's does."""
-    if nf4.codes.device.type != "cpu" or "cpu" not in linear.compiled:
+    if nf4.codes.device.type != "cpu" or not devices.is_served("cpu"):
         return None
-    parts = (bias, *(csr or (None, None, None)), a, b)
+    parts = (bias, *(csr or NO_DELTA), a, b)
     packed = torch.ops.qrosa.decode_plan(*nf4, *shape, *parts, scale)
     return DecodePlan(packed, (*nf4[:5], *parts))

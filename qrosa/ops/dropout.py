@@ -27,7 +27,7 @@ def threshold(p: float) -> int:
     return int(p * 2.0**32)
 
 
-def kept(count: int, p: float, seed: int, device: torch.device) -> torch.Tensor:
+def keep_mask(count: int, p: float, seed: int, device: torch.device) -> torch.Tensor:
     """Which of ``count`` elements stay, bool [count]."""
     first, second = keys(seed)
     hashed = (torch.arange(count, dtype=torch.int64, device=device) & _WORD) ^ first
@@ -41,5 +41,5 @@ def dropout(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     torch._check(0.0 <= p < 1.0, lambda: f"dropout must be in [0, 1), got {p}")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     scale = torch.tensor(1.0 / (1.0 - p), dtype=wide, device=x.device)
-    keep = kept(x.numel(), p, seed, x.device).view(x.shape)
+    keep = keep_mask(x.numel(), p, seed, x.device).view(x.shape)
     return torch.where(keep, x.to(wide) * scale, 0.0).to(x.dtype).contiguous()

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from qrosa.ops import decode, dropout, linear, reference, schema
-from qrosa.ops.operands import CsrOperands, NF4Operands
+from qrosa.ops import decode, devices, dropout, linear, reference, schema
 
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 """The CPU's code paths, in the order of the codes that ``qrosa::cpu_isa`` speaks. ``QROSA_CPU_ISA`` names the best one
@@ -33,24 +32,21 @@ libraries: dict[str, Path | None] = {"cpu": None, "cuda": None}
 """The library that serves each device, if any."""
 notes: dict[str, str] = {"cpu": "", "cuda": ""}
 """Why a device has no library."""
-
-
-def _csr(row_ptr: Any, col: Any, values: Any) -> CsrOperands | None:
-    return None if row_ptr is None else CsrOperands(row_ptr, col, values)
+_warned_of: set[str] = set()
 
 
 def _flat_dequant_add(*args: Any) -> None:
-    nf4, (row_ptr, col, values), out = NF4Operands(*args[:6]), args[6:9], args[9]
-    schema.check_nf4(*nf4, out.shape[0], out.shape[1])
-    schema.check_csr(row_ptr, col, values, out.shape[0], out.shape[1])
-    reference.dequant_add(nf4, _csr(row_ptr, col, values), out)
+    nf4, csr, out = schema.DEQUANT_ADD.split(args)
+    schema.check_nf4(nf4, *out.shape)
+    schema.check_csr(csr, *out.shape)
+    reference.dequant_add(nf4, csr, out)
 
 
-def _flat_dequant_spmm(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    nf4, (row_ptr, col, values), out_features = NF4Operands(*args[:6]), args[6:9], args[9]
-    schema.check_nf4(*nf4, out_features, x.shape[1])
-    schema.check_csr(row_ptr, col, values, out_features, x.shape[1])
-    return reference.dequant_spmm(x, nf4, _csr(row_ptr, col, values), out_features)
+def _flat_dequant_spmm(*args: Any) -> torch.Tensor:
+    x, nf4, csr, out_features = schema.DEQUANT_SPMM.split(args)
+    schema.check_nf4(nf4, out_features, x.shape[1])
+    schema.check_csr(csr, out_features, x.shape[1])
+    return reference.dequant_spmm(x, nf4, csr, out_features)
 
 
 _COMPOSITIONS: dict[str, Callable[..., Any]] = {
@@ -70,16 +66,13 @@ def _warned(device: str, name: str) -> Callable[..., Any]:
 
 
 def _warn_once(device: str) -> None:
-    if device not in _warn_once.done:  # type: ignore[attr-defined]
-        _warn_once.done.add(device)  # type: ignore[attr-defined]
+    if device not in _warned_of:
+        _warned_of.add(device)
         warnings.warn(
             f"qrosa: no compiled library for {device} ({notes[device]}); plain PyTorch runs instead, slower and with "
             f"more memory. To fix it, {_FIX[device]}.",
             stacklevel=2,
         )
-
-
-_warn_once.done = set()  # type: ignore[attr-defined]
 
 
 def _find(stem: str) -> Path | None:
@@ -95,7 +88,7 @@ def _load(device: str, key: str) -> None:
         try:
             torch.ops.load_library(str(path))
             libraries[device] = path
-            linear.compiled.add(device)
+            devices.serve(device)
         except (OSError, RuntimeError) as error:
             notes[device] = f"{path.name} does not load: {str(error).splitlines()[0]}"
     if libraries[device] is None:
@@ -104,17 +97,17 @@ def _load(device: str, key: str) -> None:
 
 
 def _flat_linear(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    x, nf4, out_features, bias = args[0], NF4Operands(*args[1:7]), args[7], args[8]
-    return linear.forward(x, nf4, out_features, bias, _csr(*args[9:12]), *args[12:])
+    return linear.forward(*schema.LINEAR.split(args))
 
 
-def _flat_decode_linear(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    schema.check_linear(x, *args[:13])
-    return decode.decode_linear(x, NF4Operands(*args[:6]), args[6], args[7], _csr(*args[8:11]), *args[11:])
+def _flat_decode_linear(*args: Any) -> torch.Tensor:
+    x, nf4, out_features, bias, csr, a, b, scale = schema.DECODE_LINEAR.split(args)
+    schema.check_linear(x, nf4, out_features, bias, csr, a, b)
+    return decode.decode_linear(x, nf4, out_features, bias, csr, a, b, scale)
 
 
-def _flat_linear_backward(dy: torch.Tensor, x: torch.Tensor, projected: torch.Tensor, *args: Any) -> linear.Gradients:
-    return linear.backward(dy, x, projected, NF4Operands(*args[:6]), _csr(*args[6:9]), *args[9:])
+def _flat_linear_backward(*args: Any) -> linear.Gradients:
+    return linear.backward(*schema.LINEAR_BACKWARD.split(args))
 
 
 def load() -> None:

@@ -3,62 +3,30 @@
     Y = X W_eff^T + (alpha / r) drop(X) A^T B^T + bias,      W_eff = deq(Wq) + S
 
 W_eff is rebuilt in backward instead of kept: one pass over 4-bit data costs less than the memory of a dense layer.
-It lives in a workspace that a thread reuses for all layers (fresh pages for each layer would cost more than the
-dequantising itself), and never leaves the op. The dropout mask is drawn again from its seed. What is kept: X once,
-and drop(X) A^T [T, r], which is r / K of X and saves a second read of X for dB.
+It lives in scratch (``workspace.py``) and never leaves the op. The dropout mask is drawn again from its seed. What is
+kept: X once, and drop(X) A^T [T, r], which is r / K of X and saves a second read of X for dB.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
-from qrosa.ops import dropout, reference, schema
-from qrosa.ops.operands import CsrOperands, NF4Operands
+from qrosa.ops import devices, dropout, reference, schema, workspace
+from qrosa.ops.operands import NO_DELTA, CsrOperands, NF4Operands
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
-compiled: set[str] = set()
-"""Device types that a compiled library serves; ``library.py`` fills it."""
 
-_NO_DELTA = (None, None, None)
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
 
-_workspace = threading.local()
-_kept_on = {"cpu"}
-"""Device types whose scratch outlives a call; on others the allocator is quick, and the memory is wanted back."""
-
-
-def _scratch(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """An uninitialised [rows, columns] in ``like``'s dtype; on the CPU from this thread's grow-only buffer."""
-    if like.device.type not in _kept_on:
-        return like.new_empty((rows, columns))
-    size = rows * columns * like.element_size()
-    buffer: torch.Tensor | None = getattr(_workspace, "buffer", None)
-    if buffer is None or buffer.numel() < size or buffer.device != like.device:
-        with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
-            buffer = torch.empty(size, dtype=torch.uint8, device=like.device)
-        _workspace.buffer = buffer
-    return buffer[:size].view(like.dtype).view(rows, columns)
-
-
-def release_workspace() -> None:
-    """Frees this thread's scratch, for a process that is done with the model."""
-    _workspace.buffer = None
-
-
-@contextmanager
-def meta_like_cpu() -> Iterator[None]:
-    """While inside, ``meta`` tensors count as the CPU's: their scratch lasts, as a simulation of the CPU needs."""
-    release_workspace()
-    _kept_on.add("meta")
-    try:
-        yield
-    finally:
-        _kept_on.discard("meta")
-        release_workspace()
+    x: bool
+    values: bool
+    a: bool
+    b: bool
+    bias: bool
 
 
 def effective_weight(
@@ -67,8 +35,8 @@ def effective_weight(
     """deq(Wq) + S [N, K] in ``like``'s dtype, in scratch that the next call overwrites."""
     if like.dtype == torch.float64:  # kernels end at fp32; fp64 is for checking gradients
         return reference.effective_weight(nf4, csr, shape, like.dtype)
-    out = _scratch(*shape, like)
-    torch.ops.qrosa.dequant_add(*nf4, *(csr or _NO_DELTA), out)
+    out = workspace.scratch(*shape, like)
+    torch.ops.qrosa.dequant_add(*nf4, *(csr or NO_DELTA), out)
     return out
 
 
@@ -91,11 +59,11 @@ _MASKED_RANK = 256
 
 def _fuses(x: torch.Tensor, nf4: NF4Operands, a: torch.Tensor | None, dropout_p: float) -> bool:
     """Whether one kernel can do the layer without writing W_eff down: bf16 on a CPU with matrix tiles."""
-    if x.dtype != torch.bfloat16 or x.device.type not in _kept_on or nf4.block_size != 64 or x.shape[-1] % 64:
+    if x.dtype != torch.bfloat16 or not workspace.lasts_on(x.device) or nf4.block_size != 64 or x.shape[-1] % 64:
         return False
     if x.numel() < _FUSED_TOKENS * x.shape[-1] or (dropout_p and a is not None and a.shape[0] > _MASKED_RANK):
         return False
-    return "cpu" in compiled and torch.ops.qrosa.cpu_isa(-1) == _AMX
+    return devices.is_served("cpu") and torch.ops.qrosa.cpu_isa(-1) == _AMX
 
 
 def product(
@@ -137,11 +105,10 @@ def forward(
     if _fuses(rows, nf4, a, dropout_p):
         wide_bias = _in(bias, torch.float32)
         y, projected = torch.ops.qrosa.linear_tiles(
-            rows, *nf4, out_features, wide_bias, *(csr or _NO_DELTA), a, b, scale, dropout_p, seed
+            rows, *nf4, out_features, wide_bias, *(csr or NO_DELTA), a, b, scale, dropout_p, seed
         )
         return y.view(*x.shape[:-1], out_features), projected
-    row_ptr, col, values = csr or _NO_DELTA
-    schema.check_linear(x, *nf4, out_features, bias, row_ptr, col, values, a, b)
+    schema.check_linear(x, nf4, out_features, bias, csr, a, b)
     projected, left = x.new_empty((0,)), None
     if a is not None:
         projected = dropped(rows, dropout_p, seed) @ a.t()
@@ -165,27 +132,27 @@ def backward(
     scale: float,
     dropout_p: float,
     seed: int,
-    needs: list[bool],
+    *needed: bool,
 ) -> Gradients:
-    """Gradients of x, values, a, b and bias; an empty tensor for each one that ``needs`` does not ask for."""
-    needs_x, needs_values, needs_a, needs_b, needs_bias = needs
+    """Gradients of x, values, a, b and bias; an empty tensor for each that ``needed`` (as in ``Needs``) leaves out."""
+    needs = Needs(*needed)
     x_rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).contiguous()
     left, right = _in(b, x.dtype), _in(a, x.dtype)
-    dbias = dy_rows.sum(0) if needs_bias else x.new_empty((0,))
+    dbias = dy_rows.sum(0) if needs.bias else x.new_empty((0,))
     if _fuses(x_rows, nf4, a, dropout_p):
         dx, dvalues, da, db = torch.ops.qrosa.linear_tiles_backward(
-            dy_rows, x_rows.contiguous(), projected, *nf4, *(csr or _NO_DELTA), right, left, scale, dropout_p, seed,
-            needs_x, needs_values, needs_a, needs_b,
+            dy_rows, x_rows.contiguous(), projected, *nf4, *(csr or NO_DELTA), right, left, scale, dropout_p, seed,
+            *needs[:4],
         )  # fmt: skip
     else:
         dx, dvalues, da, db = _composed_backward(
             dy_rows, x_rows, projected, nf4, csr, right, left, scale, dropout_p, seed, needs
         )
-    if needs_a and a is not None:
+    if needs.a and a is not None:
         da = da.to(a.dtype)
-    if needs_b and b is not None:
+    if needs.b and b is not None:
         db = db.to(b.dtype)
-    return dx.view(x.shape) if needs_x else dx, dvalues, da, db, dbias
+    return dx.view(x.shape) if needs.x else dx, dvalues, da, db, dbias
 
 
 def _composed_backward(
@@ -199,26 +166,25 @@ def _composed_backward(
     scale: float,
     dropout_p: float,
     seed: int,
-    needs: list[bool],
+    needs: Needs,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x [T, K], values, a and b out of the other ops and PyTorch's products."""
-    needs_x, needs_values, needs_a, needs_b, _ = needs
     dx = dvalues = da = db = x.new_empty((0,))
     inner = None
-    if b is not None and (needs_x or needs_a):
+    if b is not None and (needs.x or needs.a):
         inner = (dy @ b).mul_(scale)  # [T, r]
-    if needs_x:
+    if needs.x:
         shape = (dy.shape[-1], x.shape[-1])
         if inner is None or a is None:
             dx = dy @ effective_weight(nf4, csr, shape, dy)
         else:  # as in product(); the weight last, so that it never meets the two terms that dropout needs
             dx = dropped(inner @ a, dropout_p, seed)
             dx.addmm_(dy, effective_weight(nf4, csr, shape, dy))
-    if needs_a and inner is not None:
+    if needs.a and inner is not None:
         da = inner.t() @ dropped(x, dropout_p, seed)
-    if needs_b:
+    if needs.b:
         db = (dy.t() @ projected).mul_(scale)
-    if needs_values and csr is not None:
+    if needs.values and csr is not None:
         dvalues = _sparse_gradient(dy, x.contiguous(), csr)
     return dx, dvalues, da, db
 

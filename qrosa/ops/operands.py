@@ -60,6 +60,10 @@ class NF4Operands(NamedTuple):
     block_size: int
 
 
+NO_DELTA = (None, None, None)
+"""What stands in an op's flat arguments where there is no delta."""
+
+
 class CsrOperands(NamedTuple):
     """A sparse delta [N, K] in compressed rows, columns ascending within a row."""
 

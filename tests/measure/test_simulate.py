@@ -23,7 +23,7 @@ from qrosa.errors import InputError
 from qrosa.measure.card import card_attention
 from qrosa.measure.simulate import largest_tensors, measure, read_config, simulate
 from qrosa.measure.tracker import StorageTracker
-from qrosa.ops.linear import release_workspace
+from qrosa.ops import release_workspace
 from qrosa.planner.workload import Workload
 
 WITHIN = 0.03

@@ -16,6 +16,16 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 SUM_ERROR = 2.0**-22  # of an fp32 sum of products, per term and unit of the terms' size (see close())
 
+FEW_ROWS = (
+    (1, 67, 64),  # one row of x, one block a row of the weight; of the weight's rows, three are left over by fours
+    (2, 96, 192),  # two rows of x, an odd number of blocks
+    (3, 67, 576),  # three: the weight's rows go by twos, one is left over
+    (4, 66, 1536),  # four, the most that go together
+    (7, 67, 2048),  # four and three
+    (9, 96, 1088),  # twice four and one
+)
+"""(T, N, K) at which the ways through the kernels for few rows of x part; what lies between, hypothesis draws."""
+
 sizes = st.sampled_from((1, 2, 3, 5, 7, 16, 31, 33, 63, 64, 65, 96, 127, 130))
 tokens = st.sampled_from((0, 1, 2, 3, 17, 33, 64, 70))
 densities = st.sampled_from((0.0, 0.01, 0.1, 1.0))

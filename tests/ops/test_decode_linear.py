@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_inputs import FLOATS, ROUNDING, close, delta, densities, matrix, quantized, seeds, sizes
+from op_inputs import FEW_ROWS, FLOATS, ROUNDING, close, delta, densities, matrix, quantized, seeds, sizes
 
 from qrosa import ops
 from qrosa.ops import decode, reference
@@ -62,11 +62,10 @@ def test_equals_the_fp64_reference(
     check(n, k, rank, arguments(rows, n, k, rank, density, dtype, nested, seed))
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("k", [64, 192, 576, 1536])
-def test_real_widths(isa: str, k: int, rows: int, dtype: torch.dtype) -> None:
-    for n in (67, 96):
+@pytest.mark.parametrize("shape", FEW_ROWS)
+def test_real_widths(isa: str, shape: tuple[int, int, int]) -> None:
+    rows, n, k = shape
+    for dtype in FLOATS:
         check(n, k, 16, arguments(rows, n, k, 16, 0.02, dtype))
 
 

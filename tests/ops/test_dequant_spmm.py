@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from op_inputs import FLOATS, ROUNDING, close, delta, densities, matrix, quantized, seeds, sizes, tokens
+from op_inputs import FEW_ROWS, FLOATS, ROUNDING, close, delta, densities, matrix, quantized, seeds, sizes, tokens
 
 from qrosa import ops
 from qrosa.ops import reference
@@ -37,12 +37,11 @@ def test_equals_the_fp64_reference(
     check(rows, n, k, density, dtype, nested, seed)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rows", [1, 3, 4, 9])
-@pytest.mark.parametrize("k", [64, 576, 1536, 2048])
-def test_real_widths(isa: str, rows: int, k: int, dtype: torch.dtype) -> None:
-    check(rows, 66, k, 0.01, dtype)
-    check(rows, 66, k, None, dtype, nested=False)
+@pytest.mark.parametrize("shape", FEW_ROWS)
+def test_real_widths(isa: str, shape: tuple[int, int, int]) -> None:
+    for dtype in FLOATS:
+        check(*shape, 0.01, dtype)
+        check(*shape, None, dtype, nested=False)
 
 
 def test_the_weight_is_not_rounded_to_bf16(isa: str) -> None:

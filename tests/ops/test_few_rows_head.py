@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from qrosa.base.head import OutputHead
 from qrosa.base.load import load_base
+from qrosa.ops.few_rows_head import OutputHead
 from tests.conftest import TINY_FAMILIES
 
 
