@@ -171,8 +171,7 @@ def plain_svd(bench: Bench) -> None:
     for path, layer in bench.layers.items():
         error = residual(checkpoint, path, layer.weight)
         b, a = weighted_factors(error, torch.ones(layer.in_features), layer.rank, seed=42)
-        layer.low_rank_A.data.copy_(a)  # type: ignore[union-attr]
-        layer.low_rank_B.data.copy_(b / layer.scale)  # type: ignore[union-attr]
+        layer.low_rank.start_at(a, b)  # type: ignore[union-attr]
 
 
 def cut(tokenizer: Any, texts: list[str], length: int, count: int) -> list[list[int]]:

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from bench.assets import smollm2
 from bench.bench_training import batch_of, ours
 from bench.measure import report
-from qrosa.adapters.inject import quantized_linears
+from qrosa.adapters.inject import adapter_parameters
 from qrosa.optim.adamw import AdapterOptimizer
 from qrosa.train.loss import model_loss
 
@@ -84,9 +84,7 @@ def step(model: Any, batch: Any, optimizer: AdapterOptimizer) -> None:
 def measure(rows: int, length: int, *, sparse: bool, checkpointing: bool, steps: int) -> dict[str, Any]:
     """Shares of the time of a step, in percent."""
     model, batch = ours(smollm2(), sparse=sparse, checkpointing=checkpointing), batch_of(rows, length)
-    layers = quantized_linears(model).values()
-    low_rank = [p for layer in layers for p in (layer.low_rank_A, layer.low_rank_B) if p is not None]
-    optimizer = AdapterOptimizer(low_rank, [p.sparse_values for p in layers if p.sparse_values is not None])
+    optimizer = AdapterOptimizer(*adapter_parameters(model))
     step(model, batch, optimizer)
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(steps):

@@ -25,7 +25,7 @@ import torch
 
 from bench.assets import smollm2
 from bench.measure import report
-from qrosa.adapters.inject import quantized_linears
+from qrosa.adapters.inject import adapter_parameters, quantized_linears
 from qrosa.base.adapter_io import attach_adapter
 from qrosa.base.load import load_base
 from qrosa.config import AdapterConfig
@@ -61,10 +61,7 @@ def ours(folder: Path, *, sparse: bool, checkpointing: bool) -> Any:
 
 def our_step(model: Any, batch: MicroBatch) -> Callable[[], object]:
     """One optimizer step of the engine."""
-    layers = quantized_linears(model).values()
-    low_rank = [p for layer in layers for p in (layer.low_rank_A, layer.low_rank_B)]
-    sparse = [layer.sparse_values for layer in layers if layer.sparse_values is not None]
-    optimizer = AdapterOptimizer(low_rank, sparse)
+    optimizer = AdapterOptimizer(*adapter_parameters(model))
 
     def step() -> None:
         loss, count = model_loss(model, batch)

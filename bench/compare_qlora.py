@@ -68,7 +68,13 @@ def fill_dense(model: nn.Module) -> None:
 def ours(name: str, *, sparse: bool) -> tuple[Any, Callable[[Any], None], int]:
     """qrosa's model, its step, and how much of it trains."""
     from qrosa.adapters.budget import allocate
-    from qrosa.adapters.inject import inject_low_rank, linear_shapes, quantized_linears, trainable_parameters
+    from qrosa.adapters.inject import (
+        adapter_parameters,
+        inject_low_rank,
+        linear_shapes,
+        quantized_linears,
+        trainable_parameters,
+    )
     from qrosa.base.load import count_parameters, empty_model
     from qrosa.config import AdapterConfig
     from qrosa.model.modes import set_checkpointing
@@ -88,8 +94,7 @@ def ours(name: str, *, sparse: bool) -> tuple[Any, Callable[[Any], None], int]:
     layers = quantized_linears(model)
     if sparse:
         set_random_masks(layers, allocation.nnz)
-    low_rank = [p for layer in layers.values() for p in (layer.low_rank_A, layer.low_rank_B) if p is not None]
-    optimizer = AdapterOptimizer(low_rank, [x.sparse_values for x in layers.values() if x.sparse_values is not None])
+    optimizer = AdapterOptimizer(*adapter_parameters(model))
 
     def step(batch: Any) -> None:
         loss, count = model_loss(model, batch)

@@ -1,7 +1,7 @@
 """From a budget to ranks and numbers of sparse values, module by module, in whole parameters.
 
-A rank-r part of an [N, K] matrix costs r * (N + K) parameters, a sparse part one per position. The low-rank share
-of the budget is spent in three steps:
+A rank-r part of an [N, K] matrix costs what its form says, r * (N + K) parameters for LoRA, a sparse part one per
+position. The low-rank share of the budget is spent in three steps:
 
 1. *Uniformly*: the largest rank that all modules can have.
 2. *What is left*, in whole +1 ranks, one a module: cheapest modules first, ties from the last decoder layer down. A
@@ -25,6 +25,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qrosa.adapters.forms import LORA, LowRankForm, form_named, parameter_count
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
 from qrosa.quantities import parse_budget
@@ -52,14 +53,13 @@ class LinearShape:
         return self.out_features * self.in_features
 
     @property
-    def rank_cost(self) -> int:
-        """Parameters that one rank costs, N + K."""
-        return self.out_features + self.in_features
-
-    @property
     def full_rank(self) -> int:
         """The rank beyond which a low-rank part gains nothing, min(N, K)."""
         return min(self.out_features, self.in_features)
+
+    def cost(self, rank: int, form: LowRankForm = LORA) -> int:
+        """Parameters of a low-rank part, rank * (N + K) for LoRA."""
+        return parameter_count(form, self.out_features, self.in_features, rank)
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ class Allocation:
     Attributes:
         ranks: Module path -> rank of its low-rank part, 0 for none; every module is named.
         nnz: Module path -> number of its sparse values, 0 for none; every module is named.
-        low_rank_parameters: Sum of rank * (N + K).
+        low_rank_parameters: Of all low-rank parts.
         sparse_parameters: Sum of nnz.
         base_parameters: Parameters of the base, what shares refer to.
         linears: The modules, in model order.
+        form: Name of the low-rank parts' form.
     """
 
     ranks: dict[str, int]
@@ -81,6 +82,7 @@ class Allocation:
     sparse_parameters: int
     base_parameters: int
     linears: tuple[LinearShape, ...] = ()
+    form: str = LORA.name
 
     @property
     def trainable(self) -> int:
@@ -134,18 +136,20 @@ def allocate(
     """
     if not linears:
         raise InputError("the model has no linear layers to adapt", "use a decoder-only model, such as Llama or Qwen")
+    form = form_named(config.low_rank)
     if config.budget is not None:
         given = None if ranks is None else {linear.path: ranks.get(linear.path, 0) for linear in linears}
-        chosen, nnz = _from_budget(config, linears, base_parameters, sensitivity, given)
+        rank_of, nnz_of = _from_budget(config, linears, base_parameters, sensitivity, given, form)
     else:
-        chosen, nnz = _explicit(config, linears)
+        rank_of, nnz_of = _explicit(config, linears)
     return Allocation(
-        ranks=chosen,
-        nnz=nnz,
-        low_rank_parameters=sum(chosen[linear.path] * linear.rank_cost for linear in linears),
-        sparse_parameters=sum(nnz.values()),
+        ranks=rank_of,
+        nnz=nnz_of,
+        low_rank_parameters=sum(linear.cost(rank_of[linear.path], form) for linear in linears),
+        sparse_parameters=sum(nnz_of.values()),
         base_parameters=base_parameters,
         linears=tuple(linears),
+        form=form.name,
     )
 
 
@@ -155,20 +159,21 @@ def _from_budget(
     base_parameters: int,
     sensitivity: Mapping[str, float] | None,
     given: dict[str, int] | None,
+    form: LowRankForm,
 ) -> tuple[dict[str, int], dict[str, int]]:
     total = _total(config, base_parameters)
     low_rank = total - math.floor(total * config.sparse_share)
-    ranks = given or spend_on_ranks(linears, low_rank if config.sparse_share < 1 else 0, sensitivity)
-    used = sum(ranks[linear.path] * linear.rank_cost for linear in linears)
+    ranks = given or spend_on_ranks(linears, low_rank if config.sparse_share < 1 else 0, sensitivity, form)
+    used = sum(linear.cost(ranks[linear.path], form) for linear in linears)
     if config.sparse_share > 0:
         return ranks, _share_out(linears, total - used, f"budget {config.budget}")
-    cheapest = min(linear.rank_cost for linear in linears)
+    cheapest = min(linear.cost(1, form) for linear in linears)
     if used == 0:
         raise InputError(
             f"budget {config.budget} is {total:,} parameters, less than one rank of the smallest layer ({cheapest:,})",
             f"raise the budget to {100 * cheapest / base_parameters:.2g}% or more, or leave --sparse-share above 0",
         )
-    most = sum(linear.full_rank * linear.rank_cost for linear in linears)
+    most = sum(linear.cost(linear.full_rank, form) for linear in linears)
     if total > most:
         raise InputError(
             f"budget {config.budget} is {total:,} parameters, more than full-rank adapters have ({most:,})",
@@ -196,7 +201,10 @@ def _total(config: AdapterConfig, base_parameters: int) -> int:
 
 
 def spend_on_ranks(
-    linears: Sequence[LinearShape], budget: int, sensitivity: Mapping[str, float] | None = None
+    linears: Sequence[LinearShape],
+    budget: int,
+    sensitivity: Mapping[str, float] | None = None,
+    form: LowRankForm = LORA,
 ) -> dict[str, int]:
     """Spend at most ``budget`` parameters on whole ranks, by the rule of this module's docstring.
 
@@ -204,36 +212,45 @@ def spend_on_ranks(
         Module path -> rank, at most min(N, K). One more rank of any module would exceed the budget, or its full rank.
     """
     ranks = dict.fromkeys((linear.path for linear in linears), 0)
+
+    def price(linear: LinearShape) -> int:
+        """Parameters that its next rank costs."""
+        return linear.cost(ranks[linear.path] + 1, form) - linear.cost(ranks[linear.path], form)
+
     while open_ones := [linear for linear in linears if ranks[linear.path] < linear.full_rank]:
         headroom = min(linear.full_rank - ranks[linear.path] for linear in open_ones)
-        step = min(headroom, budget // sum(linear.rank_cost for linear in open_ones))
+        step = min(headroom, budget // sum(price(linear) for linear in open_ones))
         if step == 0:
             break
         for linear in open_ones:
+            held = linear.cost(ranks[linear.path], form)
             ranks[linear.path] += step
-            budget -= step * linear.rank_cost
-    order = _leftover_order(linears, sensitivity)
+            budget -= linear.cost(ranks[linear.path], form) - held
+    order = _leftover_order(linears, sensitivity, form)
     spent = True
     while spent:  # a pass adds at most one rank a module, so cheap modules do not run away
         spent = False
         for linear in order:
-            if linear.rank_cost <= budget and ranks[linear.path] < linear.full_rank:
+            if ranks[linear.path] < linear.full_rank and (cost := price(linear)) <= budget:
                 ranks[linear.path] += 1
-                budget -= linear.rank_cost
+                budget -= cost
                 spent = True
     return ranks
 
 
-def _leftover_order(linears: Sequence[LinearShape], sensitivity: Mapping[str, float] | None) -> list[LinearShape]:
+def _leftover_order(
+    linears: Sequence[LinearShape], sensitivity: Mapping[str, float] | None, form: LowRankForm
+) -> list[LinearShape]:
+    cost = {linear.path: linear.cost(1, form) for linear in linears}
     if sensitivity is None:
-        return sorted(linears, key=lambda linear: (linear.rank_cost, -linear.layer, linear.path))
+        return sorted(linears, key=lambda linear: (cost[linear.path], -linear.layer, linear.path))
     known = set(sensitivity) & {linear.path for linear in linears}
     if not known:
         raise InputError("the sensitivities name no module of this model", "measure them on this base")
 
     def order(linear: LinearShape) -> tuple[float, int, int, str]:
-        gain = sensitivity.get(linear.path, 0.0) / linear.rank_cost
-        return -gain, linear.rank_cost, -linear.layer, linear.path
+        gain = sensitivity.get(linear.path, 0.0) / cost[linear.path]
+        return -gain, cost[linear.path], -linear.layer, linear.path
 
     return sorted(linears, key=order)
 
@@ -263,7 +280,7 @@ def _explicit(config: AdapterConfig, linears: Sequence[LinearShape]) -> tuple[di
     return ranks, nnz
 
 
-def _share_out(linears: Sequence[LinearShape], total: int, asked: str) -> dict[str, int]:
+def _share_out(linears: Sequence[LinearShape], total: int, wanted_by: str) -> dict[str, int]:
     """Share ``total`` sparse values out in proportion to N * K, by largest remainder, exactly.
 
     No matrix gets more than its N * K positions: a quota is at most N * K, and one that is rounded up was below it.
@@ -271,7 +288,7 @@ def _share_out(linears: Sequence[LinearShape], total: int, asked: str) -> dict[s
     positions = sum(linear.size for linear in linears)
     if total > positions:
         raise InputError(
-            f"{asked} asks for {total:,} sparse values and the matrices have {positions:,} positions",
+            f"{wanted_by} asks for {total:,} sparse values and the matrices have {positions:,} positions",
             "ask for less, or give the low-rank part a share (--sparse-share below 1)",
         )
     nnz = {linear.path: total * linear.size // positions for linear in linears}

@@ -62,8 +62,8 @@ def _places(allocation: Allocation, rank: int) -> str:
         if allocation.ranks[linear.path] == rank:
             layers[kind].append(linear.layer)
     by_layers: dict[str, list[str]] = defaultdict(list)
-    for kind, found in layers.items():
-        by_layers["every layer" if set(found) == everywhere[kind] else _ranges(found)].append(kind)
+    for kind, indices in layers.items():
+        by_layers["every layer" if set(indices) == everywhere[kind] else _ranges(indices)].append(kind)
     return ", ".join(f"{', '.join(kinds)} of {where}" for where, kinds in by_layers.items())
 
 

@@ -8,16 +8,33 @@ projections of any architecture alike.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qrosa.adapters.budget import LinearShape
-from qrosa.adapters.linear import QRosaLinear
+from qrosa.adapters.forms import LORA, PREFIX, LowRankForm
+from qrosa.adapters.linear import SPARSE_TENSORS, QRosaLinear
+from qrosa.adapters.low_rank import LowRank
 from qrosa.errors import InputError
 from qrosa.sparse.csr import CsrDelta
 
-_TENSORS = ("low_rank_A", "low_rank_B", "sparse_row_ptr", "sparse_col", "sparse_values")
+
+class AdapterParts(NamedTuple):
+    """The adapter of one layer."""
+
+    low_rank: LowRank | None
+    sparse: CsrDelta | None
+
+
+class AdapterParameters(NamedTuple):
+    """What is trained, in model order."""
+
+    low_rank: list[nn.Parameter]
+    """bf16"""
+    sparse: list[nn.Parameter]
+    """fp32"""
 
 
 def target_linears(model: nn.Module) -> dict[str, nn.Linear]:
@@ -27,17 +44,17 @@ def target_linears(model: nn.Module) -> dict[str, nn.Linear]:
         InputError: The model has no linear layer inside a stack of blocks.
     """
     stacks = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    found = {
+    targets = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(path.startswith(f"{stack}.") for stack in stacks)
     }
-    if not found:
+    if not targets:
         raise InputError(
             f"{type(model).__name__} has no linear layers inside a stack of decoder blocks",
             "use a decoder-only model built from nn.Linear, such as Llama, Mistral, Qwen, Gemma or Phi-3",
         )
-    return found
+    return targets
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QRosaLinear]:
@@ -65,7 +82,12 @@ def linear_shapes(model: nn.Module) -> list[LinearShape]:
 
 
 def inject_low_rank(
-    model: nn.Module, ranks: Mapping[str, int], alpha: float = 16.0, dropout: float = 0.0, seed: int = 42
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    seed: int = 42,
+    form: LowRankForm = LORA,
 ) -> None:
     """Give each layer its rank (0 leaves it without a low-rank part), from one seed in model order.
 
@@ -79,7 +101,14 @@ def inject_low_rank(
     generator = torch.Generator().manual_seed(seed)
     for path, layer in layers.items():
         if ranks.get(path, 0):
-            layer.add_low_rank(ranks[path], alpha, dropout, generator)
+            layer.add_low_rank(ranks[path], alpha, dropout, generator, form)
+
+
+def adapter_parameters(model: nn.Module) -> AdapterParameters:
+    """The parameters of every adapter, by part."""
+    layers = quantized_linears(model).values()
+    low_rank = [tensor for layer in layers if layer.low_rank for tensor in layer.low_rank.tensors().values()]
+    return AdapterParameters(low_rank, [layer.sparse_values for layer in layers if layer.sparse_values is not None])
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -89,21 +118,13 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def set_adapter_enabled(model: nn.Module, enabled: bool) -> None:
-    """Switch the adapters of all layers on or off; off is the bare base."""
-    for layer in quantized_linears(model).values():
-        layer.adapter_enabled = enabled
-
-
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """All adapter tensors by name, on the CPU, as they are saved."""
-    state = {}
-    for path, layer in quantized_linears(model).items():
-        for name in _TENSORS:
-            tensor = getattr(layer, name)
-            if tensor is not None:
-                state[f"{path}.{name}"] = tensor.detach().cpu().clone()
-    return state
+    return {
+        f"{path}.{name}": tensor.detach().cpu().clone()
+        for path, layer in quantized_linears(model).items()
+        for name, tensor in layer.adapter_tensors().items()
+    }
 
 
 def load_adapter_state(
@@ -125,41 +146,43 @@ def load_adapter_state(
     by_layer: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in state.items():
         path, _, name = full_name.rpartition(".")
-        if path not in layers or name not in _TENSORS:
+        if path not in layers or not (name in SPARSE_TENSORS or name.startswith(PREFIX)):
             raise InputError(
                 f"the adapter holds {full_name!r}, which this base does not have", "use the adapter's own base"
             )
         by_layer.setdefault(path, {})[name] = tensor
-    deltas = {path: _checked_delta(path, layers[path], tensors) for path, tensors in by_layer.items()}
+    checked = {}
+    for path, tensors in by_layer.items():
+        alpha = alphas if isinstance(alphas, (int, float)) else alphas[path]
+        checked[path] = saved_parts(path, tensors, layers[path].weight.shape, alpha, dropout)
     for path, layer in layers.items():
-        tensors = by_layer.get(path, {})
-        layer.low_rank_A = layer.low_rank_B = None
-        if "low_rank_A" in tensors:
-            layer.low_rank_A = nn.Parameter(tensors["low_rank_A"].to(layer.device, torch.bfloat16))
-            layer.low_rank_B = nn.Parameter(tensors["low_rank_B"].to(layer.device, torch.bfloat16))
-            layer.alpha = float(alphas if isinstance(alphas, (int, float)) else alphas[path])
-            layer.dropout = dropout
-        layer.set_sparse(deltas.get(path))
+        low_rank, sparse = checked.get(path, (None, None))
+        layer.set_low_rank(low_rank)
+        layer.set_sparse(sparse)
 
 
-def _checked_delta(path: str, layer: QRosaLinear, tensors: Mapping[str, Tensor]) -> CsrDelta | None:
-    """Check one layer's tensors against its shape; its sparse part, if it has one."""
-    low_rank = ("low_rank_A" in tensors, "low_rank_B" in tensors)
-    sparse = [name in tensors for name in _TENSORS[2:]]
-    hint = "use the base that the adapter was trained on"
-    if any(low_rank) != all(low_rank) or any(sparse) != all(sparse):
-        raise InputError(f"the adapter of {path} is incomplete", "copy the adapter folder again")
-    if all(low_rank):
-        a, b = tensors["low_rank_A"], tensors["low_rank_B"]
-        fits = a.ndim == b.ndim == 2 and (b.shape[0], a.shape[1]) == layer.weight.shape and a.shape[0] == b.shape[1]
-        if not fits:
-            raise InputError(
-                f"the low-rank part of {path} has shapes {tuple(a.shape)} and {tuple(b.shape)} for a "
-                f"{layer.out_features} x {layer.in_features} matrix",
-                hint,
-            )
-    if not all(sparse):
-        return None
-    delta = CsrDelta(tensors["sparse_row_ptr"], tensors["sparse_col"], tensors["sparse_values"], layer.weight.shape)
+def saved_parts(
+    path: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], alpha: float, dropout: float = 0.0
+) -> AdapterParts:
+    """One layer's adapter out of its saved tensors, on their device.
+
+    Args:
+        path: The layer's, for messages.
+        tensors: By their names in a file, without the path.
+        shape: (N, K) of the layer.
+        alpha: Scale numerator.
+        dropout: Dropout of the low-rank part.
+
+    Raises:
+        InputError: Tensors are missing, do not fit the layer, or break the sparse layout's rules.
+    """
+    low_rank = LowRank.saved(path, tensors, shape, alpha, dropout)
+    held = [name for name in SPARSE_TENSORS if name in tensors]
+    if not held:
+        return AdapterParts(low_rank, None)
+    if len(held) < len(SPARSE_TENSORS):
+        raise InputError(f"the sparse part of {path} is incomplete", "copy the adapter folder again")
+    row_ptr, col, values = (tensors[name] for name in SPARSE_TENSORS)
+    delta = CsrDelta(row_ptr, col, values, shape)
     delta.check()
-    return delta
+    return AdapterParts(low_rank, delta)

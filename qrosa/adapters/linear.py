@@ -10,7 +10,6 @@ come and go: warm-up trains the low-rank part alone, mask selection adds the spa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,9 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from qrosa import ops
+from qrosa.adapters.compose import add_parts, compose
+from qrosa.adapters.forms import LORA, LowRankForm
+from qrosa.adapters.low_rank import LowRank
 from qrosa.errors import InputError
 from qrosa.quant.nf4 import NF4Weight
 from qrosa.sparse.csr import CsrDelta
+
+SPARSE_TENSORS = ("sparse_row_ptr", "sparse_col", "sparse_values")
+"""The sparse part's tensors, by attribute and by their names in a file."""
 
 
 class _Plan(NamedTuple):
@@ -40,18 +45,14 @@ class QRosaLinear(nn.Module):
     Attributes:
         weight: The packed base. A plain record: ``model.to(device)`` moves it, no dtype cast reaches it.
         bias: [N] or None, frozen.
-        low_rank_A: bf16 [r, K] or None.
-        low_rank_B: bf16 [N, r] or None.
+        low_rank: The low-rank part or None.
         sparse_values: fp32 [nnz] or None, with buffers ``sparse_row_ptr`` and ``sparse_col``.
-        alpha: Scale numerator; the low-rank product is multiplied by ``alpha / rank``.
-        dropout: Share of inputs of the low-rank part zeroed while training.
         adapter_enabled: False gives the bare base.
         device: Where the layer computes. The packed base may lie elsewhere, when it is streamed.
     """
 
     bias: nn.Parameter | None
-    low_rank_A: nn.Parameter | None
-    low_rank_B: nn.Parameter | None
+    low_rank: LowRank | None
     sparse_values: nn.Parameter | None
     sparse_row_ptr: Tensor | None
     sparse_col: Tensor | None
@@ -61,13 +62,10 @@ class QRosaLinear(nn.Module):
         self.weight = weight
         self.device = weight.device
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        self.register_parameter("low_rank_A", None)
-        self.register_parameter("low_rank_B", None)
+        self.register_module("low_rank", None)
         self.register_parameter("sparse_values", None)
         self.register_buffer("sparse_row_ptr", None)
         self.register_buffer("sparse_col", None)
-        self.alpha = 0.0
-        self.dropout = 0.0
         self.adapter_enabled = True
         self._plan: _Plan | None = None
 
@@ -110,12 +108,12 @@ class QRosaLinear(nn.Module):
     @property
     def rank(self) -> int:
         """Rank of the low-rank part, 0 without one."""
-        return 0 if self.low_rank_A is None else self.low_rank_A.shape[0]
+        return 0 if self.low_rank is None else self.low_rank.rank
 
     @property
-    def scale(self) -> float:
-        """What the low-rank product is multiplied by."""
-        return self.alpha / self.rank if self.rank else 0.0
+    def alpha(self) -> float:
+        """Scale numerator of the low-rank part, 0 without one."""
+        return 0.0 if self.low_rank is None else self.low_rank.alpha
 
     @property
     def nnz(self) -> int:
@@ -123,26 +121,35 @@ class QRosaLinear(nn.Module):
         return 0 if self.sparse_values is None else self.sparse_values.numel()
 
     def add_low_rank(
-        self, rank: int, alpha: float = 16.0, dropout: float = 0.0, generator: torch.Generator | None = None
+        self,
+        rank: int,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        form: LowRankForm = LORA,
     ) -> None:
-        """Give the layer a new low-rank part: A uniform as in LoRA, B zero, so that the output does not change.
+        """Give the layer a new low-rank part, which does not change the output yet.
 
         Args:
             rank: At least 1 and at most min(N, K).
             alpha: Scale numerator.
             dropout: Dropout of the part's input while training.
-            generator: Source of A's values, on the CPU, so that every device starts from the same ones.
+            generator: Source of the initial values, on the CPU, so that every device starts from the same ones.
+            form: What the part is made of.
+
+        Raises:
+            InputError: The rank does not fit.
         """
-        if not 1 <= rank <= min(self.weight.shape):
-            raise InputError(
-                f"rank {rank} does not fit a {self.out_features} x {self.in_features} matrix",
-                f"use a rank from 1 to {min(self.weight.shape)}",
-            )
-        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform(a=sqrt(5)), what LoRA implementations use for A
-        a = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
-        self.low_rank_A = nn.Parameter(a.to(device=self.device, dtype=torch.bfloat16))
-        self.low_rank_B = nn.Parameter(torch.zeros(self.out_features, rank, dtype=torch.bfloat16, device=self.device))
-        self.alpha, self.dropout = float(alpha), float(dropout)
+
+        def weight() -> Tensor:
+            return add_parts(self.weight.dequantize(torch.float32), None, self.sparse_delta())
+
+        part = LowRank.new(self.weight.shape, rank, alpha, dropout, weight=weight, generator=generator, form=form)
+        self.set_low_rank(part)
+
+    def set_low_rank(self, part: LowRank | None) -> None:
+        """Put a low-rank part in place of the one there is, or take it away; it moves to the layer's device."""
+        self.low_rank = None if part is None else part.to(self.device)
 
     def set_sparse(self, delta: CsrDelta | None) -> None:
         """Put a sparse part in place of the one there is, or take it away."""
@@ -165,9 +172,15 @@ class QRosaLinear(nn.Module):
         return CsrDelta(self.sparse_row_ptr, self.sparse_col, self.sparse_values, self.weight.shape)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
-        """The trained parameters that there are, by attribute name."""
-        names = ("low_rank_A", "low_rank_B", "sparse_values")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        """The trained parameters that there are, by their names in a file."""
+        parameters = {} if self.low_rank is None else self.low_rank.tensors()
+        return parameters if self.sparse_values is None else {**parameters, "sparse_values": self.sparse_values}
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """All that is saved of the layer's adapter, by name: parameters, and where the sparse ones are."""
+        low_rank: dict[str, Tensor] = {} if self.low_rank is None else dict(self.low_rank.tensors())
+        sparse = {name: getattr(self, name) for name in SPARSE_TENSORS}
+        return low_rank | {name: tensor for name, tensor in sparse.items() if tensor is not None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Map X [..., K] to Y [..., N] in X's dtype."""
@@ -179,24 +192,36 @@ class QRosaLinear(nn.Module):
         nf4, bias, features = weight.operands(), own["bias"], weight.shape[0]
         if not self.adapter_enabled:
             return ops.linear(x, nf4, features, bias)
-        a, b, values, csr = own["low_rank_A"], own["low_rank_B"], own["sparse_values"], None
+        values, csr = own["sparse_values"], None
         row_ptr, col = buffers["sparse_row_ptr"], buffers["sparse_col"]
         if values is not None and row_ptr is not None and col is not None:
             csr = ops.CsrOperands(row_ptr, col, values)
-        if a is None:
+        part: LowRank | None = self._modules["low_rank"]  # type: ignore[assignment]
+        if part is None:
             return ops.linear(x, nf4, features, bias, csr)
-        dropout = self.dropout if self.training else 0.0
+        dropout = part.dropout if self.training else 0.0
         # Drawn from the CPU generator: no device sync, and checkpointing replays it with the RNG state.
         seed = int(torch.randint(2**31, ())) if dropout else 0
-        return ops.linear(x, nf4, features, bias, csr, a, b, self.alpha / a.shape[0], dropout, seed)
+        a, b = part.factors()
+        if not part.has_gain:
+            return ops.linear(x, nf4, features, bias, csr, a, b, part.alpha / part.rank, dropout, seed)
+        y = ops.linear(x, nf4, features, None, csr, a, b, part.scale, dropout, seed)
+        y = y * part.gain(self._sum).to(x.dtype)
+        return y if bias is None else y + bias.to(x.dtype)
+
+    def _sum(self) -> Tensor:
+        """W + S + scale * B @ A, fp32 [N, K], before the low-rank form's gain."""
+        return add_parts(self.weight.to(self.device).dequantize(torch.float32), self.low_rank, self.sparse_delta())
 
     def _planned(self) -> _Plan | None:
-        csr, a, b, dtype = None, None, None, self.weight.dtype
-        if self.adapter_enabled:
-            delta, a, b = self.sparse_delta(), self.low_rank_A, self.low_rank_B
-            csr = None if delta is None else ops.CsrOperands(delta.row_ptr, delta.col, delta.values)
+        part, delta = (self.low_rank, self.sparse_delta()) if self.adapter_enabled else (None, None)
+        if part is not None and part.has_gain:
+            return None
+        a, b = (None, None) if part is None else part.factors()
+        dtype = self.weight.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        layer = ops.plan_decode(self.weight.operands(), self.weight.shape, bias, csr, a, b, self.scale)
+        csr, scale = None if delta is None else delta.operands(), 0.0 if part is None else part.scale
+        layer = ops.plan_decode(self.weight.operands(), self.weight.shape, bias, csr, a, b, scale)
         if layer is None:
             return None
         return _Plan(self.weight, layer, dtype, ops.decode_rows(self.device) * self.in_features)
@@ -212,13 +237,10 @@ class QRosaLinear(nn.Module):
 
     @torch.no_grad()
     def effective_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W_eff = deq(Wq) + S + scale * B @ A, composed densely in fp32 [N, K] and cast once."""
+        """W_eff, composed densely in fp32 [N, K] and cast once."""
         weight = self.weight.dequantize(torch.float32)
-        delta = self.sparse_delta()
-        if self.adapter_enabled and delta is not None:
-            weight.view(-1)[delta.positions()] += delta.values.detach()
-        if self.adapter_enabled and self.low_rank_A is not None and self.low_rank_B is not None:
-            weight += self.scale * (self.low_rank_B.float() @ self.low_rank_A.float())
+        if self.adapter_enabled:
+            compose(weight, self.low_rank, self.sparse_delta())
         return weight.to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QRosaLinear:

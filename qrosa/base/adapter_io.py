@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from qrosa.adapters.budget import Allocation, allocate
+from qrosa.adapters.forms import form_named
 from qrosa.adapters.frozen import watch_for_frozen
 from qrosa.adapters.inject import (
     adapter_state,
@@ -58,7 +59,7 @@ def attach_adapter(
     if allocation is None:
         refuse_unmeasured(config)
         allocation = allocate(config, linear_shapes(model), base_info(model).parameters)
-    inject_low_rank(model, allocation.ranks, config.alpha, config.dropout, seed)
+    inject_low_rank(model, allocation.ranks, config.alpha, config.dropout, seed, form_named(allocation.form))
     model.qrosa_adapter = config  # type: ignore[assignment]
     model.qrosa_allocation = allocation  # type: ignore[assignment]
     model.save_pretrained = SavesAdapter(model, save_adapter)  # type: ignore[assignment]

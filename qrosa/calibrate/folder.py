@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qrosa.adapters.low_rank import LowRank
 from qrosa.base.base_files import BaseFiles
 from qrosa.calibrate.matrices import Matrix
 from qrosa.errors import InputError
@@ -166,5 +167,6 @@ def _repair(matrix: Matrix) -> dict[str, Tensor]:
         tensors |= {"sparse_row_ptr": delta.row_ptr, "sparse_col": delta.col, "sparse_values": delta.values}
     if matrix.low_rank is not None:
         b, a = matrix.low_rank
-        tensors |= {"low_rank_A": a.contiguous(), "low_rank_B": b.contiguous()}
+        part = LowRank({"A": a.contiguous(), "B": b.contiguous()}, matrix.weight.shape, alpha=a.shape[0])
+        tensors |= {name: tensor.detach() for name, tensor in part.tensors().items()}
     return tensors

@@ -6,6 +6,7 @@ together is found out; no tensor is read and no base is opened.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,7 @@ def describe_adapter(source: str | Path) -> dict[str, Any]:
     Returns:
         ``{"adapter", "base": {"source", "fingerprint", "kind", "parameters"}, "settings", "trainable", "share",
         "rank": {"min", "max"}, "nnz", "density", "bytes", "modules": {path: {"rank", "alpha", "nnz", "density",
-        "shape", "bytes"}}}``; density is over the weights of the modules listed.
+        "shape", "trainable", "bytes"}}}``; density is over the weights of the modules listed.
 
     Raises:
         InputError: There is no adapter.
@@ -67,7 +68,7 @@ def describe_adapter(source: str | Path) -> dict[str, Any]:
     ranks = [module["rank"] for module in modules.values()]
     nnz = sum(module["nnz"] for module in modules.values())
     weights = sum(module["shape"][0] * module["shape"][1] for module in modules.values())
-    trainable = nnz + sum(module["rank"] * sum(module["shape"]) for module in modules.values())
+    trainable = sum(module["trainable"] for module in modules.values())
     parameters = config["base"].get("parameters")
     return {
         "adapter": str(folder),
@@ -98,7 +99,10 @@ def _module(folder: Path, path: str, entry: Any, tensors: dict[str, tuple[tuple[
     Raises:
         StorageError: They are not what the config says.
     """
-    rank = tensors["low_rank_A"][0][0] if "low_rank_A" in tensors else 0
+    from qrosa.adapters.forms import of_low_rank, saved_rank
+
+    low_rank = {name: shape for name, (shape, _) in of_low_rank(tensors).items()}
+    rank = saved_rank(low_rank)
     nnz = tensors["sparse_values"][0][0] if "sparse_values" in tensors else 0
     try:
         rows, columns = (int(size) for size in entry["shape"])
@@ -113,6 +117,7 @@ def _module(folder: Path, path: str, entry: Any, tensors: dict[str, tuple[tuple[
         "nnz": nnz,
         "density": nnz / (rows * columns),
         "shape": [rows, columns],
+        "trainable": nnz + sum(math.prod(shape) for shape in low_rank.values()),
         "bytes": sum(size for _, size in tensors.values()),
     }
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 # Settings that change memory, or what the plan is made from; the rest of a config is read and passed over.
 _SETTINGS = (
     *("budget", "rank", "density", "sparse_per_layer", "sparse_share", "dropout"),
-    *("sparse_init", "low_rank_init", "rank_by"),
+    *("low_rank", "sparse_init", "low_rank_init", "rank_by"),
     *("mask_score", "mask_scope", "mask_memory"),
     *("data", "seq_len", "train_on", "columns", "chat_template"),
     *("batch_size", "micro_batch", "optimizer", "checkpointing", "offload", "deepspeed", "keep", "vram", "host_memory"),

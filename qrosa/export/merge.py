@@ -20,12 +20,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from qrosa.adapters.compose import compose
 from qrosa.adapters.linear import QRosaLinear
+from qrosa.adapters.low_rank import LowRank
 from qrosa.base.base_files import read_original_weight
 from qrosa.base.load import quantize_weight
 from qrosa.base.speech import with_ends
@@ -35,7 +37,6 @@ from qrosa.export.folder import check_target, export_folder
 from qrosa.export.shards import MAX_SHARD_BYTES, TensorSpec, plan_shards, storage_errors, write_shards
 from qrosa.export.source import OpenedAdapter, card_facts, open_adapter, write_tokenizer
 from qrosa.files import write_json
-from qrosa.sparse.csr import CsrDelta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,24 +150,15 @@ def merged_weight(opened: OpenedAdapter, path: str, base: str, device: torch.dev
         weight = read_original_weight(opened.base_files, path).to(device, torch.float32, copy=True)
     else:
         weight = quantize_weight(opened.base_files, path, device).dequantize(torch.float32)
-    layer = cast(QRosaLinear, opened.model.get_submodule(path))
-    tensors = {name: opened.tensors.get(f"{path}.{name}") for name in ("low_rank_A", "low_rank_B")}
-    if layer.nnz:
-        row_ptr, col, values = (
-            opened.tensors[f"{path}.{name}"] for name in ("sparse_row_ptr", "sparse_col", "sparse_values")
-        )
-        delta = CsrDelta(row_ptr, col, values, layer.weight.shape)
-        weight.view(-1).index_add_(0, delta.positions().to(device), values.to(device, torch.float32))
-    a, b = tensors["low_rank_A"], tensors["low_rank_B"]
-    if a is not None and b is not None:
-        weight.addmm_(b.to(device, torch.float32), a.to(device, torch.float32), alpha=layer.scale)
-    return weight
+    return compose(weight, *opened.parts(path))
 
 
 def _specs(model: PreTrainedModel, dtype: torch.dtype) -> list[TensorSpec]:
     """Every tensor of the merged model, in model order; a tied head is the embedding and is not written twice."""
     specs, seen = [], set()
     for path, module in model.named_modules():
+        if isinstance(module, LowRank):
+            continue
         prefix = f"{path}." if path else ""
         if isinstance(module, QRosaLinear):
             specs.append(TensorSpec(f"{prefix}weight", dtype, module.weight.shape))

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qrosa.adapters.forms import LORA
 from qrosa.adapters.inject import quantized_linears
 from qrosa.errors import InputError
 from qrosa.export.card import write_card
@@ -44,21 +45,26 @@ def export_peft(
     check_target(Path(output), force=force)
     opened = open_adapter(source, model)
     layers = quantized_linears(opened.model)
-    ranks = {path: layer.rank for path, layer in layers.items() if layer.rank}
+    adapted = {path: layer.low_rank for path, layer in layers.items() if layer.low_rank is not None}
+    ranks = {path: part.rank for path, part in adapted.items()}
     nnz = sum(layer.nnz for layer in layers.values())
     if not ranks:
         raise InputError("the adapter has no low-rank part, and PEFT takes nothing else", "use --format safetensors")
+    forms = {part.form.name for part in adapted.values()} - {LORA.name}
+    if forms:
+        raise InputError(f"PEFT's LoRA does not hold a {forms.pop()} adapter", "use --format safetensors")
     if nnz and not force:
         raise InputError(
             f"PEFT's format would lose the sparse part ({nnz:,} values)",
             "use --format safetensors to keep it, or --force to leave it out",
         )
-    alphas = {path: layers[path].alpha for path in ranks}
-    tensors = {
-        f"{_ROOT}{path}.lora_{part}.weight": opened.tensors[f"{path}.low_rank_{part}"]
-        for path in ranks
-        for part in "AB"
-    }
+    alphas = {path: part.alpha for path, part in adapted.items()}
+    tensors = {}
+    for path in adapted:
+        part = opened.parts(path).low_rank
+        assert part is not None
+        for name, factor in zip("AB", part.factors(), strict=True):
+            tensors[f"{_ROOT}{path}.lora_{name}.weight"] = factor.detach().contiguous()
     total = sum(tensor.nbytes for tensor in tensors.values())
     with export_folder(Path(output), nbytes=total, force=force, keep=(opened.folder,)) as folder:
         write_tensors(folder / "adapter_model.safetensors", tensors)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from qrosa.adapters.inject import load_adapter_state
+from qrosa.adapters.inject import AdapterParts, load_adapter_state, saved_parts
+from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.adapter_io import adapter_folder
 from qrosa.base.base_files import BaseFiles
 from qrosa.base.load import empty_model
@@ -54,6 +55,12 @@ class OpenedAdapter:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The base's tokenizer, with the chat template that was trained with."""
         return self.speech.put_on(self.base_files.tokenizer())
+
+    def parts(self, path: str) -> AdapterParts:
+        """The adapter of the layer at ``path``, on the CPU."""
+        layer = cast(QRosaLinear, self.model.get_submodule(path))
+        own = {name: self.tensors[f"{path}.{name}"] for name in layer.adapter_tensors()}
+        return saved_parts(path, own, layer.weight.shape, layer.alpha)
 
 
 def open_adapter(source: str | Path, model: str | None = None) -> OpenedAdapter:

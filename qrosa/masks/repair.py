@@ -13,7 +13,6 @@ an approximation L of R is || (R - L) D ||_F^2 with D = diag(sqrt(E[x_j^2])), so
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +31,6 @@ Progress = Callable[[int, int], None]
 _FULL_SVD = 256  # smaller side up to which the exact decomposition is cheap
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 6  # a quantisation error has a flat spectrum, which needs more than the usual two
-_CHUNK = 1 << 18
 _NOTICE = "{source} is already quantised, so its quantisation error is unknown: {part} starts at {start}"
 
 
@@ -120,10 +118,8 @@ def init_low_rank(
         if delta is not None:
             error.view(-1)[delta.positions()] -= delta.values.detach()
         b, a = weighted_factors(error, weights[path], layer.rank, seed)
-        share = math.sqrt(layer.scale)
-        assert layer.low_rank_A is not None and layer.low_rank_B is not None
-        layer.low_rank_A.data.copy_(a / share)
-        layer.low_rank_B.data.copy_(b / share)
+        assert layer.low_rank is not None
+        layer.low_rank.start_at(a, b)
         if progress:
             progress(done, len(layers))
     return []
@@ -201,13 +197,8 @@ def _start_values(
     """R at the positions, fp32 [nnz], less what the low-rank part does there if it started at R too."""
     positions = positions.to(layer.device)
     values = residual(base_files, path, layer.weight.to(layer.device)).view(-1)[positions]
-    a, b = layer.low_rank_A, layer.low_rank_B
-    if low_rank_repairs and a is not None and b is not None:
-        for start in range(0, positions.numel(), _CHUNK):
-            at = positions[start : start + _CHUNK]
-            row = torch.div(at, layer.in_features, rounding_mode="floor")
-            column = at - row * layer.in_features
-            values[start : start + _CHUNK] -= layer.scale * (b.float()[row] * a.float().mT[column]).sum(1)
+    if low_rank_repairs and layer.low_rank is not None:
+        values -= layer.low_rank.at(positions)
     return values
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qrosa.adapters.inject import quantized_linears
+from qrosa.adapters.inject import adapter_parameters, quantized_linears
 from qrosa.base.adapter_io import attach_adapter
 from qrosa.base.base_files import BaseFiles
 from qrosa.base.open import open_base
@@ -207,7 +207,7 @@ class _Probing:
         with self._phase("load"):
             model = load_planned(self.base_files, self.work, self.device, disk, lambda n, of: self.stage("load", n, of))
             attach_adapter(model, request.adapter, self.seed, self.work.allocation)
-        low_rank = [p for layer in quantized_linears(model).values() for p in layer.adapter_parameters().values()]
+        low_rank = adapter_parameters(model).low_rank
         if self.work.zero is None:
             return model, AdapterOptimizer(low_rank, kind=request.train.optimizer)
         return model, ZeroOptimizer(low_rank, settings=self.work.zero, max_norm=request.train.max_grad_norm)
@@ -236,8 +236,7 @@ class _Probing:
             positions = random_positions(sizes, nnz, "matrix", self.seed)
             init = request.adapter.sparse_init
             set_masks(model, positions, init=init, base_files=original if init == "residual" else None)
-        values = [layer.sparse_values for layer in layers.values() if layer.sparse_values is not None]
-        optimizer.add_sparse(values)
+        optimizer.add_sparse(adapter_parameters(model).sparse)
 
     def _groups(self) -> list[list[str]]:
         """Matrices of the passes to run; all at once where no statistics are collected."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from qrosa.adapters.inject import inject_low_rank, quantized_linears
+from qrosa.adapters.forms import form_named
+from qrosa.adapters.inject import adapter_parameters, inject_low_rank, quantized_linears
 from qrosa.base.load import empty_model
 from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.encode import EncodedRow
@@ -95,10 +96,10 @@ class Trace:
             if work.resident_blocks is not None:
                 self._stream_base(work.resident_blocks)
             self._count_model()
-            inject_low_rank(self.model, work.allocation.ranks, dropout=work.dropout)
-            low_rank = [p for layer in self.layers.values() for p in layer.adapter_parameters().values()]
+            form = form_named(work.allocation.form)
+            inject_low_rank(self.model, work.allocation.ranks, dropout=work.dropout, form=form)
             kind = OPTIMIZERS[work.optimizer]
-            optimizer = AdapterOptimizer(low_rank, kind=kind.stand_in or kind.name)
+            optimizer = AdapterOptimizer(adapter_parameters(self.model).low_rank, kind=kind.stand_in or kind.name)
             self._settle(optimizer)
             self.model.train()
             if select and work.allocation.nnz_total and work.mask_score in GRADIENT_SCORES:
@@ -144,8 +145,8 @@ class Trace:
                 elif isinstance(state, Tensor):
                     self.tracker.count(state, "optimizer", f"{name}.{key}")
         for path, layer in self.layers.items():
-            for tensor in (layer.low_rank_A, layer.low_rank_B, layer.sparse_row_ptr, layer.sparse_col):
-                if tensor is not None:
+            for name, tensor in layer.adapter_tensors().items():
+                if name != "sparse_values":  # the optimizer's master, counted above
                     self.tracker.count(tensor, "adapter", path)
 
     def _select(self, tokens: list[int]) -> Peak:

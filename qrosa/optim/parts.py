@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qrosa.adapters.inject import quantized_linears
+from qrosa.adapters.inject import adapter_parameters
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
@@ -172,11 +172,7 @@ def adapter_parts(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Paramet
     Raises:
         InputError: The sparse values do not keep the dtype that optimizers rely on.
     """
-    low_rank: list[nn.Parameter] = []
-    sparse: list[nn.Parameter] = []
-    for layer in quantized_linears(model).values():
-        for name, parameter in layer.adapter_parameters().items():
-            (sparse if name == "sparse_values" else low_rank).append(parameter)
+    low_rank, sparse = adapter_parameters(model)
     if any(parameter.dtype != torch.float32 for parameter in sparse):
         raise InputError("sparse values must be fp32", "do not cast the model")
     return low_rank, sparse

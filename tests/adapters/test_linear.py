@@ -44,15 +44,14 @@ def test_gradients_of_the_adapter_equal_autograd_through_the_dense_weight() -> N
     layer = make_layer()
     x, upstream = torch.randn(7, K), torch.randn(7, N)
     layer(x).backward(upstream)
-    a = layer.low_rank_A.detach().float().requires_grad_()
-    b = layer.low_rank_B.detach().float().requires_grad_()
+    a, b = (factor.detach().float().requires_grad_() for factor in layer.low_rank.factors())
     delta = layer.sparse_delta()
     s = delta.to_dense().requires_grad_()
-    dense = layer.weight.dequantize(torch.float32) + s + layer.scale * b @ a
+    dense = layer.weight.dequantize(torch.float32) + s + layer.low_rank.scale * b @ a
     nn.functional.linear(x, dense, layer.bias).backward(upstream)
     torch.testing.assert_close(layer.sparse_values.grad, s.grad.flatten()[delta.positions()], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(layer.low_rank_A.grad.float(), a.grad, rtol=2e-2, atol=2e-2)  # bf16 gradients
-    torch.testing.assert_close(layer.low_rank_B.grad.float(), b.grad, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(layer.low_rank.A.grad.float(), a.grad, rtol=2e-2, atol=2e-2)  # bf16 gradients
+    torch.testing.assert_close(layer.low_rank.B.grad.float(), b.grad, rtol=2e-2, atol=2e-2)
 
 
 def test_a_new_adapter_changes_nothing() -> None:
@@ -132,7 +131,7 @@ def test_a_fixed_layer_computes_the_same(bias: bool) -> None:
     torch.manual_seed(0)
     dense = nn.Linear(128, 48, bias=bias, dtype=torch.bfloat16)
     layer = QRosaLinear.from_linear(dense, rank=4, mask=torch.rand(48, 128) < 0.05).eval()
-    layer.low_rank_B.data.normal_()
+    layer.low_rank.B.data.normal_()
     layer.sparse_values.data.normal_()
     few, many, wide = torch.randn(1, 2, 128).bfloat16(), torch.randn(40, 128).bfloat16(), torch.randn(2, 128)
     with torch.inference_mode():

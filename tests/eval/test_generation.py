@@ -207,7 +207,7 @@ def test_a_quantised_model_decodes_what_it_computes_at_once(tiny_model_dir: Any,
     attach_adapter(model, AdapterConfig(rank=4, density=0.0))
     generator = torch.Generator().manual_seed(0)
     for layer in quantized_linears(model).values():
-        layer.low_rank_B.data.normal_(0, 0.02, generator=generator)
+        layer.low_rank.B.data.normal_(0, 0.02, generator=generator)
         layer.set_sparse(CsrDelta.from_mask(torch.rand(layer.weight.shape, generator=generator) < 0.01))
         layer.sparse_values.data.normal_(0, 0.02, generator=generator)
     ids = torch.arange(20, 60)[None]
@@ -229,4 +229,4 @@ def test_training_goes_on_after_generating(tiny_model_dir: Any, tiny_tokenizer: 
     generate_ids(model, tiny_tokenizer, list(range(20, 40)), SHORT)
     ids = torch.arange(20, 60)[None]
     model.train()(input_ids=ids, labels=ids).loss.backward()
-    assert all(layer.low_rank_B.grad.abs().sum() > 0 for layer in quantized_linears(model).values())
+    assert all(layer.low_rank.B.grad.abs().sum() > 0 for layer in quantized_linears(model).values())

@@ -34,8 +34,9 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
         if low_rank:
             inject_low_rank(model, {path: (3, 2, 1, 0)[index % 4] for index, path in enumerate(layers)}, alpha=4.0)
         for index, layer in enumerate(layers.values()):
-            if layer.low_rank_B is not None:
-                layer.low_rank_B.data = (torch.randn(layer.low_rank_B.shape, generator=generator) * size).bfloat16()
+            if layer.low_rank is not None:
+                b = layer.low_rank.B
+                b.data = (torch.randn(b.shape, generator=generator) * size).bfloat16()
             if sparse and index % 2 == 0:
                 rows, columns = layer.weight.shape
                 positions = torch.randperm(rows * columns, generator=generator)[:50].sort().values

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from qrosa.adapters.inject import quantized_linears, set_adapter_enabled
+from qrosa.adapters.inject import quantized_linears
 from qrosa.errors import InputError
 from qrosa.export.peft import export_peft, peft_config
 from tests.export.conftest import MakeAdapter
@@ -85,6 +85,7 @@ def test_sparse_only_cannot_be_written(
 def test_the_bare_base_is_untouched(tiny_model_dir: Callable[..., Path], make_adapter: MakeAdapter) -> None:
     model, _ = make_adapter(tiny_model_dir(), sparse=False)
     plain = _plain_base(tiny_model_dir(), model)
-    set_adapter_enabled(model, False)
+    for layer in quantized_linears(model).values():
+        layer.adapter_enabled = False
     with torch.no_grad():
         torch.testing.assert_close(model.float()(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qrosa.adapters import low_rank
 from qrosa.adapters.inject import inject_low_rank, quantized_linears
 from qrosa.base.base_files import read_original_weight
 from qrosa.base.open import open_base
@@ -73,7 +74,7 @@ def test_a_trained_low_rank_part_is_kept_beside_the_error(base: Any, originals: 
 def test_after_a_low_rank_start_at_the_error_sparse_values_take_what_is_left(
     base: Any, originals: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(repair, "_CHUNK", 33)
+    monkeypatch.setattr(low_rank, "_CHUNK", 33)
     masks = random_masks(base)
     _train_low_rank(base)
     set_masks(base, masks, low_rank_repairs=True)
@@ -87,7 +88,7 @@ def test_after_a_low_rank_start_at_the_error_sparse_values_take_what_is_left(
 def _train_low_rank(model: Any) -> None:
     inject_low_rank(model, dict.fromkeys(quantized_linears(model), 3))
     for layer in quantized_linears(model).values():
-        layer.low_rank_B.data.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
+        layer.low_rank.B.data.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
 
 
 def test_zero_start_and_layers_without_positions(base: Any) -> None:
@@ -199,4 +200,4 @@ def test_low_rank_start_reduces_the_output_error(
         optimum = torch.linalg.svdvals(left * rms[path])[4:].norm() / (left * rms[path]).norm()
         found = weighted_error(left, layer.effective_weight() - before[path], rms[path])
         assert found == pytest.approx(float(optimum), rel=5e-3)  # the factors are rounded to bf16
-        assert layer.low_rank_A.dtype == layer.low_rank_B.dtype == torch.bfloat16
+        assert layer.low_rank.A.dtype == layer.low_rank.B.dtype == torch.bfloat16

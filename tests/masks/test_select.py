@@ -141,7 +141,7 @@ def test_checkpointing_changes_nothing(base: Any, rows: list[Sample]) -> None:
 def test_dropout_is_off_and_nothing_is_left_behind(base: Any, rows: list[Sample]) -> None:
     inject_low_rank(base, dict.fromkeys(linears(base), 2), dropout=0.5)
     for layer in linears(base).values():
-        layer.low_rank_B.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+        layer.low_rank.B.data.normal_(std=0.02, generator=torch.Generator().manual_seed(1))
     base.train()
     base.enable_input_require_grads()
     before = {name: (p.requires_grad, p.detach().clone()) for name, p in base.named_parameters()}
@@ -156,7 +156,7 @@ def test_dropout_is_off_and_nothing_is_left_behind(base: Any, rows: list[Sample]
         assert torch.equal(parameter, before[name][1])
     loss = base(input_ids=torch.tensor([rows[0].input_ids]), labels=torch.tensor([rows[0].labels])).loss
     loss.backward()
-    assert linears(base)["model.layers.0.self_attn.q_proj"].low_rank_A.grad.abs().sum() > 0
+    assert linears(base)["model.layers.0.self_attn.q_proj"].low_rank.A.grad.abs().sum() > 0
 
 
 def test_backward_stops_below_the_group(base: Any, rows: list[Sample]) -> None:

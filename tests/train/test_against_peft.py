@@ -51,7 +51,7 @@ def start_values(folder, config):
     """A of every layer as a run of ``config`` starts with it."""
     model, _ = load_base(str(folder))
     attach_adapter(model, config.adapter, SEED)
-    return {path: layer.low_rank_A.detach().float() for path, layer in quantized_linears(model).items()}
+    return {path: layer.low_rank.A.detach().float() for path, layer in quantized_linears(model).items()}
 
 
 def peft_losses(folder, rows, pad_id, start):

@@ -69,7 +69,7 @@ def test_the_gradient_is_that_of_transformers_mean_loss(work):
 
 def test_dropout_is_repeated_by_step_and_changes_between_steps(work):
     for layer in quantized_linears(work[0]).values():
-        layer.dropout = 0.3
+        layer.low_rank.dropout = 0.3
     _, first = gradient(work, Limits(3, 10_000), step=4)
     torch.rand(10)  # whatever was drawn in between
     _, again = gradient(work, Limits(3, 10_000), step=4)
@@ -80,7 +80,7 @@ def test_dropout_is_repeated_by_step_and_changes_between_steps(work):
 
 def test_checkpointing_gives_the_same_gradient_with_dropout_and_frozen_embeddings(work):
     for layer in quantized_linears(work[0]).values():
-        layer.dropout = 0.3
+        layer.low_rank.dropout = 0.3
     _, kept = gradient(work, Limits(3, 10_000))
     set_checkpointing(work[0], True)
     _, recomputed = gradient(work, Limits(3, 10_000))

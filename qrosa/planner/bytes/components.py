@@ -204,7 +204,7 @@ def top_k_bytes(allocation: Allocation) -> int:
 def gram_bytes(shape: ModelShape, tokens: int) -> int:
     """The norm of one matrix's gradient: two tiles of dY and X in fp32, and two of their products."""
     tile = min(tokens, GRAM_TILE)
-    return 2 * FULL * tile * (max(linear.rank_cost for linear in shape.linears) + tile)
+    return 2 * FULL * tile * (max(linear.out_features + linear.in_features for linear in shape.linears) + tile)
 
 
 def loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int) -> int:
