@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,12 +110,12 @@ def test_a_plan_takes_under_a_second_and_no_torch(tmp_path: Path) -> None:
         "heavy = {'torch', 'transformers', 'bitsandbytes', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    seconds = time.perf_counter() - start
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["fits"]
-    assert seconds < 3  # a tenth of a second on an idle core; tests share theirs
+    assert seconds < 3  # of a processor, whoever else is using it; some tenths on an idle core
 
 
 def test_a_simulation_says_that_it_cannot_run_deepspeed(tmp_path: Path) -> None:
