@@ -46,7 +46,7 @@ def test_table_limit_and_notes(tiny_model_dir: Callable[..., Path], tiny_rows: C
     assert done.exit_code == 0 and "accuracy" in done.stdout and "%" in done.stdout
     long = tiny_rows([{"prompt": "good", "completion": " bad " * 60}])
     done = _run(tiny_model_dir(), "--data", long, "--seq-len", 40)
-    assert "1 rows were cut to 40 tokens" in done.stderr
+    assert "rows cut: 1 row, they are longer than --seq-len 40" in done.stderr
 
 
 @pytest.mark.parametrize(
