@@ -104,12 +104,14 @@ class _Job:
         if settings is not None:
             self.allocation = allocate(settings, linear_shapes(self.shell), count_parameters(self.shell))
         self.started = time.perf_counter()
-        settings_text = {key: value for key, value in asdict(config).items() if key not in ("model", "output")}
-        source = "the model's own" if rows is None else _digest(rows)
-        identity = {"base": base_files.fingerprint(), "calibration": source, "settings": settings_text}
-        self.folder = WorkFolder(Path(config.output), identity, _blocks(self.shell))
-        self.rows = rows
         self.planned = self._plan()
+        count = config.rows + config.held_out
+        self.given = None if rows is None else windows(rows, count, config.length, config.seed)
+        source = "the model's own" if self.given is None else hashlib.sha256(self.given.numpy().tobytes()).hexdigest()
+        values = {key: value for key, value in asdict(config).items() if key not in ("model", "output")}
+        identity = {"base": base_files.fingerprint(), "calibration": source, "settings": values}
+        # Last: what can be refused was looked at.
+        self.folder = WorkFolder(Path(config.output), identity, _blocks(self.shell))
 
     def _plan(self) -> dict[str, int]:
         """Bytes of the pass over the blocks, and its operations.
@@ -182,13 +184,11 @@ class _Job:
 
     def _windows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """Calibration and held-out windows int64 [B, L], given or written."""
-        config, count = self.config, self.config.rows + self.config.held_out
-        if self.rows is not None:
-            return windows(self.rows, count, config.length, config.seed)
-        ids = written_by(
-            model, tokenizer, count, config.length, config.seed, lambda n, of: self.stage("write rows", n, of)
-        )
-        return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(config.seed))]
+        if self.given is not None:
+            return self.given
+        count, length, seed = self.config.rows + self.config.held_out, self.config.length, self.config.seed
+        ids = written_by(model, tokenizer, count, length, seed, lambda n, of: self.stage("write rows", n, of))
+        return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
 
     def _positions(self, model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
         """Flat positions of the sparse part by matrix; empty without one."""
@@ -266,13 +266,6 @@ class _Job:
 
     def _compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
-
-
-def _digest(rows: list[list[int]]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode())
-    return digest.hexdigest()
 
 
 def _blocks(model: nn.Module) -> int:

@@ -163,6 +163,7 @@ def test_refuses_a_folder_of_something_else(tiny_model_dir: Any, tmp_path: Path)
 def test_refuses_too_few_rows(tiny_model_dir: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="two windows"):
         quantize(settings(tiny_model_dir("llama"), tmp_path / "base"), [[1, 2, 3]])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_given_stays(made: tuple[Path, dict[str, Any]], tiny_model_dir: Any) -> None:
