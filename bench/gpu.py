@@ -10,7 +10,6 @@ output); ``share`` is of the copy bandwidth, or of the bf16 product, measured at
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,10 +104,10 @@ def sddmm_rows(peak: dict[str, float]) -> list[Row]:
             csr = delta(rows, columns, density)
             entry = {"op": "sddmm", "shape": f"{rows}x{columns}", "tokens": tokens, "density": density}
             for way in ("gather", "tiles", "rule"):
-                os.environ["QROSA_SDDMM"] = way
+                ops.force_sddmm_way(way)
                 run = {way: lambda dy=dy, x=x, csr=csr: ops.sddmm(dy, x, csr.row_ptr, csr.col)}
                 entry[f"{way}_us"] = seconds(run, rounds=10)[way] * 1e6
-            del os.environ["QROSA_SDDMM"]
+            ops.force_sddmm_way("rule")
             read = (dy.numel() + x.numel()) * 2 + csr.col.numel() * 6
             entry["share_of_reading_once"] = read / (entry["rule_us"] / 1e6) / peak["copy_bytes_per_s"]
             entry["over_dense_product"] = entry["rule_us"] / 1e6 / dense

@@ -76,6 +76,7 @@ inline CsrView csr_view(const Tensor& row_ptr, const Tensor& col, const Optional
   CsrView view{};
   view.wide = columns > kMaxUint16Columns;
   view.nnz = col.numel();
+  STD_TORCH_CHECK(view.nnz <= INT32_MAX, "col holds ", view.nnz, " positions, more than int32 row pointers can count");
   view.row_ptr = checked_data<int32_t>(row_ptr, ScalarType::Int, rows + 1, like, "row_ptr");
   view.col = checked_data<void>(col, view.wide ? ScalarType::Int : ScalarType::UInt16, view.nnz, like, "col");
   if (values.has_value()) {

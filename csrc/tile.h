@@ -84,8 +84,7 @@ QROSA_HD int gather_piece(int matrix, int entry) { return matrix ^ entry; }
 // The diagonal of an 8 x 8 product: the lane that holds (entry, entry), in accumulator entry & 1.
 QROSA_HD int diagonal_lane(int entry) { return entry * 4 + (entry >> 1); }
 
-// ---- few rows of x: 16 rows of the base by 128 columns a step
-// --------------------------------------------------------
+// ---- few rows of x: 16 rows of the base by 128 columns a step -------------------------------------------------------
 
 constexpr int kDecodeTokens = 16;  // of one pass
 constexpr int kDecodeRows = 16, kDecodeStep = 128, kDecodeWarps = 8;

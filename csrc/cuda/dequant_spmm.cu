@@ -1,14 +1,16 @@
 #include "dequant_spmm.cuh"
 
 #include "launch.h"
+#include "start.h"
 
 namespace qrosa {
 namespace {
 
 constexpr int64_t kFewTokens = 4;  // up to here multiplying on the ordinary units keeps up with the codes' bytes
 
-dim3 grid_of(const Decode& in, int64_t rows, int64_t tokens) {
-  return dim3(static_cast<unsigned>(ceil_div(in.rows, rows)), static_cast<unsigned>(ceil_div(in.tokens, tokens)));
+// Blocks of `rows` rows of the base by `tokens` tokens.
+Grid blocks_of(const Decode& in, int64_t rows, int64_t tokens) {
+  return grid_of(ceil_div(in.rows, rows), ceil_div(in.tokens, tokens));
 }
 
 bool in_pieces(const Decode& in) {
@@ -17,40 +19,34 @@ bool in_pieces(const Decode& in) {
 }
 
 template <typename X, int kTokens>
-void launch_rows(const Decode& in, cudaStream_t stream) {
-  spmm_rows_kernel<X, kTokens><<<grid_of(in, kSpmmWarps * kSpmmRows, kTokens), kSpmmThreads, 0, stream>>>(in);
+cudaError_t launch_rows(const Decode& in, cudaStream_t stream) {
+  return start(spmm_rows_kernel<X, kTokens>, blocks_of(in, kSpmmWarps * kSpmmRows, kTokens), kSpmmThreads, 0, stream,
+               in);
 }
 
 template <typename X>
-void launch_few(const Decode& in, cudaStream_t stream) {
-  if (in.tokens == 1) {
-    launch_rows<X, 1>(in, stream);
-  } else if (in.tokens == 2) {
-    launch_rows<X, 2>(in, stream);
-  } else {
-    launch_rows<X, 4>(in, stream);
-  }
+cudaError_t launch_few(const Decode& in, cudaStream_t stream) {
+  if (in.tokens == 1) return launch_rows<X, 1>(in, stream);
+  return in.tokens == 2 ? launch_rows<X, 2>(in, stream) : launch_rows<X, 4>(in, stream);
 }
 
 template <typename X, int kTokenTiles>
-void launch_tensor(const Decode& in, cudaStream_t stream) {
-  spmm_tensor_kernel<X, kTokenTiles>
-      <<<grid_of(in, kDecodeRows, 8 * kTokenTiles), kDecodeWarps * kWarpSize, 0, stream>>>(in);
+cudaError_t launch_tensor(const Decode& in, cudaStream_t stream) {
+  return start(spmm_tensor_kernel<X, kTokenTiles>, blocks_of(in, kDecodeRows, 8 * kTokenTiles),
+               kDecodeWarps * kWarpSize, 0, stream, in);
 }
 
 template <typename X>
-void launch(const Decode& in, cudaStream_t stream) {
+cudaError_t launch(const Decode& in, cudaStream_t stream) {
   if (!in_pieces(in)) {
-    spmm_any_kernel<X><<<grid_of(in, kSpmmWarps, 4), kSpmmThreads, 0, stream>>>(in);
-    return;
+    return start(spmm_any_kernel<X>, blocks_of(in, kSpmmWarps, kAnyTokens), kSpmmThreads, 0, stream, in);
   }
   if constexpr (sizeof(X) == 2) {
     if (in.tokens > kFewTokens) {
-      in.tokens <= 8 ? launch_tensor<X, 1>(in, stream) : launch_tensor<X, 2>(in, stream);
-      return;
+      return in.tokens <= 8 ? launch_tensor<X, 1>(in, stream) : launch_tensor<X, 2>(in, stream);
     }
   }
-  launch_few<X>(in, stream);
+  return launch_few<X>(in, stream);
 }
 
 }  // namespace
@@ -60,16 +56,13 @@ cudaError_t launch_dequant_spmm(const Nf4View& nf4, const CsrView& csr, Float ty
   const Decode in{nf4, csr, x, y, tokens, rows, columns};
   switch (type) {
     case Float::kBf16:
-      launch<Bf16>(in, stream);
-      break;
+      return launch<Bf16>(in, stream);
     case Float::kFp16:
-      launch<Fp16>(in, stream);
-      break;
+      return launch<Fp16>(in, stream);
     case Float::kFp32:
-      launch<float>(in, stream);
-      break;
+      return launch<float>(in, stream);
   }
-  return cudaPeekAtLastError();
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace qrosa

@@ -20,7 +20,8 @@ struct Decode {
 };
 
 constexpr int kSpmmThreads = 256, kSpmmWarps = kSpmmThreads / kWarpSize;
-constexpr int kSpmmRows = 2;  // of the base, a warp
+constexpr int kSpmmRows = 2;   // of the base, a warp
+constexpr int kAnyTokens = 4;  // of a block that takes any shape
 
 // Columns of x kept in shared memory at a time, for each token; a step of a warp is 1024 columns.
 template <typename X>
@@ -62,13 +63,13 @@ __device__ __forceinline__ void write_row(const float (&sums)[kTokens], const De
 
 template <typename X>
 __global__ void __launch_bounds__(kSpmmThreads) spmm_any_kernel(Decode in) {
-  constexpr int kTokens = 4;
+  constexpr int kTokens = kAnyTokens;
   __shared__ float table[16];
   load_table(table);
   sync_block();
   const int lane = threadIdx.x % kWarpSize;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kSpmmWarps + threadIdx.x / kWarpSize;
-  const int64_t token = static_cast<int64_t>(blockIdx.y) * kTokens;
+  const int64_t token = block_row() * kTokens;
   if (row >= in.rows) return;
   const X* x = static_cast<const X*>(in.x) + token * in.columns;
   float sums[kTokens] = {};
@@ -83,8 +84,7 @@ __global__ void __launch_bounds__(kSpmmThreads) spmm_any_kernel(Decode in) {
   write_row<X, kTokens>(sums, in, row, token, lane);
 }
 
-// ---- one to four tokens: columns a multiple of 32, codes and x 16-byte aligned, blocks of at least 32
-// ----------------
+// ---- one to four tokens: columns a multiple of 32, codes and x 16-byte aligned, blocks of 32 or more ----------------
 
 // Eight values of x out of shared memory.
 template <typename X>
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kSpmmThreads) spmm_rows_kernel(Decode in) {
   load_table(table);
   const int lane = threadIdx.x % kWarpSize;
   const int64_t row0 = (static_cast<int64_t>(blockIdx.x) * kSpmmWarps + threadIdx.x / kWarpSize) * kSpmmRows;
-  const int64_t token = static_cast<int64_t>(blockIdx.y) * kTokens;
+  const int64_t token = block_row() * kTokens;
   float sums[kSpmmRows][kTokens] = {};
   for (int64_t column0 = 0; column0 < in.columns; column0 += kColumns) {
     sync_block();
@@ -192,8 +192,7 @@ __global__ void __launch_bounds__(kSpmmThreads) spmm_rows_kernel(Decode in) {
   }
 }
 
-// ---- five to sixteen tokens on tensor cores: the same conditions, x of 16 bits
-// ---------------------------------------
+// ---- five to sixteen tokens on tensor cores: the same conditions, x of 16 bits --------------------------------------
 
 // A pair of weights as the sum of two pairs of 16-bit floats.
 template <typename X>
@@ -278,7 +277,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarpSize, 2) spmm_tensor_kernel
   sync_block();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kDecodeRows;
-  const int64_t token = static_cast<int64_t>(blockIdx.y) * kTokens;
+  const int64_t token = block_row() * kTokens;
   const int64_t row = row0 + (lane >> 2);
   float sums[kTokenTiles][4] = {};
 #pragma unroll 2

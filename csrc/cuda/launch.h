@@ -1,5 +1,5 @@
 // The launchers: raw pointers in, kernels onto a stream. ops.cpp has checked everything; nothing here waits for the
-// card.
+// card. A launcher returns its own error and leaves none behind in the runtime.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,6 +9,7 @@
 #include "../csr.h"
 #include "../dropout.h"
 #include "../nf4.h"
+#include "../sddmm_plan.h"
 
 namespace qrosa {
 
@@ -29,14 +30,25 @@ struct Pair {
   Float type;
 };
 
-// What a sparse gradient needs beside its inputs: 4-byte words of scratch, a pure function of shapes and card.
 struct Card {
-  int64_t shared_bytes, processors;
+  int64_t shared_bytes, processors;  // shared memory that a block can opt in to
 };
-int64_t sddmm_scratch_words(const Pair& pair, int64_t nnz, const Card& card);
+
+// The two ways to a sparse gradient (csrc/sddmm_plan.h), and the rule that picks the cheaper one.
+enum class SddmmWay { kRule, kGather, kTiles };
+
+// Everything about one call that follows from its shapes, the card and the way asked for. Made once a call: the scratch
+// that is allocated and the kernels that write to it then cannot disagree.
+struct SddmmPlan {
+  bool gathers;
+  GatherPlan gather;      // if it does
+  int64_t shared_limit;   // dynamic shared memory that the gathering kernel may ever ask for on this card
+  int64_t scratch_words;  // of 4 bytes
+};
+SddmmPlan plan_sddmm(const Pair& pair, int64_t nnz, const Card& card, SddmmWay way);
 
 // out fp32 [nnz]
-cudaError_t launch_sddmm(const Pair& pair, const CsrView& csr, const Card& card, int32_t* scratch, float* out,
+cudaError_t launch_sddmm(const Pair& pair, const CsrView& csr, const SddmmPlan& plan, int32_t* scratch, float* out,
                          cudaStream_t stream);
 
 // stat fp32 [rows, columns]

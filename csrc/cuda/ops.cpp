@@ -9,8 +9,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
 #include "../checks.h"
 #include "launch.h"
+#include "start.h"
 
 namespace qrosa {
 namespace {
@@ -32,7 +37,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 void check_launch(cudaError_t error, const char* op) {
-  STD_TORCH_CHECK(error == cudaSuccess, "qrosa::", op, ": ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(taken(error) == cudaSuccess, "qrosa::", op, ": ", cudaGetErrorString(error));
 }
 
 // What sddmm plans by; two attribute queries, which neither wait for the card nor disturb a capture.
@@ -58,14 +63,37 @@ void dequant_add(const Tensor& codes, const Tensor& absmax, const OptionalTensor
       "dequant_add");
 }
 
+void check_sizes(const char* name, std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(size < kMaxSize, name, " is too large: ", size, " of at most ", kMaxSize - 1);
+  }
+}
+
 Pair checked_pair(const Tensor& dy, const Tensor& x) {
   check_matrix(dy, "dy");
   check_matrix(x, "x");
   check_same_device(dy, x, "dy");
   STD_TORCH_CHECK(dy.size(0) == x.size(0), "dy has ", dy.size(0), " rows, x has ", x.size(0));
   STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type(), "dy and x differ in dtype");
-  STD_TORCH_CHECK(x.size(0) < kMaxSize && dy.size(1) < kMaxSize && x.size(1) < kMaxSize, "dy or x is too large");
+  check_sizes("dy or x", {x.size(0), dy.size(1), x.size(1)});
   return {dy.const_data_ptr(), x.const_data_ptr(), x.size(0), dy.size(1), x.size(1), float_type(x)};
+}
+
+// QROSA_SDDMM=gather or tiles overrides the rule, so that both ways can be measured. Read once, when the library loads:
+// reading the environment in every call would race with whoever sets a variable.
+SddmmWay way_of_environment() {
+  const char* value = std::getenv("QROSA_SDDMM");
+  const std::string way = value == nullptr ? "" : value;
+  return way == "gather" ? SddmmWay::kGather : way == "tiles" ? SddmmWay::kTiles : SddmmWay::kRule;
+}
+
+std::atomic<SddmmWay> sddmm_way_in_use{way_of_environment()};
+
+// Forces a way when `request` names one (0 the rule, 1 gather, 2 tiles); returns the one in use.
+int64_t sddmm_way(int64_t request) {
+  STD_TORCH_CHECK(request >= -1 && request <= 2, "no such way to a sparse gradient: ", request);
+  if (request >= 0) sddmm_way_in_use = static_cast<SddmmWay>(request);
+  return static_cast<int64_t>(sddmm_way_in_use.load());
 }
 
 Tensor sddmm(const Tensor& dy, const Tensor& x, const Tensor& row_ptr, const Tensor& col) {
@@ -75,9 +103,9 @@ Tensor sddmm(const Tensor& dy, const Tensor& x, const Tensor& row_ptr, const Ten
   Tensor out = torch::stable::new_empty(x, {csr.nnz}, ScalarType::Float);
   if (csr.nnz == 0 || pair.rows * pair.columns == 0) return out;
   if (pair.tokens == 0) return torch::stable::zero_(out);
-  const Card card = card_of(x);
-  const Tensor scratch = torch::stable::new_empty(x, {sddmm_scratch_words(pair, csr.nnz, card)}, ScalarType::Int);
-  check_launch(launch_sddmm(pair, csr, card, static_cast<int32_t*>(scratch.mutable_data_ptr()),
+  const SddmmPlan plan = plan_sddmm(pair, csr.nnz, card_of(x), sddmm_way_in_use);
+  const Tensor scratch = torch::stable::new_empty(x, {plan.scratch_words}, ScalarType::Int);
+  check_launch(launch_sddmm(pair, csr, plan, static_cast<int32_t*>(scratch.mutable_data_ptr()),
                             static_cast<float*>(out.mutable_data_ptr()), current_stream(x)),
                "sddmm");
   return out;
@@ -89,6 +117,7 @@ Tensor dequant_spmm(const Tensor& x, const Tensor& codes, const Tensor& absmax, 
                     int64_t features) {
   check_matrix(x, "x");
   const int64_t tokens = x.size(0), columns = x.size(1);
+  check_sizes("x or y", {tokens, columns, features});
   const Nf4View nf4 =
       nf4_view(codes, absmax, absmax_code, absmax_scale, absmax_offset, block_size, features, columns, x);
   const CsrView csr = optional_csr_view(row_ptr, col, values, features, columns, x);
@@ -109,7 +138,7 @@ void score_accumulate(const Tensor& dy, const Tensor& x, Tensor stat, bool squar
   STD_TORCH_CHECK(stat.scalar_type() == ScalarType::Float, "stat must be fp32");
   check_dense(stat, "stat");
   check_same_device(stat, x, "stat");
-  if (pair.tokens * pair.rows * pair.columns == 0) return;
+  if (pair.tokens == 0 || pair.rows == 0 || pair.columns == 0) return;
   const DeviceGuard guard(x.get_device_index());
   check_launch(launch_score_accumulate(pair, static_cast<float*>(stat.mutable_data_ptr()), square, current_stream(x)),
                "score_accumulate");
@@ -136,6 +165,10 @@ STABLE_TORCH_LIBRARY_IMPL(qrosa, CUDA, library) {
   library.impl("dequant_spmm", TORCH_BOX(&dequant_spmm));
   library.impl("score_accumulate", TORCH_BOX(&score_accumulate));
   library.impl("dropout", TORCH_BOX(&dropout));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(qrosa, CompositeExplicitAutograd, library) {
+  library.impl("sddmm_way", TORCH_BOX(&sddmm_way));
 }
 
 }  // namespace qrosa

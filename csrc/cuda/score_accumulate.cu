@@ -1,6 +1,7 @@
 #include "score_accumulate.cuh"
 
 #include "launch.h"
+#include "start.h"
 
 namespace qrosa {
 
@@ -9,20 +10,16 @@ cudaError_t launch_score_accumulate(const Pair& pair, float* stat, bool square, 
   const Operands in{pair.dy, pair.x, pair.tokens, pair.rows, pair.columns, vector};
   const Statistic target{stat, square, pair.columns % 2 == 0 && is_aligned(stat, 8)};
   const int64_t side = pair.type == Float::kFp32 ? kWideTile : kTileRows;
-  const dim3 grid(static_cast<unsigned>(ceil_div(pair.columns, side)),
-                  static_cast<unsigned>(ceil_div(pair.rows, side)));
+  const Grid grid = grid_of(ceil_div(pair.columns, side), ceil_div(pair.rows, side));
   switch (pair.type) {
     case Float::kBf16:
-      score_kernel<Bf16><<<grid, kTileThreads, 0, stream>>>(in, target);
-      break;
+      return start(score_kernel<Bf16>, grid, kTileThreads, 0, stream, in, target);
     case Float::kFp16:
-      score_kernel<Fp16><<<grid, kTileThreads, 0, stream>>>(in, target);
-      break;
+      return start(score_kernel<Fp16>, grid, kTileThreads, 0, stream, in, target);
     case Float::kFp32:
-      score_wide_kernel<<<grid, kTileThreads, 0, stream>>>(in, target);
-      break;
+      return start(score_wide_kernel, grid, kTileThreads, 0, stream, in, target);
   }
-  return cudaPeekAtLastError();
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace qrosa

@@ -36,7 +36,7 @@ __device__ __forceinline__ void add_pair(const Statistic& stat, const Operands& 
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 2) score_kernel(Operands in, Statistic stat) {
   __shared__ __align__(16) unsigned char stages[kStages * 2 * kStageBytes];
-  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTileRows;
+  const int64_t row0 = block_row() * kTileRows;
   const int64_t column0 = static_cast<int64_t>(blockIdx.x) * kTileColumns;
   WarpSums sums{};
   tile_product<T>(sums, stages, in, row0, column0);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) score_kernel(Operands in, Sta
 static __global__ void __launch_bounds__(kTileThreads, 2) score_wide_kernel(Operands in, Statistic stat) {
   __shared__ __align__(16) float dy[kWideTokens][kWideTile];
   __shared__ __align__(16) float x[kWideTokens][kWideTile];
-  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kWideTile;
+  const int64_t row0 = block_row() * kWideTile;
   const int64_t column0 = static_cast<int64_t>(blockIdx.x) * kWideTile;
   float sums[4][4] = {};
   wide_product(sums, dy, x, in, row0, column0);

@@ -24,16 +24,17 @@ struct GatherIndex {
   int* total;   // [column_parts, tiles]
 };
 
-// One block a tile and part: thread r finds row r's entries; a scan over the tile makes them one list.
+// One block a tile and part, parts outermost: thread r finds row r's entries; a scan over the tile makes them one list.
 static __global__ void __launch_bounds__(kGatherRows)
-    gather_index_kernel(CsrView csr, GatherIndex index, int64_t rows, int64_t part_columns) {
+    gather_index_kernel(CsrView csr, GatherIndex index, int64_t rows, int part_columns, int tiles) {
   __shared__ int totals[kGatherRows / kWarpSize];
   const int r = threadIdx.x, lane = r % kWarpSize, warp = r / kWarpSize;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kGatherRows + r;
+  const int64_t list = blockIdx.x, part = list / tiles;
+  const int64_t row = list % tiles * kGatherRows + r;
   int begin = 0, count = 0;
   if (row < rows) {
-    begin = static_cast<int>(row_lower_bound(csr, row, blockIdx.y * part_columns));
-    count = static_cast<int>(row_lower_bound(csr, row, (blockIdx.y + 1) * part_columns)) - begin;
+    begin = static_cast<int>(row_lower_bound(csr, row, part * part_columns));
+    count = static_cast<int>(row_lower_bound(csr, row, (part + 1) * part_columns)) - begin;
   }
   count = count < 0 ? 0 : count;  // of columns out of order
   int before = count;             // inclusive scan over the warp
@@ -46,10 +47,9 @@ static __global__ void __launch_bounds__(kGatherRows)
   before -= count;
   sync_block();
   for (int w = 0; w < warp; ++w) before += totals[w];
-  const int64_t tile = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
-  index.before[tile * kGatherRows + r] = before;
-  index.shift[tile * kGatherRows + r] = begin - before;
-  if (r == kGatherRows - 1) index.total[tile] = before + count;
+  index.before[list * kGatherRows + r] = before;
+  index.shift[list * kGatherRows + r] = begin - before;
+  if (r == kGatherRows - 1) index.total[list] = before + count;
 }
 
 // 8 values of one token, zeros outside the matrix.
@@ -171,11 +171,9 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
   unsigned char* dy_lines = lines + plan.columns * kGatherLineBytes;
   // Sizes are below 2^31 (ops.cpp checks it); 64-bit counters would cost the registers that a block in flight needs.
   const auto tokens = static_cast<int>(in.tokens), rows = static_cast<int>(in.rows);
-  const auto part_columns = static_cast<int>(plan.columns), tiles = static_cast<int>(plan.tiles);
-  const int column0 = static_cast<int>(blockIdx.x) * part_columns;
-  const int first_tile = static_cast<int>(blockIdx.z) * static_cast<int>(plan.row_tiles);
-  const int past_tile = first_tile + static_cast<int>(plan.row_tiles);
-  const int end_tile = past_tile < tiles ? past_tile : tiles;
+  const int part_columns = plan.columns, column0 = static_cast<int>(blockIdx.x) * part_columns;
+  const int first_tile = static_cast<int>(blockIdx.z) * plan.row_tiles, past_tile = first_tile + plan.row_tiles;
+  const int end_tile = past_tile < plan.tiles ? past_tile : plan.tiles;
   sums += blockIdx.y * csr.nnz;
   constexpr int kBlocks = kGatherRows * kGatherTokens / 64;  // of a tile of dY, held by the first threads
   const int i = threadIdx.x;
@@ -189,7 +187,7 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
     }
     if (i < kBlocks) load_block(block, in.dy, tokens, rows, token, first_tile * kGatherRows, i, in.vector);
     for (int tile = first_tile; tile < end_tile; ++tile) {
-      const int listed = static_cast<int>(blockIdx.x) * tiles + tile;
+      const int listed = static_cast<int>(blockIdx.x) * plan.tiles + tile;
       sync_block();  // all are done with the lines and the list of the tile before
       if (i < kBlocks) {
         store_block(dy_lines, block, i);
@@ -207,10 +205,12 @@ __global__ void __launch_bounds__(kGatherThreads, 1)
   }
 }
 
+constexpr int kSumThreads = 256;
+
 // out [nnz] = the token groups' sums, in order.
-static __global__ void __launch_bounds__(256)
+static __global__ void __launch_bounds__(kSumThreads)
     gather_sum_kernel(const float* sums, float* out, int64_t nnz, int groups) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
   if (index >= nnz) return;
   float sum = sums[index];
   for (int group = 1; group < groups; ++group) sum += sums[group * nnz + index];

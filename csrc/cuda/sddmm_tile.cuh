@@ -29,7 +29,7 @@ __device__ __forceinline__ void gather_product(const float* product, int pitch, 
 template <typename T>
 __global__ void __launch_bounds__(kTileThreads, 2) sddmm_tile_kernel(Operands in, CsrView csr, float* out) {
   __shared__ __align__(16) unsigned char shared[kStages * 2 * kStageBytes];
-  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kTileRows;
+  const int64_t row0 = block_row() * kTileRows;
   const int64_t column0 = static_cast<int64_t>(blockIdx.x) * kTileColumns;
   WarpSums sums{};
   tile_product<T>(sums, shared, in, row0, column0);
@@ -64,7 +64,7 @@ static __global__ void __launch_bounds__(kTileThreads, 2) sddmm_wide_kernel(Oper
   __shared__ __align__(16) float x[kWideTokens][kWideTile];
   __shared__ float product[kWideTile * kWidePitch];
   __shared__ int bounds[2 * kWideTile];
-  const int64_t row0 = static_cast<int64_t>(blockIdx.y) * kWideTile;
+  const int64_t row0 = block_row() * kWideTile;
   const int64_t column0 = static_cast<int64_t>(blockIdx.x) * kWideTile;
   float sums[4][4] = {};
   wide_product(sums, dy, x, in, row0, column0);

@@ -103,8 +103,7 @@ __device__ __forceinline__ void tile_product(WarpSums& sums, unsigned char* stag
   sync_block();
 }
 
-// ---- fp32
-// ------------------------------------------------------------------------------------------------------------
+// ---- fp32 -----------------------------------------------------------------------------------------------------------
 
 constexpr int kWideTile = 64, kWideTokens = 16;  // a tile of 64 x 64, 16 tokens a stage; 4 x 4 sums a thread
 constexpr int kWidePitch = kWideTile + 4;

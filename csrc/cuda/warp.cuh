@@ -150,6 +150,9 @@ __device__ __forceinline__ void wait_copies() {
 
 namespace qrosa {
 
+// The block's place along the second axis of a grid of grid_of (start.h), which folds it over y and z.
+__device__ __forceinline__ int64_t block_row() { return static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y; }
+
 // The lower and the upper halves of two words, as one word each.
 __device__ __forceinline__ uint32_t low_halves(uint32_t first, uint32_t second) {
   return (first & 0xFFFFu) | (second << 16);

@@ -14,7 +14,7 @@ import torch
 from qrosa.ops import autograd as autograd
 from qrosa.ops import library, reference
 from qrosa.ops.decode import DecodePlan, plan_decode
-from qrosa.ops.library import force_cpu_isa
+from qrosa.ops.library import force_cpu_isa, force_sddmm_way
 from qrosa.ops.operands import MAX_UINT16_COLUMNS, NESTED_BLOCK, NF4_TABLE, NO_DELTA, CsrOperands, NF4Operands
 from qrosa.ops.workspace import release_workspace
 
@@ -30,6 +30,7 @@ __all__ = [
     "dequant_add",
     "dequant_spmm",
     "force_cpu_isa",
+    "force_sddmm_way",
     "linear",
     "plan_decode",
     "release_workspace",

@@ -21,6 +21,10 @@ CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 """The CPU's code paths, in the order of the codes that ``qrosa::cpu_isa`` speaks. ``QROSA_CPU_ISA`` names the best one
 allowed; ``avx512`` in reports stands for the last three."""
 
+SDDMM_WAYS = ("rule", "gather", "tiles")
+"""The ways to a sparse gradient on a card, in the order of the codes that ``qrosa::sddmm_way`` speaks. The variable
+``QROSA_SDDMM`` names the one to begin with."""
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 _FIX = {
     "cpu": "run `pip install --no-build-isolation -e .` (needs a C++17 compiler)",
@@ -133,3 +137,10 @@ def force_cpu_isa(isa: str) -> str:
     if libraries["cpu"] is None:
         return "portable"
     return CPU_ISAS[torch.ops.qrosa.cpu_isa(CPU_ISAS.index(isa))]
+
+
+def force_sddmm_way(way: str) -> str:
+    """Makes the CUDA library compute sparse gradients by ``way``, one of SDDMM_WAYS; returns the way in use."""
+    if libraries["cuda"] is None:
+        return SDDMM_WAYS[0]
+    return SDDMM_WAYS[torch.ops.qrosa.sddmm_way(SDDMM_WAYS.index(way))]

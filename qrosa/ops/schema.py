@@ -229,6 +229,7 @@ def _(dy: torch.Tensor, x: torch.Tensor, stat: torch.Tensor, square: bool) -> No
 
 
 LIBRARY.define("cpu_isa(int request) -> int")  # no tensors, so no fake: asked outside of graphs
+LIBRARY.define("sddmm_way(int request) -> int")  # of the CUDA library
 
 LIBRARY.define("dropout(Tensor x, float p, int seed) -> Tensor")
 

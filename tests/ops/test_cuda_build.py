@@ -107,7 +107,10 @@ def test_the_library_needs_only_the_stable_abi() -> None:
 
 
 def test_the_library_loads_and_registers_every_op(tmp_path: Path) -> None:
-    """A CPU-only PyTorch lacks one symbol, the current stream; with a stand-in for it the library loads anywhere."""
+    """A CPU-only PyTorch lacks one symbol, the current stream; with a stand-in for it the library loads anywhere.
+
+    The way to a sparse gradient is read from the environment once, at loading, and changed by an op afterwards.
+    """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None or torch.version.cuda:
         pytest.skip("needs a C++ compiler and a PyTorch without CUDA")
@@ -120,6 +123,7 @@ def test_the_library_loads_and_registers_every_op(tmp_path: Path) -> None:
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "ops = ('dequant_add', 'sddmm', 'dequant_spmm', 'score_accumulate', 'dropout')\n"
         "print([op for op in ops if not has(f'qrosa::{op}', 'CUDA')])\n"
+        "print([torch.ops.qrosa.sddmm_way(request) for request in (-1, 1, -1, 0)])\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", check, str(LIBRARY)],
@@ -127,7 +131,7 @@ def test_the_library_loads_and_registers_every_op(tmp_path: Path) -> None:
         text=True,
         check=False,
         cwd=ROOT,
-        env=os.environ | {"LD_PRELOAD": str(stub)},
+        env=os.environ | {"LD_PRELOAD": str(stub), "QROSA_SDDMM": "tiles"},
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "[]"
+    assert result.stdout.splitlines() == ["[]", "[2, 1, 1, 0]"]

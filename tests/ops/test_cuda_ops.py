@@ -64,13 +64,13 @@ def test_sddmm(
     density: float,
     dtype: torch.dtype,
     way: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("QROSA_SDDMM", way)
+    assert ops.force_sddmm_way(way) == way
     rows, columns = shape
     csr, on_card = sparse(rows, columns, density)
     dy, x = matrix(tokens, rows, dtype, 1), matrix(tokens, columns, dtype, 2)
     got = ops.sddmm(dy.to(DEVICE), x.to(DEVICE), on_card.row_ptr, on_card.col)
+    ops.force_sddmm_way("rule")
     assert got.dtype == torch.float32
     close(got.cpu(), reference.sddmm(dy.double(), x.double(), csr.row_ptr, csr.col), torch.float32, tokens)
 
@@ -156,8 +156,20 @@ def test_bad_inputs_are_refused() -> None:
             call()
 
 
+def test_a_huge_batch_is_no_huge_grid() -> None:
+    """More tokens than a grid has blocks along y: four a block, 65,535 blocks."""
+    nf4, on_card = base(3, 33)
+    x = matrix(262_141 + 5, 33, torch.float32)
+    got = ops.dequant_spmm(x.to(DEVICE), on_card, None, 3)
+    close(got.cpu(), reference.dequant_spmm(x.double(), nf4, None, 3), torch.float32, 33, 2.0)
+
+
 def test_damaged_indices_stay_inside_memory() -> None:
-    """Nothing can be raised without waiting for the card; under compute-sanitizer this shows that memory is safe."""
+    """Nothing can be raised without waiting for the card.
+
+    compute-sanitizer shows that memory is safe, without torch's caching allocator, which packs tensors into one segment
+    (``make gpu``).
+    """
     nf4, csr = base(64, 256)[1], sparse(64, 256, 0.05)[1]
     dy, x = matrix(64, 64, torch.bfloat16).to(DEVICE), matrix(64, 256, torch.bfloat16).to(DEVICE)
     out = torch.empty(64, 256, dtype=torch.bfloat16, device=DEVICE)

@@ -206,8 +206,7 @@ inline uint16_t fp16_bits(float value) {
 }  // namespace qrosa::model
 
 #define threadIdx (qrosa::model::block.fibers[qrosa::model::block.current].thread)
-#define blockIdx (qrosa::model::block_index)
-#define gridDim (qrosa::model::grid_size)
+inline const Dim3 &blockIdx = qrosa::model::block_index, &gridDim = qrosa::model::grid_size;
 
 template <typename T>
 inline T __ldg(const T* pointer) {
