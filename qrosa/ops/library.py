@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from qrosa.ops import decode, devices, dropout, linear, reference, schema
+from qrosa.ops.cuda_build import CudaBuild, Machine, Refusal
 
 CPU_ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
 """The CPU's code paths, in the order of the codes that ``qrosa::cpu_isa`` speaks. ``QROSA_CPU_ISA`` names the best one
@@ -26,7 +27,7 @@ SDDMM_WAYS = ("rule", "gather", "tiles")
 ``QROSA_SDDMM`` names the one to begin with."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_FIX = {
+_fixes = {
     "cpu": "run `pip install --no-build-isolation -e .` (needs a C++17 compiler)",
     "cuda": "rebuild with nvcc on the PATH: `pip install --no-build-isolation -e .`",
 }
@@ -74,7 +75,7 @@ def _warn_once(device: str) -> None:
         _warned_of.add(device)
         warnings.warn(
             f"qrosa: no compiled library for {device} ({notes[device]}); plain PyTorch runs instead, slower and with "
-            f"more memory. To fix it, {_FIX[device]}.",
+            f"more memory. To fix it, {_fixes[device]}.",
             stacklevel=2,
         )
 
@@ -84,10 +85,21 @@ def _find(stem: str) -> Path | None:
     return next(iter(sorted(_PACKAGE.glob(f"{stem}*{suffix}"))), None)
 
 
+def _refusal(path: Path) -> Refusal | None:
+    """Why the CUDA library at ``path`` would not run on this machine's driver and cards."""
+    if torch.version.cuda is None:
+        return Refusal("this PyTorch is not built for CUDA", "install a PyTorch for CUDA")
+    build, machine = CudaBuild.read(path), Machine.here()
+    return None if build is None or machine is None else build.refusal(machine.driver, machine.cards)
+
+
 def _load(device: str, key: str) -> None:
     path = _find(f"_C_{device}")
+    refusal = _refusal(path) if device == "cuda" and path is not None else None
     if path is None:
         notes[device] = "not built"
+    elif refusal is not None:
+        notes[device], _fixes[device] = refusal.reason, refusal.fix
     else:
         try:
             torch.ops.load_library(str(path))

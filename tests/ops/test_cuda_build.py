@@ -17,9 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from qrosa.ops.cuda_build import CudaBuild
+
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = tuple(os.environ.get("QROSA_CUDA_ARCHS", "80;86;89;90;120").replace(",", ";").split(";"))
 LIBRARY = next(iter(sorted((ROOT / "qrosa").glob("_C_cuda*.so"))), None)
+BUILD = CudaBuild.read(LIBRARY) if LIBRARY is not None else None
+TARGETS = tuple(f"{major}{minor}" for major, minor in BUILD.cubins) if BUILD is not None else ()
 
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CUDA library is not built here (no nvcc)")
 
@@ -69,6 +72,11 @@ def compiled(source: str) -> list[Compiled]:
         Compiled(m["name"], m["target"], int(m["stack"]), int(m["stores"]) + int(m["loads"]), int(m["registers"]))
         for m in _ENTRY.finditer(report(source))
     ]
+
+
+def test_the_library_says_what_it_is_built_for() -> None:
+    assert BUILD is not None and BUILD.runtime // 1000 >= 11 and BUILD.cubins
+    assert BUILD.ptx == tuple(sorted(BUILD.cubins)[-2:])  # for whatever comes after the newest two
 
 
 def test_every_source_is_listed() -> None:
