@@ -7,8 +7,8 @@
 
 namespace qrosa {
 
-// Copies the wanted elements of a product in shared memory, [count, width] at (row, column), to out [nnz]. `bounds`
-// holds 2 * count entry indices.
+// Copies the wanted elements of a product in shared memory, [count, width] at (row, column), to out [nnz]; waits for
+// the block before it reads them. `bounds` holds 2 * count entry indices.
 __device__ __forceinline__ void gather_product(const float* product, int pitch, int* bounds, int count, int width,
                                                int64_t row, int64_t column0, const CsrView& csr, const Operands& in,
                                                float* out) {
@@ -23,7 +23,6 @@ __device__ __forceinline__ void gather_product(const float* product, int pitch, 
       if (place >= 0 && place < width) out[index] = product[r * pitch + place];
     }
   }
-  sync_block();
 }
 
 template <typename T>
@@ -38,6 +37,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) sddmm_tile_kernel(Operands in
   int* bounds = reinterpret_cast<int*>(shared + kWarpRows * kProductPitch * sizeof(float));
   static_assert(kWarpRows * kProductPitch * sizeof(float) + 2 * kWarpRows * sizeof(int) <= sizeof(shared));
   for (int half = 0; half < kTileRows / kWarpRows; ++half) {  // half a tile at a time fits where the stages were
+    sync_block();  // all are done with the stages, and then with the half before
     if (warp / 4 == half) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -53,7 +53,6 @@ __global__ void __launch_bounds__(kTileThreads, 2) sddmm_tile_kernel(Operands in
         }
       }
     }
-    sync_block();
     gather_product(product, kProductPitch, bounds, kWarpRows, kTileColumns, row0 + half * kWarpRows, column0, csr, in,
                    out);
   }
@@ -75,7 +74,6 @@ static __global__ void __launch_bounds__(kTileThreads, 2) sddmm_wide_kernel(Oper
       product[(threadIdx.x / 16 * 4 + i) * kWidePitch + threadIdx.x % 16 * 4 + j] = sums[i][j];
     }
   }
-  sync_block();
   gather_product(product, kWidePitch, bounds, kWideTile, kWideTile, row0, column0, csr, in, out);
 }
 

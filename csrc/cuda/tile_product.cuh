@@ -75,7 +75,8 @@ __device__ __forceinline__ void add_tokens(WarpSums& sums, const unsigned char* 
   }
 }
 
-// The whole tile at (row, column), 256 threads. `stages` holds kStages * 2 * kStageBytes and is free again afterwards.
+// The whole tile at (row, column), 256 threads. `stages` holds kStages * 2 * kStageBytes. At the end all copies have
+// landed (the groups committed last are empty), but other warps may still read their last stage.
 template <typename T>
 __device__ __forceinline__ void tile_product(WarpSums& sums, unsigned char* stages, const Operands& in, int64_t row,
                                              int64_t column) {
@@ -99,8 +100,6 @@ __device__ __forceinline__ void tile_product(WarpSums& sums, unsigned char* stag
     for (int token = 0; token < kStageTokens; token += 16)
       add_tokens<T>(sums, stage, token, warp_row, warp_column, lane);
   }
-  wait_copies<0>();
-  sync_block();
 }
 
 // ---- fp32 -----------------------------------------------------------------------------------------------------------

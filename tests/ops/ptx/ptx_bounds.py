@@ -1,0 +1,80 @@
+"""Upper bounds of the work of each case of ``ptx_cases``, so that a slower kernel is a decision and not an accident.
+
+Warp instructions as nvcc 13.0 emits them, counted by ``ptx_machine``; another nvcc may need LOOSE times as many. Passes
+of shared memory against those without bank conflicts (matrix loads must have none at all).
+"""
+
+from __future__ import annotations
+
+LOOSE = 1.05
+
+_INSTRUCTIONS = {
+    "damaged": 99533,
+    "dequant_add bf16": 13044,
+    "dequant_add bf16 unaligned": 1258,
+    "dropout bf16": 3465,
+    "dropout bf16 unaligned": 1020,
+    "spmm_rows bf16 1": 28470,
+    "spmm_rows bf16 2": 15298,
+    "spmm_rows bf16 4": 38091,
+    "spmm_any bf16": 8772,
+    "score bf16": 17745,
+    "score bf16 unaligned": 8318,
+    "tiles bf16": 23815,
+    "tiles bf16 unaligned": 28934,
+    "dequant_add fp16": 13044,
+    "dequant_add fp16 unaligned": 1258,
+    "dropout fp16": 3321,
+    "dropout fp16 unaligned": 988,
+    "spmm_rows fp16 1": 28404,
+    "spmm_rows fp16 2": 15547,
+    "spmm_rows fp16 4": 39381,
+    "spmm_any fp16": 8508,
+    "score fp16": 17745,
+    "score fp16 unaligned": 8318,
+    "tiles fp16": 23815,
+    "tiles fp16 unaligned": 28934,
+    "dequant_add fp32": 13869,
+    "dequant_add fp32 unaligned": 1240,
+    "dropout fp32": 3688,
+    "dropout fp32 unaligned": 976,
+    "spmm_rows fp32 1": 25627,
+    "spmm_rows fp32 2": 13516,
+    "spmm_rows fp32 4": 32122,
+    "spmm_any fp32": 8397,
+    "score fp32": 103294,
+    "score fp32 unaligned": 31588,
+    "tiles fp32": 79105,
+    "tiles fp32 unaligned": 74120,
+    "spmm_tensor bf16 1": 12104,
+    "spmm_tensor bf16 2": 75242,
+    "gather bf16": 77266,
+    "gather bf16 unaligned": 18127,
+    "spmm_tensor fp16 1": 12092,
+    "spmm_tensor fp16 2": 75952,
+    "gather fp16": 77266,
+    "gather fp16 unaligned": 18127,
+}
+
+_CONFLICTS = {
+    "spmm_rows": 1.0,
+    "spmm_tensor": 1.45,  # the partial sums of a warp, once a block
+    "dequant_add": 1.05,
+    "score": 1.0,
+    "tiles": 1.08,
+    "gather": 1.03,
+}
+"""Of aligned inputs, by kernel."""
+
+UNALIGNED = 4.0
+"""Inputs that are not aligned are staged a value at a time."""
+
+
+def instructions(case: str) -> int:
+    """Warp instructions of a case."""
+    return _INSTRUCTIONS[case]
+
+
+def bank_conflicts(case: str) -> float:
+    """Passes of shared memory over those that are needed."""
+    return UNALIGNED if case.endswith("unaligned") else _CONFLICTS.get(case.split()[0], 1.1)
