@@ -228,7 +228,7 @@ def _text_config(source: str, folder: Path) -> PretrainedConfig:
 
     read_json(folder / "config.json")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # unknown architectures surface as ValueError, KeyError or strict-dataclass errors
         raise InputError(
             f"the config.json of {source} is not understood: {first_line(error)}",

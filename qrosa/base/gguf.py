@@ -34,9 +34,9 @@ class GGUFBase(BaseFiles):
         from transformers import modeling_gguf_pytorch_utils as tables
 
         try:
-            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(self.config)
+                model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
         except Exception as error:  # unknown architectures surface as ValueError or KeyError
             raise InputError(
                 f"{source} cannot be used: {first_line(error)}",
@@ -81,7 +81,7 @@ class GGUFBase(BaseFiles):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
         except Exception as error:  # tokenizers raise whatever their parser met
             raise InputError(
                 f"the tokenizer in {self.source} cannot be used: {first_line(error)}",

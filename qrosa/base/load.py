@@ -112,7 +112,7 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
     try:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # an unsupported config surfaces as ValueError, KeyError or AttributeError
         raise InputError(
             f"{getattr(config, 'model_type', 'this')} cannot be built as a causal LM: {first_line(error)}",

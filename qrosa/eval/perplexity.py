@@ -13,7 +13,7 @@ from torch import nn
 
 from qrosa.data.batching import each_micro_batch
 from qrosa.data.encode import EncodedRow
-from qrosa.errors import InputError
+from qrosa.errors import InputError, TrainingError
 from qrosa.model.head import decoder_output, evaluating, model_device, token_log_probs
 
 IGNORED = -100
@@ -75,9 +75,15 @@ def loss_result(rows: int, supervised_tokens: int, total: float) -> LossResult:
 
     Raises:
         InputError: No supervised token.
+        TrainingError: The loss is not finite.
     """
     if not supervised_tokens:
         raise InputError("no row has a token to score", "give rows with completions, or --train-on all")
     loss = total / supervised_tokens
-    perplexity = math.exp(loss) if loss < 700 else math.inf if loss == loss else math.nan
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss of these rows is {loss:g}: the model computes nothing sensible",
+            "check that the base and the adapter are not damaged, and that training has not diverged",
+        )
+    perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"rows": rows, "supervised_tokens": supervised_tokens, "loss": loss, "perplexity": perplexity}

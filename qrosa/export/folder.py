@@ -1,12 +1,14 @@
 """An output folder that appears whole or not at all.
 
 Everything is written into ``DIR.partial-<pid>`` beside DIR, on the same file system, and one rename makes it DIR. A
-process that is killed leaves the partial folder behind, never a DIR that looks complete. What ``--force`` may replace
-is kept narrow: a folder of files as an export writes them. One with sub-folders or other files is somebody's work.
+process that is killed leaves the partial folder behind, never a DIR that looks complete; the next export to DIR removes
+it, and brings back what was moved aside. What ``--force`` may replace is kept narrow: a folder of files as an export
+writes them. One with sub-folders or other files is somebody's work.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -36,6 +38,7 @@ def export_folder(target: Path, *, nbytes: int, force: bool = False, keep: tuple
         StorageError: Too little disk is free, or the folder cannot be written.
     """
     target = target.resolve()  # a link stays, what it points to is made
+    _clear_up(target)
     check_target(target, force=force, keep=keep)
     check_disk(target, nbytes)
     made = [parent for parent in target.parents if not parent.exists()]
@@ -55,6 +58,30 @@ def export_folder(target: Path, *, nbytes: int, force: bool = False, keep: tuple
             for parent in made:  # the deepest first; stops at the first that somebody else has used
                 if not _removed(parent):
                     break
+
+
+def _clear_up(target: Path) -> None:
+    """Remove what exports to this target left that were killed, and put back the folder that one had moved aside."""
+    for kind in ("old", "partial"):
+        for left in target.parent.glob(f"{glob.escape(target.name)}.{kind}-*"):
+            process = left.name.rpartition("-")[2]
+            if not process.isdecimal() or left.is_symlink() or not left.is_dir() or _is_alive(int(process)):
+                continue
+            foreign = any(e.suffix not in (*_EXPORT_SUFFIXES, ".partial") or not e.is_file() for e in left.iterdir())
+            if kind == "old" and not target.exists():
+                os.replace(left, target)
+            elif not foreign:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def check_target(target: Path, *, force: bool, keep: tuple[Path, ...] = ()) -> None:
