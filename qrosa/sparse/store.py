@@ -126,7 +126,10 @@ def _check_complete(path: Path, tensors: Mapping[str, Tensor], modules: Mapping[
     """Refuse tensors that are not those that the config names."""
     parts: dict[str, set[str]] = {module: set() for module in modules}
     for name in tensors:
-        parts.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
+        module, _, part = name.rpartition(".")
+        if module not in parts:
+            raise StorageError(f"{path} holds {name[:80]!r}, of a module that its config does not name", _COPY_AGAIN)
+        parts[module].add(part)
     for module, entry in modules.items():
         sparse = {part for part in parts[module] if part.startswith("sparse_")}
         low_rank = parts[module] - sparse

@@ -21,8 +21,9 @@ from torch import nn
 
 from qrosa.data.batching import Limits, MicroBatch, micro_batches
 from qrosa.errors import DoesNotFitError
+from qrosa.model.head import CHUNK_TOKENS
 from qrosa.optim.parts import Optimizer
-from qrosa.train.loss import CHUNK_TOKENS, model_loss
+from qrosa.train.loss import model_loss
 
 if TYPE_CHECKING:
     from qrosa.data.encode import EncodedRow
