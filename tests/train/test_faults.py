@@ -193,7 +193,7 @@ def test_places_are_stored_from_the_root(config, tiny_model_dir, monkeypatch):
     monkeypatch.chdir(run.parent)
     finetune(config(max_steps=2, data="rows.jsonl"))
     stored = yaml.safe_load((run / "config.yaml").read_text())
-    assert stored["data"] == str(run.parent / "rows.jsonl")
+    assert stored["data"] == [str(run.parent / "rows.jsonl")]
 
 
 def test_a_closed_terminal_is_a_request_to_stop():
