@@ -66,7 +66,7 @@ def test_what_is_said_to_be_refused_is(row: dict[str, Any]) -> None:
 
 
 def test_figures() -> None:
-    limits = f"{rendering.SECONDS:g} seconds and {rendering.EXTRA_BYTES >> 20} MB at most"
+    limits = f"{rendering.SECONDS:g} seconds of the processor and {rendering.EXTRA_BYTES >> 20} MB at most"
     assert limits in PAGE and f"may write {rendering.MOST_CHARACTERS} characters" in PAGE
     rows = Rows.of([])
     store = rows._store

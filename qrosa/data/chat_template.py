@@ -21,53 +21,34 @@ that it does not know, would change what the conversation says: such rows are re
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qrosa.data import thoughts, tool_forms
 from qrosa.data.formats import Conversation
+from qrosa.data.markers import has_markers, render_marked
 from qrosa.data.messages import Message
 from qrosa.data.notes import Notes
-from qrosa.data.rendering import Renderer
+from qrosa.data.rendering import Rendered, Renderer
 from qrosa.data.thoughts import Style
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STAND_IN = "stand-in for the answer"
 _OTHER = "give another template with --chat-template"
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A row as text.
-
-    Attributes:
-        text: What is tokenised.
-        spans: Character ranges of ``text`` that are learnt, ascending, none empty.
-        add_bos: Whether BOS goes before it, if the tokenizer adds one.
-        add_eos: Whether EOS goes behind it.
-        skipped: Assistant turns that should have been learnt and could not be.
-    """
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
-    add_bos: bool = False
-    add_eos: bool = False
-    skipped: int = 0
-
-
-@dataclass(frozen=True)
 class _Ways:
-    """What is known of a template: the names that it mentions, its way with thoughts and with tools' arguments."""
+    """What is known of a template: the names that it mentions, its way with thoughts and with calls of tools."""
 
     names: frozenset[str]
     style: Style
     text_arguments: bool
+    no_content: Message
 
 
 class ChatTemplate:
@@ -112,10 +93,10 @@ class ChatTemplate:
         conversation = self._adapt(conversation, where)
         turns = conversation.answers
         if last:
-            turns = [turn for turn in turns if turn == _assistants(conversation)[-1]]
+            turns = [turn for turn in turns if turn == conversation.assistants[-1]]
         marked = None
-        if turns and _MARKERS.search(self._renderer.source(conversation.tools)):
-            marked = self._render_marked(conversation, turns, where)
+        if turns and has_markers(self._renderer.source(conversation.tools)):
+            marked = render_marked(self._renderer, conversation, turns, where, self.closing)
         rendered = marked or self._render_by_prefix(conversation, turns, where)
         self._refuse_what_is_left_out(conversation, rendered.text, where)
         return rendered
@@ -136,6 +117,8 @@ class ChatTemplate:
                     f"{where}: a message calls tools, and the model's chat template writes no calls", _OTHER
                 )
             message = tool_forms.with_arguments(ways.style.put(message), as_text=ways.text_arguments, where=where)
+            if "content" not in message:
+                message = {**message, **ways.no_content}
             for key in message:
                 if key not in ("role", "content") and key not in ways.names:
                     self._notes.add(
@@ -149,8 +132,10 @@ class ChatTemplate:
         if known is None:
             names = self._renderer.names(tools)
             style = Style.of(self._renderer.source(tools), names)
-            as_text = "tool_calls" in names and tool_forms.takes_text(self._renderer, tools)
-            known = self._known[tools is not None] = _Ways(names, style, as_text)
+            calls = "tool_calls" in names
+            as_text = calls and tool_forms.takes_text(self._renderer, tools)
+            no_content = tool_forms.without_content(self._renderer, tools, as_text=as_text) if calls else {}
+            known = self._known[tools is not None] = _Ways(names, style, as_text, no_content)
         return known
 
     def _render_by_prefix(self, conversation: Conversation, turns: list[int], where: str) -> Rendered:
@@ -236,42 +221,6 @@ class ChatTemplate:
             return None
         return at + len(stop)
 
-    def _render_marked(self, conversation: Conversation, turns: list[int], where: str) -> Rendered | None:
-        """Spans by the template's own markers, each taken on through the token that ends the turn.
-
-        None where the markers cannot be told apart by turn, and not all turns are to be learnt.
-        """
-        text, marks = self._renderer.render_marked(conversation.messages, conversation.tools, where)
-        everyone = _assistants(conversation)
-        if len(marks) == len(everyone):
-            marked = [(turn, mark) for turn, mark in zip(everyone, marks, strict=True) if turn in turns]
-            marks = [self._from_prompt(text, mark, conversation, turn) for turn, mark in marked]
-        elif turns != everyone:
-            return None
-        spans: list[tuple[int, int]] = []
-        for start, end in marks:
-            if self.closing and text.startswith(self.closing, end):
-                end += len(self.closing)
-            if end <= start:
-                continue
-            if spans and spans[-1][1] >= start:
-                start = spans.pop()[0]
-            spans.append((start, end))
-        if not spans:
-            return None
-        last_is_open = conversation.messages[-1]["role"] == "assistant" and not self.closing
-        if last_is_open:
-            text = text[: spans[-1][1]]
-        return Rendered(text, tuple(spans), add_eos=last_is_open)
-
-    def _from_prompt(self, text: str, mark: tuple[int, int], conversation: Conversation, turn: int) -> tuple[int, int]:
-        """A marked range without what the generation prompt gives already (a line end behind ``assistant``)."""
-        start, end = mark
-        prompt = self._renderer.attempt(conversation.messages[:turn], conversation.tools, ask=True)
-        if prompt is not None and start < len(prompt) <= end and text.startswith(prompt):
-            start = len(prompt)
-        return start, end
-
     def _refuse_what_is_left_out(self, conversation: Conversation, text: str, where: str) -> None:
         """Every message's text must stand in the row, or what a stand-in shows the template to make of it."""
         for index, message in enumerate(conversation.messages):
@@ -305,10 +254,6 @@ class ChatTemplate:
         tokens = {str(token) for token in self._tokenizer.added_tokens_decoder.values()} | {eos}
         ends = [tail.find(token) + len(token) for token in tokens if token.strip() and token in tail]
         return tail[: min(ends)] if ends else ""
-
-
-def _assistants(conversation: Conversation) -> list[int]:
-    return [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
 
 
 def _texts(message: Message) -> Sequence[str]:

@@ -1,13 +1,9 @@
-"""Rows to tokens: what the model reads, and which tokens of it are learnt. :mod:`qrosa.data.row_text` writes the text.
+"""Rows to tokens: what the model reads, and which tokens of it are learnt. :mod:`qrosa.data.row_text` writes the text,
+:mod:`qrosa.data.pieces` cuts it.
 
 **Ends.** What ends an answer is learnt: the template's end-of-turn token, or EOS where there is no template or it
 writes no such token. EOS is told apart from padding by place, never by value, so PAD == EOS is harmless. A template
 writes BOS itself or not at all; other rows start with BOS if the tokenizer adds it, and never with two.
-
-**Boundaries.** The text is tokenised in pieces cut where learnt text starts, so the tokens before a completion are
-exactly those that the model is given when it is asked for it. Tokenising the whole and reading the boundary off the
-offsets would not do that: a token may span the boundary (``": "`` + ``"yes"``), and offsets differ in what they say
-about spaces. Pieces also serve tokenizers without offsets.
 
 **Length.** A row of ``text`` that is longer than ``seq_len`` becomes several, each token in exactly one of them. Other
 rows are cut at their end, since an answer without its question teaches nothing; what is lost is noted.
@@ -22,10 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qrosa.data.chat_template import Rendered
 from qrosa.data.formats import Conversation, RawRow
 from qrosa.data.messages import Message
 from qrosa.data.notes import Notes
+from qrosa.data.pieces import Pieces, leading_bos
+from qrosa.data.rendering import Rendered
 from qrosa.data.row_text import RowText
 from qrosa.errors import InputError
 
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE = -100
-# Tokenizers of the SentencePiece kind put a space before whatever they are given; behind this they do not.
-_ANCHOR = "\n"
 
 
 @dataclass
@@ -108,9 +103,9 @@ class Encoder:
         self._notes = Notes() if notes is None else notes
         self._vocabulary = vocabulary
         self._text = RowText(tokenizer, train_on, self._notes)
-        self._bos = _leading_bos(tokenizer)
+        self._bos = leading_bos(tokenizer)
         self._spaces: dict[int, bool] = {}
-        self._anchor_ids = self._find_anchor()
+        self._pieces = Pieces(tokenizer)
         self._end_ids = self._find_ends()
         self.ends: set[int] = set()
 
@@ -121,7 +116,7 @@ class Encoder:
             InputError: A malformed row, one that the chat template refuses, or a token beyond the vocabulary.
         """
         rendered = [self._text.render(raw) for raw in raws]
-        tokens = self._tokenize_pieces([_cut(row) for row in rendered])
+        tokens = self._pieces.of_rows([_cut(row) for row in rendered])
         return [row for parts in zip(raws, rendered, tokens, strict=True) for row in self._assemble(*parts)]
 
     @property
@@ -139,10 +134,10 @@ class Encoder:
             InputError: Messages without a chat template, or messages that the template refuses.
         """
         if isinstance(prompt, str) and self._text.chat is None:
-            ids = self._tokenize([prompt])[0]
+            ids = self._pieces.alone([prompt])[0]
             return ids if self._bos is None or ids[:1] == [self._bos] else [self._bos, *ids]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self._tokenize([self._text.template("prompt").prompt(Conversation(messages), "prompt")])[0]
+        return self._pieces.alone([self._text.template("prompt").prompt(Conversation(messages), "prompt")])[0]
 
     def _assemble(self, raw: RawRow, row: Rendered, tokens: list[list[int]]) -> list[EncodedRow]:
         """Put the pieces' tokens together; ``tokens`` is the head's, then (learnt part, whole piece) a span."""
@@ -151,7 +146,7 @@ class Encoder:
         for index, (learnt, piece) in enumerate(zip(rest[0::2], rest[1::2], strict=True)):
             if piece[: len(learnt)] != learnt:  # a token spans the end of the learnt part
                 stop, following = row.spans[index][1], [*row.spans, (len(row.text), 0)][index + 1][0]
-                piece = learnt + self._continuations([row.text[stop:following]])[0]
+                piece = learnt + self._pieces.behind([row.text[stop:following]])[0]
             spans.append((len(ids), len(ids) + len(learnt)))
             ids = ids + piece
         if row.add_eos and spans:
@@ -252,31 +247,6 @@ class Encoder:
             self._spaces[token] = decode(self._tokenizer, [token]).isspace()
         return self._spaces[token]
 
-    def _tokenize_pieces(self, rows: list[list[tuple[int, str]]]) -> list[list[list[int]]]:
-        """Token ids of every row's pieces; a piece at position 0 is the start of a text, others continue one."""
-        pieces = [piece for row in rows for piece in row]
-        heads = iter(self._tokenize([text for start, text in pieces if start == 0]))
-        tails = iter(self._continuations([text for start, text in pieces if start > 0]))
-        return [[next(tails if start else heads) for start, _ in row] for row in rows]
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text by itself, without BOS or EOS."""
-        if not texts:
-            return []
-        batch = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
-        return list(batch["input_ids"])
-
-    def _continuations(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text as they are behind other text: without the space some tokenizers put in front."""
-        if self._anchor_ids is None:
-            return self._tokenize(texts)
-        size = len(self._anchor_ids)
-        plain = iter(self._tokenize(texts))
-        anchored = self._tokenize([_ANCHOR + text for text in texts])
-        return [ids[size:] if ids[:size] == self._anchor_ids else own for ids, own in zip(anchored, plain, strict=True)]
-
     def _find_ends(self) -> set[int]:
         """Tokens that may end an answer: EOS, and those that the template writes behind one.
 
@@ -285,13 +255,7 @@ class Encoder:
         ends = set() if self._tokenizer.eos_token_id is None else {int(self._tokenizer.eos_token_id)}
         closing = "" if self._text.chat is None else self._text.chat.closing
         special = set(self._tokenizer.all_special_ids) | set(self._tokenizer.added_tokens_decoder)
-        return ends | {token for token in self._continuations([closing])[0] if token in special}
-
-    def _find_anchor(self) -> list[int] | None:
-        """The anchor's tokens if a text is tokenised otherwise at the start than behind it, else None."""
-        anchor, alone, behind = self._tokenize([_ANCHOR, "a", _ANCHOR + "a"])
-        differs = behind[: len(anchor)] == anchor and behind[len(anchor) :] != alone
-        return anchor if differs else None
+        return ends | {token for token in self._pieces.behind([closing])[0] if token in special}
 
 
 def encode(
@@ -315,12 +279,6 @@ def _cut(row: Rendered) -> list[tuple[int, str]]:
     for (start, end), following in zip(row.spans, [*starts[1:], len(row.text)], strict=True):
         pieces += [(start, row.text[start:end]), (start, row.text[start:following])]
     return pieces
-
-
-def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """BOS, if the tokenizer puts it before a text."""
-    ids = tokenizer("a", verbose=False)["input_ids"]
-    return tokenizer.bos_token_id if ids[:1] == [tokenizer.bos_token_id] else None
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

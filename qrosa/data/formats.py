@@ -46,10 +46,14 @@ class Conversation:
     context: frozenset[int] = frozenset()
 
     @property
+    def assistants(self) -> list[int]:
+        """Places of the assistant's messages."""
+        return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    @property
     def answers(self) -> list[int]:
         """Places of the assistant's messages that are to be learnt."""
-        places = range(self.first, len(self.messages))
-        return [i for i in places if self.messages[i]["role"] == "assistant" and i not in self.context]
+        return [index for index in self.assistants if index >= self.first and index not in self.context]
 
 
 @dataclass(frozen=True)

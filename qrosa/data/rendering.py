@@ -2,7 +2,7 @@
 
 transformers runs templates in jinja's sandbox, which keeps them from the file system and from Python's insides, but a
 template may still run forever or fill the memory: two nested loops over ``range(99999)``, a text that doubles itself.
-So each rendering has :data:`SECONDS` of time (where it runs in the main thread; a signal ends it) and
+So each rendering has :data:`SECONDS` of the processor (where it runs in the main thread; a signal ends it) and
 :data:`EXTRA_BYTES` of memory beyond what the process has, and may write :data:`MOST_CHARACTERS` for each character of
 the row. Powers of numbers, the one operation that no signal can end, are not run at all; no template needs them.
 
@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
@@ -42,6 +43,25 @@ _FIXED_DATE = (
 
 class RefusedError(InputError):
     """The template's own code did not take the messages: part of a conversation may be none to it."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text.
+
+    Attributes:
+        text: What is tokenised.
+        spans: Character ranges of ``text`` that are learnt, ascending, none empty.
+        add_bos: Whether BOS goes before it, if the tokenizer adds one.
+        add_eos: Whether EOS goes behind it.
+        skipped: Assistant turns that should have been learnt and could not be.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    add_bos: bool = False
+    add_eos: bool = False
+    skipped: int = 0
 
 
 class Renderer:
@@ -188,15 +208,15 @@ def _time_limit() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise _OutOfTimeError
 
-    before, begun = signal.signal(signal.SIGALRM, stop), time.monotonic()
-    left, interval = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before, begun = signal.signal(signal.SIGPROF, stop), time.process_time()
+    left, interval = signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
         if left:  # somebody else's timer, which has gone on running meanwhile
-            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - begun), 1e-3), interval)
+            signal.setitimer(signal.ITIMER_PROF, max(left - (time.process_time() - begun), 1e-3), interval)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qrosa.data.chat_template import ChatTemplate, Rendered
+from qrosa.data.chat_template import ChatTemplate
 from qrosa.data.formats import Completion, Conversation, RawRow, Text
 from qrosa.data.notes import Notes
+from qrosa.data.rendering import Rendered
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ class RowText:
         """Note empty answers, and refuse marks that ``--train-on all`` would override."""
         for index in conversation.answers:
             message = conversation.messages[index]
-            if not str(message.get("content", "")).strip() and "tool_calls" not in message:
+            if not str(message.get("content") or "").strip() and "tool_calls" not in message:
                 self._notes.add("empty answers", "they teach the model to say nothing and stop", where, unit="turns")
         if self._train_on == "all" and conversation.context:
             what = f"{where}: a message is marked as not to be learnt, and --train-on all learns every token"

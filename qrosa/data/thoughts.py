@@ -53,7 +53,7 @@ class Style:
             return {**rest, **dict.fromkeys(self.keys, thought)}
         if self.tags is None:
             return message
-        content = str(rest.get("content", ""))
+        content = str(rest.get("content") or "")
         return {**rest, "content": f"{closed(thought, self.tags)}{content.lstrip()}"}
 
 
@@ -64,7 +64,7 @@ def closed(thought: str, tags: tuple[str, str]) -> str:
 
 def split(message: Message) -> tuple[str | None, str]:
     """What a message holds as (thought, answer), neither stripped; None where it holds no thought."""
-    content = str(message.get("content", ""))
+    content = str(message.get("content") or "")
     for key in THOUGHT_KEYS:
         if isinstance(message.get(key), str):
             return str(message[key]), content

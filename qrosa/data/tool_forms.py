@@ -29,6 +29,21 @@ def takes_text(renderer: Renderer, tools: list[Any] | None) -> bool:
     return as_object is None and as_text is not None
 
 
+def without_content(renderer: Renderer, tools: list[Any] | None, *, as_text: bool) -> Message:
+    """What a message that only calls tools holds for its content: nothing, null or an empty text.
+
+    Some templates fail where the key is missing, some write a null as ``None``. The first form that does neither is
+    taken; where all fail, the template will say so of the row itself.
+    """
+    forms: tuple[Message, ...] = ({}, {"content": None}, {"content": ""})
+    arguments: Any = _TEXT if as_text else _PROBE
+    for form in forms:
+        text = _shown(renderer, tools, arguments, form)
+        if text is not None and "None" not in text:
+            return form
+    return {}
+
+
 def with_arguments(message: Message, *, as_text: bool, where: str) -> Message:
     """The message with the arguments of its tool calls in the form that the template takes.
 
@@ -49,11 +64,11 @@ def with_arguments(message: Message, *, as_text: bool, where: str) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def _shown(renderer: Renderer, tools: list[Any] | None, arguments: Any) -> str | None:
+def _shown(renderer: Renderer, tools: list[Any] | None, arguments: Any, content: Message | None = None) -> str | None:
     call = {"type": "function", "id": "call00000", "function": {"name": "probe", "arguments": arguments}}
     messages: list[Message] = [
         {"role": "user", "content": "question"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "assistant", **({"content": ""} if content is None else content), "tool_calls": [call]},
     ]
     return renderer.attempt(messages, tools)
 

@@ -38,6 +38,10 @@ SINGLE = OBJECTS.replace(
     "{{ raise_exception('only single tool-calls') }}{% endif %}{{ '<|im_start|>'",
 )
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+# R1: only a null says that there are calls. GLM: a null is written as it is. Others: the key must be there.
+NULL = OBJECTS.replace("(message.content or '')", "('' if message.content is none else message.content.strip())")
+WRITTEN = OBJECTS.replace("(message.content or '')", "message.content | string")
+STRICT = OBJECTS.replace("(message.content or '')", "message.content.strip()")
 LEARNT = '<call>weather {"city": "Oslo"}<|im_end|>'
 
 
@@ -56,7 +60,7 @@ def call(arguments: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
 
 
-@pytest.mark.parametrize("template", [OBJECTS, TEXTS, PRINTS, BOTH, SINGLE])
+@pytest.mark.parametrize("template", [OBJECTS, TEXTS, PRINTS, BOTH, SINGLE, NULL, WRITTEN, STRICT])
 @pytest.mark.parametrize(
     "message",
     [
