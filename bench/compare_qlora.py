@@ -75,7 +75,8 @@ def ours(name: str, *, sparse: bool) -> tuple[Any, Callable[[Any], None], int]:
         quantized_linears,
         trainable_parameters,
     )
-    from qrosa.base.load import count_parameters, empty_model
+    from qrosa.base.build import empty_model
+    from qrosa.base.load import count_parameters
     from qrosa.config import AdapterConfig
     from qrosa.model.modes import set_checkpointing
     from qrosa.optim.adamw import AdapterOptimizer

@@ -125,7 +125,7 @@ def _tensors(shape: Mapping[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
     from transformers import AutoConfig
 
     from qrosa.adapters.linear import QRosaLinear
-    from qrosa.base.load import empty_model
+    from qrosa.base.build import empty_model
 
     settings = dict(shape)
     model = empty_model(AutoConfig.for_model(settings.pop("model_type"), **settings))

@@ -7,6 +7,8 @@ bug in qrosa, and is reported as one.
 
 from __future__ import annotations
 
+import re
+
 
 class QrosaError(Exception):
     """Base of all errors meant for people.
@@ -52,3 +54,29 @@ class InterruptedRunError(QrosaError):
     """The user stopped the run, after a checkpoint was written (exit code 130)."""
 
     exit_code = 130
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error text, for errors that are one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def install_hint(*extras: str) -> str:
+    """How to get the packages of optional parts: by their own names, which leads somewhere wherever qrosa came from.
+
+    Args:
+        extras: Groups of ``pyproject.toml``'s optional dependencies.
+    """
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        listed = requires("qrosa") or []
+    except PackageNotFoundError:  # run from a clone that was never installed
+        listed = []
+    names = []
+    for line in listed:
+        name, _, marker = line.partition(";")
+        found = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
+        if found and found[1] in extras:
+            names.append(f"'{name.strip()}'")
+    return "pip install " + " ".join(names or extras)

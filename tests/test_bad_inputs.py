@@ -129,7 +129,7 @@ MODELS = [
     Case(train(model="hostile-length"), 5, "model.safetensors", "download|again"),
     Case(train(model="hostile-offsets"), 5, "model.safetensors", "download|again"),
     Case(train(model="missing-tensor"), 2, "has no tensor", "download"),
-    Case(train(model="conv"), 2, "conv is not a known decoder", "Llama"),
+    Case(train(model="conv"), 2, "GPT2LMHeadModel has no linear layers", "Llama"),
     Case(train(model="broken.gguf"), 5, "broken.gguf is not a sound GGUF file", "download"),
     Case(train(model="no-tokenizer"), 2, "no-tokenizer.*tokenizer", "tokenizer"),
     Case(

@@ -62,6 +62,11 @@ class LinearShape:
         return parameter_count(form, self.out_features, self.in_features, rank)
 
 
+def layer_index(path: str) -> int:
+    """Index of the decoder layer in a module's path, -1 when the path has none."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), -1)
+
+
 @dataclass(frozen=True)
 class Allocation:
     """Where the trainable parameters are.

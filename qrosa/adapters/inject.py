@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qrosa.adapters.budget import LinearShape
+from qrosa.adapters.budget import LinearShape, layer_index
 from qrosa.adapters.forms import LORA, PREFIX, LowRankForm
 from qrosa.adapters.linear import SPARSE_TENSORS, QRosaLinear
 from qrosa.adapters.low_rank import LowRank
@@ -66,11 +66,6 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put ``module`` where ``path`` points."""
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
-
-
-def layer_index(path: str) -> int:
-    """Index of the decoder layer in a module's path, -1 when the path has none."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), -1)
 
 
 def linear_shapes(model: nn.Module) -> list[LinearShape]:

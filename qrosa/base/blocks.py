@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from qrosa.adapters.inject import target_linears
 from qrosa.base.base_files import BaseFiles
-from qrosa.base.load import meta_model, move_buffers, read_dense, set_parameter
+from qrosa.base.build import meta_model
+from qrosa.base.load import fill_buffers, move_buffers, read_dense, set_parameter
 
 Run = Callable[[], Tensor]
 
@@ -70,14 +71,15 @@ class BlockwiseModel:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = meta_model(base_files.config, self.dtype).eval()
         self.model.requires_grad_(False)
+        fill_buffers(self.model, base_files)
         path, stack = _stack(self.model)
         self.blocks = [Block(f"{path}.{index}", index, module) for index, module in enumerate(stack)]
         for block in self.blocks:
             stack[block.index] = _Wrapped(block, self)  # the model now lists what lies outside the blocks only
         self.model.tie_weights()  # a tied head is then listed once, as the embedding
         self.outside = [name for name, _ in self.model.named_parameters()]
-        for name, parameter in list(self.model.named_parameters()):
-            set_parameter(self.model, name, self._read(name, parameter))
+        for name in self.outside:
+            set_parameter(self.model, name, self._read(name))
         self.model.tie_weights()
         move_buffers(self.model, device)
         self._visit: Visit | None = None
@@ -102,8 +104,8 @@ class BlockwiseModel:
         """Bring the block's weights, let the visitor run it, and drop them."""
         assert self._visit is not None
         shells = dict(block.module.named_parameters())
-        for name, shell in shells.items():
-            set_parameter(block.module, name, self._read(f"{block.path}.{name}", shell))
+        for name in shells:
+            set_parameter(block.module, name, self._read(f"{block.path}.{name}"))
         move_buffers(block.module, self.device)
         as_tuple = False
 
@@ -124,8 +126,8 @@ class BlockwiseModel:
             set_parameter(block.module, name, shell.detach())
         return (result,) if as_tuple else result
 
-    def _read(self, name: str, parameter: Tensor) -> Tensor:
-        return read_dense(self.base_files, name, parameter).to(self.device, self.dtype)
+    def _read(self, name: str) -> Tensor:
+        return read_dense(self.base_files, name).to(self.device, self.dtype)
 
 
 class _Wrapped(nn.Module):

@@ -8,46 +8,68 @@ are undone by transformers' own tables, so every architecture that transformers 
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from qrosa.base.base_files import BaseFiles, first_line
-from qrosa.errors import InputError, StorageError
+from qrosa.base.base_files import BaseFiles
+from qrosa.base.build import meta_model
+from qrosa.base.checkpoint import check_shape, refuse_missing
+from qrosa.base.gguf_file import GGUFFile
+from qrosa.base.model_config import model_config
+from qrosa.base.structure_source import read_structure
+from qrosa.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 class GGUFBase(BaseFiles):
-    """One ``.gguf`` file, read tensor by tensor."""
+    """One ``.gguf`` model, read tensor by tensor.
+
+    Args:
+        source: What the user named.
+        file: The opened file.
+
+    Raises:
+        InputError: An architecture that transformers does not read, or no decoder.
+        StorageError: Tensors of other shapes than the metadata says.
+    """
 
     kind = "gguf"
 
-    def __init__(self, source: str, path: Path) -> None:
+    def __init__(self, source: str, file: GGUFFile) -> None:
         self.source = source
-        self.path = path
-        self._reader = _open(source, path)
-        from transformers import AutoConfig, AutoModelForCausalLM
+        self.file = file
+        from transformers import AutoConfig
         from transformers import modeling_gguf_pytorch_utils as tables
 
         try:
-            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
-        except Exception as error:  # unknown architectures surface as ValueError or KeyError
+            self.config = AutoConfig.from_pretrained(
+                file.path.parent, gguf_file=file.path.name, trust_remote_code=False
+            )
+            # transformers looks at one file, and a split model's head may be in another.
+            self.config.tie_word_embeddings = "output.weight" not in file.tensors
+            model = meta_model(self.config)
+            processor_type = tables.TENSOR_PROCESSORS.get(file.architecture, tables.TensorProcessor)
+            self._processor = processor_type(config=self.config.to_dict())  # type: ignore[no-untyped-call]
+            names = tables.get_gguf_hf_weights_map(model, self._processor)
+        except InputError:
+            raise
+        except Exception as error:  # unknown architectures surface as ValueError, KeyError or NotImplementedError
             raise InputError(
                 f"{source} cannot be used: {first_line(error)}",
                 "use a GGUF file of an architecture transformers can read",
             ) from None
-        architecture = tables.read_field(self._reader, "general.architecture")[0]
-        processor_type = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)
-        self._processor = processor_type(config=self.config.to_dict())  # type: ignore[no-untyped-call]
-        names = tables.get_gguf_hf_weights_map(model, self._processor)
-        stored = {tensor.name: tensor for tensor in self._reader.tensors}
-        self._tensors = {name: stored[theirs] for theirs, name in names.items() if theirs in stored}
+        self.structure = read_structure(model_config(self.config.to_dict(), source), source)
+        self._tensors = {name: file.tensors[theirs] for theirs, name in names.items() if theirs in file.tensors}
+        extra = sorted(file.tensors.keys() - names.keys())
+        refuse_missing(source, self.structure.shapes, self._tensors, extra)
+        for name, shape in self.structure.shapes.items():
+            check_shape(source, name, self.shape(name), shape)
+        left = f"{len(extra)} tensors that the model has no place for are left out: {', '.join(extra[:3])}"
+        self.notes = (left,) if extra else ()
 
     def names(self) -> list[str]:
         """Names of the transformers model's tensors that the file holds."""
@@ -80,27 +102,11 @@ class GGUFBase(BaseFiles):
         """The tokenizer stored in the file."""
         from transformers import AutoTokenizer
 
+        path = self.file.path
         try:
-            return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         except Exception as error:  # tokenizers raise whatever their parser met
             raise InputError(
                 f"the tokenizer in {self.source} cannot be used: {first_line(error)}",
                 "use the model's safetensors folder",
             ) from None
-
-
-def _open(source: str, path: Path) -> Any:
-    if not path.is_file():
-        raise InputError(f"model file {source} does not exist", "check the path given to --model")
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise InputError("reading .gguf files needs the gguf package", "pip install 'qrosa[gguf]'") from None
-    try:
-        return GGUFReader(path)
-    except PermissionError:
-        raise StorageError(f"{source} cannot be read", "check the file's permissions") from None
-    except Exception as error:  # the reader trusts the file and fails in many ways on a damaged one
-        raise StorageError(
-            f"{source} is not a sound GGUF file: {first_line(error)}", "download the file again"
-        ) from None

@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from qrosa.adapters.inject import quantized_linears, replace_module, target_linears
-from qrosa.adapters.linear import QRosaLinear
-from qrosa.base.base_files import BaseFiles, SafetensorsBase, first_line
+from qrosa.adapters.inject import quantized_linears
+from qrosa.base.base_files import BaseFiles, SafetensorsBase
+from qrosa.base.build import empty_model, saved_buffers
 from qrosa.base.open import open_base
 from qrosa.base.saving import SavesAdapter
-from qrosa.errors import InputError, StorageError
-from qrosa.ops.few_rows_head import OutputHead
+from qrosa.errors import StorageError
 from qrosa.quant.nf4 import NF4Weight
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Progress = Callable[[int, int], None]
 Place = Callable[[str, NF4Weight], NF4Weight]
@@ -85,50 +84,6 @@ def load_base(
     return model.eval(), tokenizer
 
 
-def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
-    """The model with meta parameters and meta ``QRosaLinear`` layers; its (computed) buffers are real.
-
-    Raises:
-        InputError: The architecture is not a causal language model, or has no suitable linear layers.
-    """
-    model = meta_model(config, dtype)
-    for path, linear in target_linears(model).items():
-        weight = NF4Weight.meta((linear.out_features, linear.in_features), dtype)
-        replace_module(model, path, QRosaLinear(weight, linear.bias))
-    _turn_head(model)
-    model.tie_weights()  # making parameters meta one by one has untied them
-    model.requires_grad_(False)
-    return model
-
-
-def meta_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model as transformers builds it, with meta parameters and real (computed) buffers.
-
-    Raises:
-        InputError: The architecture is not a causal language model.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # an unsupported config surfaces as ValueError, KeyError or AttributeError
-        raise InputError(
-            f"{getattr(config, 'model_type', 'this')} cannot be built as a causal LM: {first_line(error)}",
-            "use a decoder-only model such as Llama, Mistral, Qwen, Gemma or Phi-3",
-        ) from None
-    return model
-
-
-def _turn_head(model: PreTrainedModel) -> None:
-    """Put a head that is quick for few rows in the place of a plain one."""
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        path = next(path for path, module in model.named_modules() if module is head)
-        replace_module(model, path, OutputHead.of(head))
-
-
 def quantize_weight(base_files: BaseFiles, path: str, device: torch.device | str = "cpu") -> NF4Weight:
     """The 4-bit weight of the module at ``path``: read as stored, or quantised from the original.
 
@@ -136,17 +91,31 @@ def quantize_weight(base_files: BaseFiles, path: str, device: torch.device | str
     """
     if isinstance(base_files, SafetensorsBase) and base_files.is_nf4(path):
         weight = base_files.read_nf4(path).to(device)
+        scales = (weight.absmax, None) if weight.absmax_scale is None else (weight.absmax_scale, weight.absmax_offset)
+        _refuse_not_finite(base_files, f"{path}.weight", *scales)
         weight.dtype = torch.bfloat16
         return weight
     name = f"{path}.weight"
-    base_files.require(name)
-    dense = base_files.read(name)
-    if dense.ndim != 2 or not dense.is_floating_point():
-        raise InputError(
-            f"tensor {name!r} of {base_files.source} is {dense.dtype} {tuple(dense.shape)}, no floating-point matrix",
-            "use a bf16, fp16 or fp32 checkpoint, or one quantised to NF4 by bitsandbytes",
+    dense = base_files.read(name).to(device)
+    _refuse_not_finite(base_files, name, dense)
+    return NF4Weight.quantize(dense, torch.bfloat16)
+
+
+def _refuse_not_finite(base_files: BaseFiles, name: str, *values: Tensor | None) -> None:
+    """Refuse weights that are no numbers: training on them fails later, and far from the cause.
+
+    Raises:
+        StorageError: One is.
+    """
+    for tensor in values:
+        if tensor is None or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all()):
+            continue
+        place = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+        value = float(tensor[tuple(place)])
+        raise StorageError(
+            f"tensor {name!r} of {base_files.source} holds {value} at {place}: its weights are damaged",
+            "download the checkpoint again, or use one that is sound",
         )
-    return NF4Weight.quantize(dense.to(device), torch.bfloat16)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -171,7 +140,6 @@ def _fill(
     for done, path in enumerate(layers):
         layer = layers[path]
         weight = quantize_weight(base_files, path, device)
-        _check_shape(base_files, f"{path}.weight", weight.shape, layer.weight.shape)
         if weight.absmax_code is not None:
             # The 8-bit map is the same 1 KiB table for every layer: keep one.
             same = shared_code is not None and torch.equal(shared_code, weight.absmax_code)
@@ -181,38 +149,33 @@ def _fill(
         layer.device = device
         if progress:
             progress(done + 1, len(layers) + len(dense))
-    parameters = dict(model.named_parameters())
     for done, name in enumerate(dense):
-        set_parameter(model, name, read_dense(base_files, name, parameters[name]).to(device, dtype))
+        set_parameter(model, name, read_dense(base_files, name).to(device, dtype))
         if progress:
             progress(len(layers) + done + 1, len(layers) + len(dense))
+    fill_buffers(model, base_files)
     model.tie_weights()
     move_buffers(model, device)
 
 
-def read_dense(base_files: BaseFiles, name: str, parameter: Tensor) -> Tensor:
-    """A floating-point tensor of the base, checked to have the shape of the parameter that it is for.
+def read_dense(base_files: BaseFiles, name: str) -> Tensor:
+    """A floating-point tensor of the base.
 
     Raises:
-        InputError: It is not there, or is quantised.
-        StorageError: It has another shape.
+        StorageError: It holds values that are no numbers.
     """
-    base_files.require(name)
     tensor = base_files.read(name)
-    _check_shape(base_files, name, tuple(tensor.shape), tuple(parameter.shape))
-    if not tensor.is_floating_point():
-        raise InputError(
-            f"tensor {name!r} of {base_files.source} is {tensor.dtype}, not floating point", "use a 16-bit checkpoint"
-        )
+    _refuse_not_finite(base_files, name, tensor)
     return tensor
 
 
-def _check_shape(base_files: BaseFiles, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if tuple(found) != tuple(expected):
-        raise StorageError(
-            f"tensor {name!r} of {base_files.source} has shape {tuple(found)}, its config asks for {tuple(expected)}",
-            "the weights and config.json are of different models; download them again",
-        )
+def fill_buffers(model: PreTrainedModel, base_files: BaseFiles) -> None:
+    """Tensors that are saved and are no parameters; one that a checkpoint leaves out keeps its computed value."""
+    stored = set(base_files.names())
+    for name, buffer in saved_buffers(model).items():
+        if name in stored:
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._buffers[leaf] = base_files.read(name).to(buffer.dtype)
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

@@ -1,13 +1,17 @@
-"""Which kind of base a source is: a local folder, a ``.gguf`` file, or a Hugging Face id, fetched first."""
+"""Open a base, whatever it is: a local folder, a ``.gguf`` file, or a Hugging Face id, fetched first."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qrosa.base.base_files import BaseFiles, SafetensorsBase, first_line
-from qrosa.errors import InputError
+from qrosa.base.base_files import BaseFiles, SafetensorsBase, text_model_config
+from qrosa.base.checkpoint import open_checkpoint
+from qrosa.base.locate import is_gguf, locate
+from qrosa.base.tokenizer import load_tokenizer
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 
 def open_base(source: str) -> BaseFiles:
@@ -17,37 +21,36 @@ def open_base(source: str) -> BaseFiles:
         InputError: There is no such model, or it is of a kind that cannot be a base.
         StorageError: Its files are damaged or unreadable.
     """
-    path = Path(source).expanduser()
-    if path.suffix.lower() == ".gguf":
+    path = locate(source)
+    if is_gguf(path):
         from qrosa.base.gguf import GGUFBase
+        from qrosa.base.gguf_file import open_gguf
 
-        return GGUFBase(source, path)
-    if path.is_dir():
-        return SafetensorsBase(source, path)
-    if path.exists():
-        raise InputError(
-            f"{source} is neither a model folder nor a .gguf file", "give the folder that holds config.json"
-        )
-    return SafetensorsBase(source, _download(source))
+        return GGUFBase(source, open_gguf(source, path))
+    return SafetensorsBase(open_checkpoint(source, path))
 
 
-def _download(source: str) -> Path:
-    """Fetch the text files and safetensors of a hub model into the hub's cache."""
-    hint = "give a local folder, a .gguf file, or a Hugging Face id such as HuggingFaceTB/SmolLM2-135M-Instruct"
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
-    if looks_local or not source.strip():
-        raise InputError(f"model {source!r} does not exist", hint)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+def open_config(source: str) -> PretrainedConfig:
+    """A base's transformers config, of the text model alone; the weights need not be there.
 
-    try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
-    except HFValidationError:
-        raise InputError(f"model {source!r} does not exist", hint) from None
-    except LocalEntryNotFoundError:
-        raise InputError(
-            f"model {source!r} is no local folder and is not in the Hugging Face cache, and the hub cannot be reached",
-            hint,
-        ) from None
-    except Exception as error:  # the hub client's errors differ by transport
-        raise InputError(f"model {source!r} cannot be fetched: {first_line(error)}", hint) from None
+    Raises:
+        InputError: There is no such model, or it is of a kind that cannot be a base.
+        StorageError: Its files are damaged.
+    """
+    path = locate(source, weights=False)
+    return (
+        open_base(source).config if is_gguf(path) else text_model_config(open_checkpoint(source, path, weights=False))
+    )
+
+
+def open_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """A base's tokenizer; the weights need not be there.
+
+    Raises:
+        InputError: No such model, or no usable tokenizer.
+        StorageError: A damaged ``.gguf`` file.
+    """
+    path = Path(source).expanduser()
+    if is_gguf(path):
+        return open_base(source).tokenizer()
+    return load_tokenizer(source, path if path.is_dir() else source)

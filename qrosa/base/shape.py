@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from qrosa.adapters.budget import LinearShape
-from qrosa.base.families import Dimensions, Shapes, parameter_shapes, read_dimensions, text_config
+from qrosa.adapters.budget import LinearShape, layer_index
+from qrosa.base.checkpoint import quantisation
+from qrosa.base.dimensions import KNOWN_HINT, Dimensions
+from qrosa.base.model_config import model_config
+from qrosa.base.structure import Structure
+from qrosa.base.structure_source import read_structure
 from qrosa.errors import InputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelShape:
-    """What planning needs to know of a base.
+    """What planning needs to know of a base. Compared by identity, so that figures of one are kept by ``cache``.
 
     Attributes:
         source: What the user named.
@@ -30,7 +34,7 @@ class ModelShape:
         unquantised: Name -> number of elements of everything else (embeddings, norms, biases, an untied head).
         stored_bytes: Bytes an element in the checkpoint as it is read for quantising.
         nested: The absmax values are quantised too (always, when qrosa quantises).
-        known: Figures that ``parts`` has derived from all of this, each computed once.
+        notes: What a reader may not expect of how the base was read, a sentence each.
     """
 
     source: str
@@ -38,10 +42,21 @@ class ModelShape:
     read_from: str
     dims: Dimensions
     linears: tuple[LinearShape, ...]
-    unquantised: dict[str, int]
+    unquantised: Mapping[str, int]
     stored_bytes: int = 2
     nested: bool = True
-    known: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """The notes, and what a plan of a family without an entry rests on."""
+        if self.dims.known:
+            return self.notes
+        words = (
+            f"{self.dims.family} has no entry in qrosa: sizes are those of the model that transformers builds, saved "
+            "activations are counted on it without data, and the workspace of a layer is a bound; --simulate is exact"
+        )
+        return (words, *self.notes)
 
     @property
     def base_parameters(self) -> int:
@@ -55,43 +70,18 @@ def from_config(source: str, config: Mapping[str, Any]) -> ModelShape:
     Raises:
         InputError: Not a decoder that can be a base.
     """
-    dims = read_dimensions(text_config(config), source)
-    return from_shapes(source, base_kind(source, config, has_nf4=False), "config", dims, parameter_shapes(dims))
+    described = model_config(config, source)
+    kind = quantisation(described, source)
+    return from_structure(source, kind, "config", read_structure(described, source), notes=described.notes)
 
 
-def from_shapes(source: str, kind: str, read_from: str, dims: Dimensions, shapes: Shapes, **extra: Any) -> ModelShape:
-    """Sort parameters into matrices of the decoder's layers and the rest."""
-    linears, rest = [], {}
-    for name, shape in shapes.items():
-        path, _, leaf = name.rpartition(".")
-        layer = layer_index(path)
-        if leaf == "weight" and layer >= 0 and len(shape) == 2:
-            linears.append(LinearShape(path, shape[0], shape[1], layer))
-        else:
-            rest[name] = math.prod(shape)
+def from_structure(source: str, kind: str, read_from: str, structure: Structure, **extra: Any) -> ModelShape:
+    """Sort parameters into the matrices that are quantised and the rest."""
+    linears, rest = [], dict(structure.shapes)
+    for path in structure.linears:
+        rows, columns = rest.pop(f"{path}.weight")
+        linears.append(LinearShape(path, rows, columns, layer_index(path)))
     if not linears:
-        raise InputError(
-            f"{source} has no linear layers in a stack of decoder layers",
-            "use a decoder-only model such as Llama, Mistral, Qwen, Gemma or Phi-3",
-        )
-    return ModelShape(source, kind, read_from, dims, tuple(linears), rest, **extra)
-
-
-def layer_index(path: str) -> int:
-    """Index of the decoder layer in a module's path, -1 when the path has none."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), -1)
-
-
-def base_kind(source: str, config: Mapping[str, Any], *, has_nf4: bool) -> str:
-    """``dense`` or ``nf4``; other quantisations cannot be a base."""
-    settings = config.get("quantization_config")
-    if has_nf4 or settings is None:
-        return "nf4" if has_nf4 else "dense"
-    settings = settings if isinstance(settings, Mapping) else {}
-    method = settings.get("quant_method", "an unknown method")
-    if method == "bitsandbytes" and settings.get("load_in_4bit", settings.get("_load_in_4bit")):
-        return "nf4"
-    raise InputError(
-        f"{source} is quantised with {method}, which cannot be a base",
-        "use the 16-bit checkpoint, or one quantised to NF4 by bitsandbytes",
-    )
+        raise InputError(f"{source} has no linear layers in a stack of decoder layers", KNOWN_HINT)
+    counts = {name: math.prod(shape) for name, shape in rest.items()}
+    return ModelShape(source, kind, read_from, structure.dims, tuple(linears), counts, **extra)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrosa.errors import InputError
+from qrosa.errors import InputError, first_line
 from qrosa.files import read_json
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ def load_tokenizer(source: str, folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise whatever their parser met
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"{source} has no usable tokenizer: {first}", _hint(Path(folder))) from None
+        raise InputError(f"{source} has no usable tokenizer: {first_line(error)}", _hint(Path(folder))) from None
     name_special_tokens(tokenizer, _read_configs(Path(folder)))
     return tokenizer
 

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qrosa.adapters.budget import Allocation, allocate
-from qrosa.adapters.inject import layer_index, linear_shapes, load_adapter_state, quantized_linears
+from qrosa.adapters.budget import Allocation, allocate, layer_index
+from qrosa.adapters.inject import linear_shapes, load_adapter_state, quantized_linears
 from qrosa.base.adapter_io import save_adapter
 from qrosa.base.base_files import BaseFiles
 from qrosa.base.blocks import Block, BlockwiseModel, Run
-from qrosa.base.load import count_parameters, empty_model, load_base
+from qrosa.base.build import empty_model
+from qrosa.base.load import count_parameters, load_base
 from qrosa.base.open import open_base
 from qrosa.base.shape_source import read_shape
 from qrosa.calibrate.folder import ADAPTER_FOLDER, WorkFolder, check_output

@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from qrosa.cli.options import emit_json, json_option, result_console
+from qrosa.errors import first_line, install_hint
 from qrosa.quantities import bytes_text
 
 OLDEST_TORCH = (2, 10)
@@ -65,9 +66,8 @@ def examine() -> list[Check]:
                 warnings.simplefilter("ignore")  # what a warning would say is a finding here, with its hint
                 checks.append(look())
         except Exception as error:
-            text = (str(error).splitlines() or [""])[0]
-            hint = "install it again: pip install --force-reinstall qrosa, or 'make distclean build' in a clone"
-            checks.append(Check(name, "broken", f"{type(error).__name__}: {text}", hint))
+            hint = "install it again: 'make distclean build' in the clone that it came from, or the wheel once more"
+            checks.append(Check(name, "broken", f"{type(error).__name__}: {first_line(error)}", hint))
     return checks
 
 
@@ -131,7 +131,9 @@ def check_ops() -> Check:
     slow = [device for device, entry in served.items() if not entry["library"]]
     if slow:
         note = served[slow[0]].get("note") or "no compiled library"
-        return Check("ops", "problem", f"{', '.join(parts)} ({note})", "build it: make build, or pip install .", status)
+        return Check(
+            "ops", "problem", f"{', '.join(parts)} ({note})", "build it in a clone of qrosa: make build", status
+        )
     return Check("ops", "ok", ", ".join(parts), facts=status)
 
 
@@ -180,6 +182,7 @@ def check_bitsandbytes() -> Check:
 
 def check_extras() -> Check:
     """Optional packages, by what they add."""
+    extras = ("data", "gguf", "tensorboard", "wandb", "trackio")
     purposes = {
         "datasets": "dataset ids",
         "pyarrow": ".parquet files",
@@ -193,7 +196,7 @@ def check_extras() -> Check:
     found = ", ".join(f"{name} {text}" for name, text in versions.items() if text) or "none"
     if missing:
         lacking = ", ".join(f"{name} ({purposes[name]})" for name in missing)
-        return Check("extras", "note", found, f"not installed: {lacking}; pip install 'qrosa[all]'", versions)
+        return Check("extras", "note", found, f"not installed: {lacking}; {install_hint(*extras)}", versions)
     return Check("extras", "ok", found, facts=versions)
 
 
@@ -203,7 +206,7 @@ def check_deepspeed() -> Check:
     tools = {tool: shutil.which(tool) for tool in ("g++", "ninja")}
     facts = {"version": found, "tools": tools}
     if found is None:
-        hint = "only runs over several cards or machines need it: pip install 'qrosa[deepspeed]'"
+        hint = f"only runs over several cards or machines need it: {install_hint('deepspeed')}"
         return Check("deepspeed", "note", "not installed", hint, facts)
     absent = [tool for tool, path in tools.items() if path is None]
     if absent:

@@ -165,6 +165,8 @@ def load(opened: Opened, device: str | None, console: Console, offload: str = "a
     from qrosa.model.place import load_streamed
 
     place = choose_device(device)
+    for note in opened.base_files.notes:
+        console.print(note, markup=False)
     resident, disk = _streaming(opened, place, offload)
     if resident is not None and offload == "auto":
         console.print(f"the base does not fit the card: {resident} of its blocks stay, the others are streamed")

@@ -6,7 +6,6 @@ measure the longest row, ``--simulate`` builds the model, without weights, and `
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -123,27 +122,17 @@ def measure_rows(source: str, data: DataConfig, seq_len: int) -> Rows:
     Raises:
         InputError: No usable tokenizer or rows.
     """
+    from qrosa.base.open import open_tokenizer
     from qrosa.data.dataset import load_rows
     from qrosa.data.rendering import read_template
     from qrosa.planner.request import Rows
 
-    tokenizer = _tokenizer(source)
+    tokenizer = open_tokenizer(source)
     if data.chat_template is not None:
         tokenizer.chat_template = read_template(data.chat_template)
     with progress_console().status("measuring the rows"):
         rows = load_rows(data.data, tokenizer, seq_len=seq_len, train_on=data.train_on, columns=data.columns)
     return Rows(rows.report.longest, rows.report.tokens)
-
-
-def _tokenizer(source: str) -> Any:
-    path = Path(source).expanduser()
-    if path.suffix.lower() == ".gguf":
-        from qrosa.base.open import open_base
-
-        return open_base(source).tokenizer()
-    from qrosa.base.tokenizer import load_tokenizer
-
-    return load_tokenizer(source, path if path.is_dir() else source)
 
 
 def show(made: Plan, console: Console) -> None:
@@ -153,8 +142,8 @@ def show(made: Plan, console: Console) -> None:
 
     console.print(memory_table(made))
     why = reasons(made)
-    for line in made.where:
-        console.print(line)
+    for line in (*made.where, *made.request.shape.all_notes):
+        console.print(line, markup=False)
     console.print()
     for name, value in made.settings.items():
         if value is None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrosa.data.compressed import reading
 from qrosa.data.notes import Notes
-from qrosa.errors import InputError
+from qrosa.errors import InputError, install_hint
 
 if TYPE_CHECKING:
     import pyarrow
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 Record = tuple[dict[str, Any], str]
 
 BATCH_ROWS = 1024
-_MISSING = "install pyarrow (it comes with qrosa's 'data' extra)"
 
 
 def read_parquet(path: Path, columns: Collection[str], notes: Notes) -> Iterator[Record]:
@@ -62,7 +61,7 @@ def read_hub(source: str, splits: Sequence[str]) -> Iterator[Record]:
         from datasets.exceptions import DatasetsError
     except ImportError:
         message = f"{source} is no file or folder, and the datasets package is not installed"
-        raise InputError(message, "check the path, or install datasets") from None
+        raise InputError(message, f"check the path, or {install_hint('data')}") from None
     name, _, config = source.partition(":")
     for split in splits:
         try:
@@ -87,7 +86,7 @@ def _arrow(path: Path) -> Any:
     try:
         import pyarrow
     except ImportError:
-        raise InputError(f"{path} needs pyarrow to be read", _MISSING) from None
+        raise InputError(f"{path} needs pyarrow to be read", install_hint("data")) from None
     return pyarrow
 
 

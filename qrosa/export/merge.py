@@ -29,6 +29,7 @@ from qrosa.adapters.compose import compose
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.adapters.low_rank import LowRank
 from qrosa.base.base_files import read_original_weight
+from qrosa.base.build import saved_buffers
 from qrosa.base.load import quantize_weight
 from qrosa.base.speech import with_ends
 from qrosa.errors import InputError
@@ -167,6 +168,8 @@ def _specs(model: PreTrainedModel, dtype: torch.dtype) -> list[TensorSpec]:
             if not adapter and id(parameter) not in seen:
                 seen.add(id(parameter))
                 specs.append(TensorSpec(f"{prefix}{name}", dtype, tuple(parameter.shape)))
+    for name, buffer in saved_buffers(model).items():
+        specs.append(TensorSpec(name, dtype if buffer.is_floating_point() else buffer.dtype, tuple(buffer.shape)))
     return specs
 
 
@@ -174,15 +177,18 @@ def _merged_tensors(
     opened: OpenedAdapter, specs: list[TensorSpec], base: str, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the merged model, one at a time, in the order of `specs`."""
+    buffers, stored = saved_buffers(opened.model), set(opened.base_files.names())
     for spec in specs:
         path, _, leaf = spec.name.rpartition(".")
-        if leaf == "weight" and isinstance(opened.model.get_submodule(path), QRosaLinear):
+        if spec.name in buffers:
+            value = opened.base_files.read(spec.name) if spec.name in stored else buffers[spec.name]
+        elif leaf == "weight" and isinstance(opened.model.get_submodule(path), QRosaLinear):
             value = merged_weight(opened, path, base, device)
         else:
-            opened.base_files.require(spec.name)
             value = opened.base_files.read(spec.name)
             value = value if base == "original" else value.to(_TRAINED_DTYPE)
-        _check_range(spec.name, value, spec.dtype)
+        if spec.dtype.is_floating_point:
+            _check_range(spec.name, value, spec.dtype)
         yield spec.name, value.to(spec.dtype)
         del value
 

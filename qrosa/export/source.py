@@ -17,7 +17,7 @@ from qrosa.adapters.inject import AdapterParts, load_adapter_state, saved_parts
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.adapter_io import adapter_folder
 from qrosa.base.base_files import BaseFiles
-from qrosa.base.load import empty_model
+from qrosa.base.build import empty_model
 from qrosa.base.open import open_base
 from qrosa.base.speech import Speech
 from qrosa.errors import InputError

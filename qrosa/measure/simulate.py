@@ -16,11 +16,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from qrosa.base.open import open_config
 from qrosa.errors import InputError
 from qrosa.measure.card import card_kernels, hidden_bytes
 from qrosa.measure.trace import Trace, worst_micro_batches
@@ -90,7 +90,7 @@ def simulate(source: str, work: Workload) -> Simulation:
     Raises:
         InputError: The model cannot be built, or DeepSpeed keeps the optimizer.
     """
-    return simulate_model(read_config(source), work)
+    return simulate_model(open_config(source), work)
 
 
 def simulate_model(config: PretrainedConfig, work: Workload) -> Simulation:
@@ -125,32 +125,6 @@ def measure(model: nn.Module, work: Workload, rows: Sequence[Sequence[int]]) -> 
     """
     trace = Trace(model, work, StorageTracker("cpu", hidden=hidden_bytes))
     return Simulation(trace.run([list(row) for row in rows], select=True))
-
-
-def read_config(source: str) -> PretrainedConfig:
-    """A base's transformers config, of the text model alone.
-
-    Raises:
-        InputError: There is none, or it is not understood.
-    """
-    from transformers import AutoConfig
-
-    path = Path(source).expanduser()
-    if path.suffix.lower() == ".gguf":
-        from qrosa.base.open import open_base
-
-        return open_base(source).config
-    try:
-        config = AutoConfig.from_pretrained(path if path.is_dir() else source)
-    except Exception as error:  # transformers raises whatever its parser met
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(
-            f"the config.json of {source} is not understood: {first}", "use a model that this transformers knows"
-        ) from None
-    text = getattr(config, "text_config", None) or config
-    if getattr(text, "quantization_config", None) is not None:
-        del text.quantization_config
-    return text  # type: ignore[no-any-return]
 
 
 def largest_tensors(allocations: Sequence[Allocation], count: int) -> list[LiveTensors]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qrosa.adapters.forms import form_named
 from qrosa.adapters.inject import adapter_parameters, inject_low_rank, quantized_linears
-from qrosa.base.load import empty_model
+from qrosa.base.build import empty_model
 from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.encode import EncodedRow
 from qrosa.eval.perplexity import evaluate_loss

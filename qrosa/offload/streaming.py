@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qrosa.adapters.inject import layer_index, quantized_linears
+from qrosa.adapters.budget import layer_index
+from qrosa.adapters.inject import quantized_linears
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.offload.packing import FlatWeight
 from qrosa.quant.nf4 import NF4Weight

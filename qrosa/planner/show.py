@@ -29,6 +29,9 @@ def document(plan: Plan) -> dict[str, Any]:
             "parameters": plan.request.shape.base_parameters,
             "kind": plan.request.shape.kind,
             "read_from": plan.request.shape.read_from,
+            "family": plan.request.shape.dims.family,
+            "known": plan.request.shape.dims.known,
+            "notes": list(plan.request.shape.all_notes),
         },
         "budget": {
             "trainable": plan.allocation.trainable,

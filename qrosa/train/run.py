@@ -107,7 +107,7 @@ class _Run:
     def go(self, *, resume: bool, force: bool) -> dict[str, Any]:
         """Everything from loading the base to the report, in order; returns the report."""
         checkpoint = self._newest_checkpoint() if resume else None
-        for text in self.prepared.unused():
+        for text in (*self.prepared.plan.request.shape.all_notes, *self.prepared.unused()):
             self.callbacks.on_notice(text)
         with self.meter.phase("load"):
             base = self._load()
@@ -323,7 +323,7 @@ class _Run:
 
 def module_shares(model: nn.Module) -> list[ModuleShare]:
     """What each matrix of a model got of the adapter."""
-    from qrosa.adapters.inject import layer_index
+    from qrosa.adapters.budget import layer_index
 
     shares = []
     for path, layer in quantized_linears(model).items():

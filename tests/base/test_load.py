@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qrosa.adapters.inject import quantized_linears
 from qrosa.base.base_files import SafetensorsBase, read_original_weight
-from qrosa.base.load import empty_model, load_base
+from qrosa.base.build import empty_model
+from qrosa.base.load import load_base
 from qrosa.base.open import open_base
 from qrosa.errors import InputError, QrosaError, StorageError
 from tests.conftest import TINY_FAMILIES, save_tiny_model

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from bench.real_models import MODELS, write_config
-from qrosa.base.families import _DEFAULTS, text_config
+from qrosa.base.families import FAMILIES as TABLE
+from qrosa.base.model_config import model_config
 from qrosa.base.shape import from_config
 from qrosa.base.shape_source import read_shape
 from qrosa.errors import InputError, QrosaError, StorageError
@@ -62,12 +63,12 @@ def test_every_family_is_the_model_that_transformers_builds(family: str, changes
     assert shape.unquantised == {n: p.numel() for n, p in model.named_parameters() if n not in weights}
 
 
-@pytest.mark.parametrize("family", _DEFAULTS)
+@pytest.mark.parametrize("family", TABLE)
 def test_defaults_that_a_config_leaves_out_are_transformers_own(family: str) -> None:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(family)
-    for key, value in _DEFAULTS[family].items():
+    for key, value in TABLE[family].defaults.items():
         assert getattr(config, key) == value, key
     assert from_config("test", {"model_type": family}).dims.kv_heads == config.num_key_value_heads
 
@@ -83,7 +84,7 @@ def test_a_multimodal_config_is_read_for_its_text_model() -> None:
     inner = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "model_type": "gemma3_text"}
     shape = from_config("test", {"model_type": "gemma3", "text_config": inner, "vision_config": {}})
     assert round(shape.base_parameters / 1e9, 2) == 3.88
-    assert text_config({"model_type": "gemma3", "text_config": {}})["model_type"] == "gemma3_text"
+    assert model_config({"model_type": "gemma3", "text_config": {}}, "test").family == "gemma3_text"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3"])
@@ -166,7 +167,7 @@ BAD: list[tuple[dict[str, str], str, str]] = [
     ({}, "no config.json", "folder"),
     ({"config.json": "{"}, "not valid JSON", "again"),
     ({"config.json": "[]"}, "JSON object", "again"),
-    ({"config.json": '{"model_type": "bert"}'}, "is missing", "decoder"),
+    ({"config.json": '{"model_type": "bert"}'}, "is an encoder", "decoder"),
     ({"config.json": '{"model_type": "llama", "hidden_size": -1}'}, "hidden_size", "above zero"),
     ({"config.json": '{"model_type": "llama", "vocab_size": "many"}'}, "vocab_size", "above zero"),
     ({"config.json": '{"model_type": "llama", "num_local_experts": 8}'}, "mixture of experts", "dense"),

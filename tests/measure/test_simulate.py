@@ -16,14 +16,15 @@ from torch.autograd.profiler import profile
 from bench.real_models import write_config
 from qrosa.adapters.budget import allocate
 from qrosa.base.load import load_base
+from qrosa.base.open import open_config
 from qrosa.base.shape_source import read_shape
 from qrosa.cli.main import cli
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
-from qrosa.measure.card import card_attention
-from qrosa.measure.simulate import largest_tensors, measure, read_config, simulate
+from qrosa.measure.simulate import largest_tensors, measure, simulate
 from qrosa.measure.tracker import StorageTracker
 from qrosa.ops import release_workspace
+from qrosa.ops.card_attention import card_attention
 from qrosa.planner.workload import Workload
 
 WITHIN = 0.03
@@ -115,7 +116,7 @@ def test_config_json_is_enough(tmp_path: Path) -> None:
 def test_without_a_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no such model"}')
     with pytest.raises(InputError, match="not understood"):
-        read_config(str(tmp_path))
+        open_config(str(tmp_path))
 
 
 def test_paged_states_are_not_on_the_card(tiny_model_dir: Callable[..., Path]) -> None:

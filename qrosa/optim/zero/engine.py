@@ -36,7 +36,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from qrosa.errors import InputError
+from qrosa.errors import InputError, install_hint
 from qrosa.optim.kinds import BETAS, EPSILON
 from qrosa.optim.zero.masters import Masters
 from qrosa.optim.zero.settings import ZeroSettings
@@ -45,7 +45,6 @@ from qrosa.optim.zero.states import Accessors, SharedStates, quiet
 # Elements that each process's share of a piece is a multiple of: stage 3 shares pieces out equally, and gradients that
 # are not aligned to a drive's blocks (4096 bytes) come back from it wrong.
 _ALIGNED = 1024
-_INSTALL = "pip install 'qrosa[deepspeed]'"
 _OLDEST = (0, 19, 8)  # gradient norms under offload were wrong before
 
 
@@ -59,7 +58,9 @@ def check_available(settings: ZeroSettings, device_type: str) -> None:
     version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3] if part.isdigit())
     if version < _OLDEST:
         oldest = ".".join(map(str, _OLDEST))
-        raise InputError(f"deepspeed {deepspeed.__version__} is too old", f"{oldest} or newer is needed: {_INSTALL} -U")
+        raise InputError(
+            f"deepspeed {deepspeed.__version__} is too old", f"{oldest} or newer is needed: {install_hint('deepspeed')}"
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
         raise InputError(
             "accelerate was told to run DeepSpeed itself, and qrosa starts its own engine",
@@ -106,7 +107,7 @@ def _import(device_type: str) -> Any:
         missing = "deepspeed" if error.name in (None, "deepspeed") else f"deepspeed's {error.name}"
         raise InputError(
             f"--deepspeed and --offload optimizer need {missing}, which is not installed",
-            f"{_INSTALL}, or leave them out",
+            f"{install_hint('deepspeed')}, or leave them out",
         ) from None
     logger.setLevel("ERROR")
     return deepspeed

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qrosa.base.families import Dimensions
+from qrosa.base.dimensions import Dimensions, LayerCount
 
 HALF, FULL = 2, 4  # bytes of bf16 and fp32
 
@@ -59,21 +59,38 @@ def saved_by_layer(dims: Dimensions, batch: MicroBatch, attention: str, rank_sum
         ``feed_forward``: gate, its activation, up, and their product, [T, f] each; Phi: GELU's four steps and result.
         ``projected``: drop(X) A^T [T, r].
     """
-    tokens, heads = batch.tokens, dims.heads + dims.kv_heads
-    layer_norm = dims.family == "phi"
-    width, scales = (HALF, 2 * FULL) if layer_norm else (FULL, FULL)
-    norms = dims.wide_norms * tokens * (width * dims.hidden + scales)
+    if dims.counted is not None:
+        return _counted(dims, dims.counted, batch, attention, rank_sum)
+    tokens, heads, switches = batch.tokens, dims.heads + dims.kv_heads, dims.switches
+    width, scales = (HALF, 2 * FULL) if switches.layer_norm else (FULL, FULL)
+    norms = switches.wide_norms * tokens * (width * dims.hidden + scales)
     if dims.head_norms:
         norms += tokens * (width * (dims.query_width + dims.key_width) + scales * heads)
-    if dims.family.startswith("gemma"):
-        norms += FULL * (dims.wide_norms * dims.hidden + (2 * dims.head_dim if dims.head_norms else 0))
-    reads = 1 if layer_norm else 2  # attention and feed-forward read one norm's output, or one each
+    if switches.offset_norm:
+        norms += FULL * (switches.wide_norms * dims.hidden + (2 * dims.head_dim if dims.head_norms else 0))
+    reads = 1 if switches.parallel else 2  # attention and feed-forward read one norm's output, or one each
     return {
         "norms": norms,
         "inputs": HALF * tokens * (reads * dims.hidden + dims.query_width),
         "attention": _saved_attention(dims, batch, attention),
-        "feed_forward": (5 if layer_norm else 4) * HALF * tokens * dims.intermediate,
+        "feed_forward": switches.inner_saved * HALF * tokens * dims.intermediate,
         "projected": round(HALF * tokens * rank_sum),
+    }
+
+
+def _counted(
+    dims: Dimensions, counted: LayerCount, batch: MicroBatch, attention: str, rank_sum: float
+) -> dict[str, int]:
+    """A family without a formula: what was counted of a row under fused attention, and what else attention may keep.
+
+    That is bounded by what Llama's keeps more under a mask or by the eager kind.
+    """
+    alone = MicroBatch(batch.tokens, batch.length, rows=1)
+    more = _saved_attention(dims, batch, attention) - _saved_attention(dims, alone, "sdpa")
+    return {
+        "counted": counted.saved(batch.tokens, batch.length),
+        "attention": max(0, more),
+        "projected": round(HALF * batch.tokens * rank_sum),
     }
 
 
@@ -92,8 +109,8 @@ def _saved_attention(dims: Dimensions, batch: MicroBatch, attention: str) -> int
     saved, masked = FULL * batch.tokens * dims.heads, HALF * batch.mask_elements
     if masked and dims.kv_heads < dims.heads:
         return saved + 3 * query + masked
-    fused = query + key if dims.family == "phi3" else 0
-    copied = query if dims.family in ("phi", "phi3") and not masked else 0
+    fused = query + key if dims.switches.fused_qkv else 0
+    copied = query if dims.switches.partial_rotation and not masked else 0
     return saved + query + 2 * key + fused + copied + masked
 
 
@@ -110,7 +127,7 @@ def mask_bytes(dims: Dimensions, batch: MicroBatch, attention: str) -> int:
 
 def first_norm_bytes(dims: Dimensions, batch: MicroBatch) -> int:
     """What the first layer's first norm does not save: its input are the frozen embeddings."""
-    return batch.tokens * (HALF * dims.hidden if dims.family == "phi" else FULL * (dims.hidden + 1))
+    return batch.tokens * (HALF * dims.hidden if dims.switches.layer_norm else FULL * (dims.hidden + 1))
 
 
 def rotary_bytes(dims: Dimensions, batch: MicroBatch) -> int:
@@ -128,7 +145,7 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keep
     decoded in the forward pass, embeddings, layer input and residual [T, d] are there, and neither activation nor
     product. *Scores* of eager attention: their gradient in fp32 before and after the softmax, by when what came after
     is free. Families with norms after their blocks have backed through the last one at entry, which took five fp32
-    [T, d] of its own.
+    [T, d] of its own. *Counted*, of a family without a formula: a gradient for each tensor that the layer saved.
 
     Args:
         dims: The decoder's sizes.
@@ -140,12 +157,14 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keep
     down = 0 if keeps_scratch else HALF * dims.hidden * dims.intermediate
     entry = stream + inner + max(down, inner)
     moments = [entry]
-    if dims.wide_norms == 4:
+    if dims.switches.wide_norms == 4:
         moments = [entry + stream - _norm_bytes(dims, batch), stream + 5 * FULL * batch.tokens * dims.hidden]
-    if dims.fused_gate:
+    if dims.switches.fused_gate:
         moments.append(3 * stream - 2 * inner + 2 * down)
     if attention == "eager":
         moments.append(_score_workspace(dims, batch))
+    if dims.counted is not None:
+        moments.append(dims.counted.saved(batch.tokens, batch.length))
     return max(moments)
 
 
@@ -158,7 +177,7 @@ def _score_workspace(dims: Dimensions, batch: MicroBatch) -> int:
     stream, query = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.query_width
     inner = HALF * batch.tokens * dims.intermediate
     scores = batch.tokens * batch.length * dims.heads
-    freed = 4 * inner + (dims.wide_norms - 1) * _norm_bytes(dims, batch) + stream + 2 * query + HALF * scores
+    freed = 4 * inner + (dims.switches.wide_norms - 1) * _norm_bytes(dims, batch) + stream + 2 * query + HALF * scores
     return 2 * FULL * scores + stream + query - freed
 
 
@@ -184,10 +203,11 @@ def forward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps
     stream, inner = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.intermediate
     query, key = HALF * batch.tokens * dims.query_width, HALF * batch.tokens * dims.key_width
     matrix = 0 if keeps_scratch else HALF * dims.hidden * dims.intermediate
-    feed_forward = 2 * stream + 2 * inner + (2 if dims.fused_gate else 1) * max(matrix, inner)
+    feed_forward = 2 * stream + 2 * inner + (2 if dims.switches.fused_gate else 1) * max(matrix, inner)
     attended = stream + 3 * query + 2 * key
     if attention == "eager":
         attended += (HALF + 2 * FULL) * batch.tokens * batch.length * dims.heads
     else:
         attended += query + HALF * batch.mask_elements
-    return 2 * stream + max(5 * stream, feed_forward, attended)
+    counted = 0 if dims.counted is None else dims.counted.saved(batch.tokens, batch.length)
+    return 2 * stream + max(5 * stream, feed_forward, attended, counted)

@@ -7,11 +7,11 @@ what training keeps, ``qrosa.masks`` for selection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import wraps
+from collections.abc import Iterable
+from functools import cache
 
 from qrosa.adapters.budget import Allocation, LinearShape
-from qrosa.base.families import Dimensions
+from qrosa.base.dimensions import Dimensions
 from qrosa.base.shape import ModelShape
 from qrosa.masks.groups import GRAM_TILE, STATISTIC_BYTES, group_matrices
 from qrosa.optim.kinds import OPTIMIZERS
@@ -21,18 +21,6 @@ _BLOCK, _NESTED_BLOCK, _CODE_TABLE = 64, 256, 1024
 _ALIGNMENT, STREAM_SLOTS, _HOST_CHUNK = 256, 2, 1 << 28  # of qrosa.offload
 _FULL_SVD, _OVERSAMPLING = 256, 16  # of qrosa.masks.repair
 _TOP_K_CHUNK = 1 << 22  # values that top-k looks at together
-
-
-def _once(function: Callable[[ModelShape], int]) -> Callable[[ModelShape], int]:
-    """Compute a figure of a shape once: choosing settings asks hundreds of times."""
-
-    @wraps(function)
-    def known(shape: ModelShape) -> int:
-        if function.__name__ not in shape.known:
-            shape.known[function.__name__] = function(shape)
-        return shape.known[function.__name__]
-
-    return known
 
 
 def nf4_bytes(out_features: int, in_features: int, nested: bool = True) -> int:
@@ -47,14 +35,14 @@ def nf4_bytes(out_features: int, in_features: int, nested: bool = True) -> int:
     return -(-size // 2) + absmax
 
 
-@_once
+@cache
 def base_bytes(shape: ModelShape) -> int:
     """All packed matrices and the one shared table of nested absmax values."""
     packed = sum(nf4_bytes(x.out_features, x.in_features, shape.nested) for x in shape.linears)
     return packed + (_CODE_TABLE if shape.nested else 0)
 
 
-@_once
+@cache
 def block_bytes(shape: ModelShape) -> int:
     """Packed bytes of the largest decoder block as it is streamed: each tensor is padded to 256 bytes."""
     blocks: dict[int, int] = {}
@@ -86,13 +74,13 @@ def pinned_bytes(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-@_once
+@cache
 def host_base_bytes(shape: ModelShape) -> int:
     """A streamed base in host memory, every byte of it written to."""
     return sum(_flat_bytes(linear, shape.nested) for linear in shape.linears)
 
 
-@_once
+@cache
 def pinned_base_bytes(shape: ModelShape) -> int:
     """The same pinned: chunks (qrosa.offload.pool) that matrices fill in order, each the first with room."""
     room: list[int] = []
@@ -109,7 +97,7 @@ def pinned_base_bytes(shape: ModelShape) -> int:
     return taken
 
 
-@_once
+@cache
 def error_bytes(shape: ModelShape) -> int:
     """The quantisation error of the largest matrix while it is read: two fp32 matrices and one as stored."""
     return (2 * FULL + shape.stored_bytes) * largest(shape.linears)
@@ -130,7 +118,7 @@ def factor_bytes(shape: ModelShape, rank: int) -> int:
     return most
 
 
-@_once
+@cache
 def unquantised_bytes(shape: ModelShape) -> int:
     """Embeddings, norms, biases and an untied head, in bf16."""
     return HALF * sum(shape.unquantised.values())

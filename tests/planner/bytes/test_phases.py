@@ -11,7 +11,7 @@ from torch import nn
 from qrosa.adapters.budget import allocate
 from qrosa.adapters.inject import replace_module, target_linears
 from qrosa.adapters.linear import QRosaLinear
-from qrosa.base.families import read_dimensions
+from qrosa.base.dimensions import read_dimensions
 from qrosa.base.shape import ModelShape, from_config
 from qrosa.config import AdapterConfig
 from qrosa.planner.bytes import components as parts
