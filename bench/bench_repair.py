@@ -6,13 +6,7 @@ SmolLM2-135M-Instruct, 16-bit against NF4 against NF4 with a sparse part or a lo
 quantisation error R. Positions and activation weights come from one set of film reviews, perplexity from another. The
 share won back is (loss of NF4 - loss repaired) / (loss of NF4 - loss of 16-bit), per token; no parameter is trained.
 
-Scores, with g the gradient of one row's mean loss and F the mean of g^2:
-
-    squared    F              mean   |mean g|        residual   |R|        random   nothing
-    repair     |R| |mean g|, what repairing an error is worth to first order
-    curvature  R^2 F, the same to second order (the diagonal of Optimal Brain Damage)
-    signed     -R mean g where that is above zero: only errors whose repair lowers the loss. Measured once, as a
-               warning: all of them push the same way, what they used to cancel against stays: far worse
+The scores are the product's (``qrosa.masks.scores``).
 """
 
 from __future__ import annotations
@@ -34,15 +28,16 @@ from torch import Tensor
 from bench.assets import movie_reviews, smollm2
 from qrosa.adapters.inject import inject_low_rank, quantized_linears
 from qrosa.base.load import load_base
-from qrosa.masks.accumulate import observe
-from qrosa.masks.draw import random_positions
+from qrosa.masks.exact import adding_to
+from qrosa.masks.observe import Receiver, observe, run_backward
+from qrosa.masks.random_masks import random_positions
 from qrosa.masks.repair import init_low_rank, set_masks, weighted_factors
 from qrosa.masks.residual import checkpoint_of, residual
-from qrosa.masks.samples import Sample, quiet, sample_loss
+from qrosa.masks.scores import MASK_SCORES
+from qrosa.masks.selection_rows import Sample
 from qrosa.masks.topk import MatrixPicker, ModelPicker
 
 DENSITIES = (0.0006, 0.003, 0.01)
-SCORES = ("squared", "mean", "repair", "curvature", "residual", "random")
 WINDOW = 512
 
 
@@ -101,22 +96,21 @@ def sparse_results(bench: Bench, rows: list[Sample]) -> list[dict[str, Any]]:
     """Every score at every density, per matrix; the best ones over the whole model too."""
     shapes = {path: layer.weight.shape for path, layer in bench.layers.items()}
     squares, means = ({path: torch.zeros(shape) for path, shape in shapes.items()} for _ in range(2))
-    # Two observers on the same passes; the anchor is that of the one that sits next to the layer.
-    with quiet(bench.model), observe(bench.layers, squares, True) as anchor, observe(bench.layers, means, False):
-        for row in rows:
-            torch.autograd.grad(sample_loss(bench.model, row), anchor, allow_unused=True)
+
+    def receiver(path: str) -> Receiver:
+        square, add = adding_to(squares[path], True), adding_to(means[path], False)
+        return lambda dy, x: (square(dy, x), add(dy, x))[0]
+
+    with observe(bench.layers, {path: receiver(path) for path in bench.layers}) as anchor:
+        run_backward(bench.model, rows, anchor)
     results = []
     for density in DENSITIES:
         for scope in ("matrix", "global"):
-            for score in SCORES if scope == "matrix" else ("squared", "repair", "curvature"):
+            for score in MASK_SCORES if scope == "matrix" else ("squared", "repair", "curvature"):
                 masks = choose(bench, score, scope, density, squares, means)
                 set_masks(bench.model, masks)
                 nnz = sum(positions.numel() for positions in masks.values())
                 results.append(bench.record(kind="sparse", score=score, scope=scope, density=density, bytes=6 * nnz))
-    masks = choose(bench, "signed", "matrix", DENSITIES[0], squares, means)
-    set_masks(bench.model, masks)
-    size = 6 * sum(positions.numel() for positions in masks.values())
-    results.append(bench.record(kind="sparse", score="signed", scope="matrix", density=DENSITIES[0], bytes=size))
     set_masks(bench.model, {})
     return results
 
@@ -127,27 +121,14 @@ def choose(
     """Positions by a score out of statistics that were collected once."""
     sizes = {path: statistic.numel() for path, statistic in squares.items()}
     counts = {path: round(density * size) for path, size in sizes.items()}
-    if score == "random":
+    ranked = MASK_SCORES[score]
+    if ranked.rank is None:
         return random_positions(sizes, counts, scope, seed=42)
     picker = MatrixPicker(counts) if scope == "matrix" else ModelPicker(list(counts), sum(counts.values()))
-    checkpoint = checkpoint_of(bench.model)
+    base_files = checkpoint_of(bench.model)
     for path, layer in bench.layers.items():
-        error = (
-            residual(checkpoint, path, layer.weight) if score in ("residual", "repair", "curvature", "signed") else None
-        )
-        if score == "squared":
-            scores = squares[path]
-        elif score == "mean":
-            scores = means[path].abs()
-        else:
-            assert error is not None
-            scores = {
-                "residual": lambda e=error: e.abs(),
-                "repair": lambda e=error, p=path: (e * means[p]).abs(),
-                "curvature": lambda e=error, p=path: e.square() * squares[p],
-                "signed": lambda e=error, p=path: (e * means[p]).neg().clamp_min(0),
-            }[score]()
-        picker.add(path, scores)
+        error = residual(base_files, path, layer.weight) if ranked.reads_error else None
+        picker.add(path, ranked.rank((squares if ranked.squares else means)[path], error))
     return picker.result()
 
 

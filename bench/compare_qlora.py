@@ -109,7 +109,7 @@ def ours(name: str, *, sparse: bool) -> tuple[Any, Callable[[Any], None], int]:
 
 def set_random_masks(layers: dict[str, Any], counts: dict[str, int]) -> None:
     """A sparse part of the allotted size in each layer; where its positions lie does not change the cost much."""
-    from qrosa.masks.draw import random_positions
+    from qrosa.masks.random_masks import random_positions
     from qrosa.sparse.csr import CsrDelta
 
     sizes = {path: layer.out_features * layer.in_features for path, layer in layers.items()}

@@ -289,11 +289,40 @@ def demo() -> str:
     return markdown(["SmolLM2-135M", "accuracy", "loss"], rows) + text + place_of("demo-cpu")
 
 
+def selection() -> str:
+    """Streamed masks against exact ones, by score and scope, and what selection costs."""
+    found = read("selection-cpu")["rows"]
+    rows: dict[str, list[str]] = {}
+    for row in (row for row in found if row["part"] in ("completion", "all")):
+        where = "per matrix" if row["scope"] == "matrix" else "whole model"
+        cells = rows.setdefault(f"{row['score']}, {where}, {row['factor']} candidates a position", [])
+        cells.append(f"{row['overlap']:.1%} / {row['mass']:.2%}")
+    text = "\nShare of positions in common / of the exact mask's score; SmolLM2-135M, 35 matrices, 64 film reviews.\n"
+    for row in (row for row in found if row["part"] == "cost"):
+        text += (
+            f"Selection on {row['samples']} rows takes {row['streamed_over_step']:.1f} times as long as a training "
+            f"step of {row['batch']} rows as long; an exact pass {row['exact_pass_over_step']:.1f} times.\n"
+        )
+    planned = [
+        f"{row['model']} in {bytes_text(row['vram'])}, {row['scope']}: {row['passes']} (exact: {row['exact_passes']})"
+        for row in found
+        if row["part"] == "planned"
+    ]
+    text += f"Planned passes over the rows at a budget of 0.3%: {'; '.join(planned)}.\n"
+    return (
+        markdown(
+            ["streamed", "loss on completions", "loss on all tokens"], [[name, *cells] for name, cells in rows.items()]
+        )
+        + text
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-ops": cpu_ops,
     "cpu-layer": cpu_layer,
     "training": training,
     "repair": repair,
+    "selection": selection,
     "recipes": recipes,
     "plan": plan,
     "host-memory": host_memory,

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from qrosa.errors import InputError, StorageError
 from qrosa.fields import check_positive, check_range, coerce, quoted, setting, suggest
+from qrosa.masks.scores import MASK_SCORES, describe_scores
 from qrosa.optim.kinds import OPTIMIZERS, SHARED, describe_optimizers
 from qrosa.quantities import parse_budget, parse_offload, parse_share, parse_size
 
-MASK_SCORES = ("squared", "mean", "repair", "residual", "random")
 MASK_SCOPES = ("matrix", "global")
+MASK_SELECTIONS = ("stream", "exact")
 SPARSE_INITS = ("residual", "zero")
 LOW_RANK_INITS = ("lora", "svd")
 RANK_ORDERS = ("order", "sensitivity")
@@ -109,17 +110,22 @@ class MaskConfig:
 
     mask_score: str = setting(
         "squared",
-        "What ranks the positions: mean squared gradient (squared), size of the mean gradient (mean), that times "
-        "the quantisation error (repair), the quantisation error (residual), or nothing (random, the control). "
-        "Gradients are taken row by row, so masks depend on the rows alone, not on micro-batch or memory.",
-        choices=MASK_SCORES,
+        f"What ranks the positions: {describe_scores()}. "
+        "Gradients are taken row by row, so scores depend on the rows alone, not on the micro-batch.",
+        choices=tuple(MASK_SCORES),
     )
     mask_scope: str = setting(
         "matrix", "Pick the best positions of each matrix, or of the whole model.", choices=MASK_SCOPES
     )
+    mask_selection: str | None = setting(
+        None,
+        "How the score's statistic is collected: whole, in as many passes over the rows as memory asks for (exact), or "
+        "in one pass that keeps the best positions only (stream).  [default: exact where that takes one pass]",
+        choices=MASK_SELECTIONS,
+    )
     mask_samples: int = setting(64, "Training rows that the score is averaged over.")
     mask_memory: str | None = setting(
-        None, "Most memory for the score's statistic; less memory means more passes.", metavar="SIZE"
+        None, "Most memory for the score's statistic; less means fewer candidates, or more passes.", metavar="SIZE"
     )
     warmup_steps: int | None = setting(
         None, "Low-rank-only steps before the masks are picked.  [default: a tenth of all steps, at most 64]"

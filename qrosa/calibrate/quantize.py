@@ -39,8 +39,8 @@ from qrosa.data.encode import EncodedRow
 from qrosa.errors import DoesNotFitError, InputError
 from qrosa.eval.perplexity import evaluate_loss
 from qrosa.files import read_json, read_tensors, write_json, write_tensors
-from qrosa.masks.samples import Sample
-from qrosa.masks.select import select_masks
+from qrosa.masks.select import choose_positions
+from qrosa.masks.selection_rows import Sample
 from qrosa.model.head import token_log_probs
 from qrosa.planner.bytes.calibration import calibration_bytes, calibration_flops
 from qrosa.quant.hessian import InputMoments
@@ -198,7 +198,7 @@ class _Job:
         masks = MaskConfig(mask_score="repair", mask_scope="global", mask_samples=_SELECTION_ROWS)
         spread = torch.linspace(0, len(ids) - 1, min(_SELECTION_ROWS, len(ids))).long()
         samples = [Sample(row, row) for row in ids[spread].tolist()]
-        return select_masks(
+        return choose_positions(
             model,
             samples,
             config=masks,

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from qrosa.config import AdapterConfig, MaskConfig
 from qrosa.errors import InputError
+from qrosa.masks.observe import Advance
 from qrosa.masks.repair import set_masks
-from qrosa.masks.select import Progress
-from qrosa.masks.select import select_masks as choose_positions
+from qrosa.masks.select import choose_positions
 
 
 def select_masks(
@@ -22,7 +22,7 @@ def select_masks(
     config: MaskConfig | None = None,
     nnz: Mapping[str, int] | None = None,
     seed: int = 42,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> dict[str, Tensor]:
     """Choose where the sparse part sits, and add it to the model's layers, in place of one they may have.
 

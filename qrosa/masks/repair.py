@@ -13,7 +13,7 @@ an approximation L of R is || (R - L) D ||_F^2 with D = diag(sqrt(E[x_j^2])), so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from qrosa.adapters.inject import quantized_linears
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.base_files import BaseFiles
+from qrosa.masks.observe import Advance
 from qrosa.masks.residual import checkpoint_of, has_original, residual
-from qrosa.masks.samples import Sample, quiet, read_samples
+from qrosa.masks.selection_rows import Sample, quiet, read_samples
 from qrosa.sparse.csr import CsrDelta
 
-Progress = Callable[[int, int], None]
 _FULL_SVD = 256  # smaller side up to which the exact decomposition is cheap
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 6  # a quantisation error has a flat spectrum, which needs more than the usual two
@@ -41,7 +41,7 @@ def set_masks(
     init: str = "residual",
     low_rank_repairs: bool = False,
     base_files: BaseFiles | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[str]:
     """Give each layer its sparse part, with its first values.
 
@@ -85,7 +85,7 @@ def init_low_rank(
     limit: int | None = 64,
     seed: int = 42,
     base_files: BaseFiles | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[str]:
     """Start every low-rank part at the activation-weighted fit of R - S, where S is what the layer holds now.
 

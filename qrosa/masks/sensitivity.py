@@ -18,7 +18,7 @@ sum over tokens of ||dy_t||^2 ||x_t||^2 leaves out s != t, which is most of it w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -26,10 +26,9 @@ from torch import Tensor, nn
 
 from qrosa.adapters.inject import quantized_linears
 from qrosa.errors import TrainingError
-from qrosa.masks.accumulate import Receiver, observe_with
-from qrosa.masks.groups import GRAM_TILE
-from qrosa.masks.samples import SampleLoss, read_samples, sample_loss
-from qrosa.masks.select import run_backward
+from qrosa.masks.observe import Advance, Receiver, observe, run_backward
+from qrosa.masks.selection_rows import SampleLoss, read_samples, sample_loss
+from qrosa.masks.sizes import GRAM_TILE
 
 
 def measure_sensitivity(
@@ -38,7 +37,7 @@ def measure_sensitivity(
     *,
     limit: int | None = None,
     loss: SampleLoss = sample_loss,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> dict[str, float]:
     """Mean squared norm of each matrix's gradient.
 
@@ -70,7 +69,7 @@ def measure_sensitivity(
         if progress:
             progress(number, len(rows))
 
-    with observe_with(layers, {path: adding(total) for path, total in totals.items()}) as anchor:
+    with observe(layers, {path: adding(total) for path, total in totals.items()}) as anchor:
         run_backward(model, rows, anchor, loss, done)
     found = {path: float(total) / len(rows) for path, total in totals.items()}
     for path, value in found.items():

@@ -32,16 +32,16 @@ from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.encode import EncodedRow
 from qrosa.errors import DoesNotFitError, InputError
 from qrosa.eval.perplexity import evaluate_loss
-from qrosa.masks.draw import random_positions
+from qrosa.masks.random_masks import random_positions
 from qrosa.masks.repair import set_masks
-from qrosa.masks.select import select_masks
+from qrosa.masks.select import choose_positions
 from qrosa.model.place import hold_to_cap, load_planned
 from qrosa.optim.adamw import AdapterOptimizer
 from qrosa.optim.parts import Optimizer
 from qrosa.optim.zero.optimizer import ZeroOptimizer
 from qrosa.planner.bytes.components import statistic_groups
 from qrosa.planner.plan import Plan
-from qrosa.planner.workload import GRADIENT_SCORES, Workload
+from qrosa.planner.workload import Workload
 from qrosa.quantities import parse_offload
 from qrosa.record.meter import MemoryMeter
 from qrosa.train.selection import sample_loss
@@ -221,13 +221,14 @@ class _Probing:
         nnz = work.allocation.nnz
         with self._phase("select"):
             for group in self._groups():
-                select_masks(
+                choose_positions(
                     model,
                     self.rows[:1],
-                    config=request.masks,
+                    config=dataclasses.replace(request.masks, mask_selection=self.made.mask_selection),
                     nnz={path: nnz[path] for path in group},
                     seed=self.seed,
                     group_bytes=work.mask_group_bytes or None,
+                    candidate_factor=work.mask_candidates or None,
                     loss=sample_loss(work.loss_chunk_tokens),
                     base_files=original,
                 )
@@ -239,9 +240,9 @@ class _Probing:
         optimizer.add_sparse(adapter_parameters(model).sparse)
 
     def _groups(self) -> list[list[str]]:
-        """Matrices of the passes to run; all at once where no statistics are collected."""
+        """Matrices of the passes to run; all at once where statistics are streamed, or none are collected."""
         work = self.work
-        if work.mask_score not in GRADIENT_SCORES:
+        if work.mask_candidates or not work.score.reads_gradients:
             return [list(work.allocation.nnz)]
         return statistic_groups(work.allocation, work.mask_scope, work.mask_group_bytes)
 

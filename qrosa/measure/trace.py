@@ -19,8 +19,9 @@ from qrosa.base.build import empty_model
 from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.encode import EncodedRow
 from qrosa.eval.perplexity import evaluate_loss
-from qrosa.masks.samples import Sample
-from qrosa.masks.select import accumulate
+from qrosa.masks.exact import accumulate
+from qrosa.masks.observe import observe, run_backward
+from qrosa.masks.selection_rows import Sample
 from qrosa.measure.card import CARD_GRANULE, hidden_bytes
 from qrosa.measure.tracker import EVALUATION, FORWARD, UPDATE, Peak, StorageTracker
 from qrosa.model.modes import offload_activations, set_attention, set_checkpointing
@@ -29,8 +30,8 @@ from qrosa.offload.streaming import BaseStream
 from qrosa.optim.adamw import AdapterOptimizer
 from qrosa.optim.kinds import OPTIMIZERS
 from qrosa.optim.parts import SPARSE
-from qrosa.planner.bytes.components import statistic_groups
-from qrosa.planner.workload import GRADIENT_SCORES, Workload
+from qrosa.planner.bytes import components as parts
+from qrosa.planner.workload import Workload
 from qrosa.quant.nf4 import NF4Weight
 from qrosa.sparse.csr import CsrDelta, column_dtype
 from qrosa.train.selection import sample_loss
@@ -102,7 +103,7 @@ class Trace:
             optimizer = AdapterOptimizer(adapter_parameters(self.model).low_rank, kind=kind.stand_in or kind.name)
             self._settle(optimizer)
             self.model.train()
-            if select and work.allocation.nnz_total and work.mask_score in GRADIENT_SCORES:
+            if select and work.selects_by_gradients:
                 found["select"] = self._select([1] * work.length if self.device.type == "meta" else max(rows, key=len))
             self._add_sparse(optimizer)
             self._settle(optimizer)
@@ -152,7 +153,9 @@ class Trace:
     def _select(self, tokens: list[int]) -> Peak:
         """One sample through each group of matrices that may be the largest to collect statistics for together."""
         work = self.work
-        groups = statistic_groups(work.allocation, work.mask_scope, work.mask_group_bytes)
+        if work.mask_candidates:
+            return self._stream(Sample(tokens, tokens))
+        groups = parts.statistic_groups(work.allocation, work.mask_scope, work.mask_group_bytes)
         return max((self._collect(group, Sample(tokens, tokens)) for group in groups), key=lambda peak: peak.total)
 
     def _collect(self, group: list[str], sample: Sample) -> Peak:
@@ -162,7 +165,25 @@ class Trace:
             for path, statistic in statistics.items():
                 self.tracker.count(statistic, "mask_statistics", path)
             loss = sample_loss(self.work.loss_chunk_tokens)
-            accumulate(self.model, observed, statistics, [sample], self.work.mask_score == "squared", loss)
+            accumulate(self.model, observed, statistics, [sample], self.work.score.squares, loss)
+        return found[0]
+
+    def _stream(self, sample: Sample) -> Peak:
+        """One sample whose gradients are looked at while candidates are there.
+
+        What a look does depends on data, so the plan's own figure stands for it; a test holds that against real ones.
+        """
+        work, size = self.work, parts.looking_bytes(self.work)
+        observed = {path: self.layers[path] for path in parts.observed(work.allocation, work.mask_scope)}
+
+        def look(dy: Tensor, x: Tensor) -> None:
+            self.tracker.pass_through(size, "looking at a gradient")
+
+        with self.tracker.phase() as found:
+            kept = torch.empty(parts.candidate_bytes(work), dtype=torch.uint8, device=self.device)
+            self.tracker.count(kept, "mask_statistics", "candidates")
+            with observe(observed, dict.fromkeys(observed, look)) as anchor:
+                run_backward(self.model, [sample], anchor, sample_loss(work.loss_chunk_tokens))
         return found[0]
 
     def _add_sparse(self, optimizer: AdapterOptimizer) -> None:

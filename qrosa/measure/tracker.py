@@ -179,7 +179,7 @@ class StorageTracker(TorchDispatchMode):
         self._record_all(result)
         hidden = self.hidden(func, args)
         if hidden:
-            self._pass_through(hidden, str(func))
+            self.pass_through(hidden, str(func))
         return result
 
     def _composed(self, func: Any, args: tuple[Any, ...]) -> Any:
@@ -250,7 +250,7 @@ class StorageTracker(TorchDispatchMode):
             known[1].died = self._count
             self.live -= known[1].size
 
-    def _pass_through(self, size: int, name: str) -> None:
+    def pass_through(self, size: int, name: str) -> None:
         """Count memory that a kernel takes and gives back."""
         size = -(-size // self.granule) * self.granule
         component = "loss" if self._component() == "loss" else "workspace"

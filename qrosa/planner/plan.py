@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from qrosa.adapters.budget import Allocation
 from qrosa.adapters.describe import describe_allocation
-from qrosa.masks.groups import group_matrices
+from qrosa.masks.passes import group_matrices
 from qrosa.planner.bytes.components import observed
 from qrosa.planner.bytes.peaks import PhaseMemory
 from qrosa.planner.request import Request
 from qrosa.planner.time.estimate import Estimate, estimate, micro_batch_rows, step_traffic
-from qrosa.planner.workload import GRADIENT_SCORES, Workload
+from qrosa.planner.workload import Workload
 from qrosa.quantities import optimizer_parts, parse_offload
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ class Plan:
             "resident_blocks": work.resident_blocks,
             "attention": work.attention,
             "loss_chunk_tokens": work.loss_chunk_tokens,
+            "mask_selection": self.mask_selection,
+            "mask_candidates": work.mask_candidates,
             "mask_group_bytes": work.mask_group_bytes,
             "mask_passes": self.mask_passes,
             "optimizer": work.optimizer,
@@ -155,10 +157,19 @@ class Plan:
         return ",".join(["activations"] * work.offload_activations + [base] * work.streamed) or "none"
 
     @property
+    def mask_selection(self) -> str | None:
+        """How statistics are collected, as ``--mask-selection`` would ask for it; None where none are."""
+        if not self.work.selects_by_gradients:
+            return None
+        return "stream" if self.work.mask_candidates else "exact"
+
+    @property
     def mask_passes(self) -> int:
         """Times that mask selection reads its samples."""
-        if not self.allocation.nnz_total or self.work.mask_score not in GRADIENT_SCORES:
+        if not self.work.selects_by_gradients:
             return 0
+        if self.work.mask_candidates:
+            return 1
         return len(group_matrices(observed(self.allocation, self.work.mask_scope), self.work.mask_group_bytes))
 
     @property

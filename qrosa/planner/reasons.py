@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from qrosa.masks.passes import STATISTIC_BYTES
+from qrosa.planner.bytes.components import observed
 from qrosa.planner.bytes.zero import drive_bytes, offload_seconds, resident_bytes
 from qrosa.planner.plan import Choice, Plan
 from qrosa.planner.request import Request
@@ -32,9 +34,17 @@ def reasons(plan: Plan) -> dict[str, str]:
     optimizer = optimizer_reason(request, work)
     if optimizer is not None:
         found["deepspeed"] = optimizer
-    if work.mask_group_bytes:
+    if work.mask_candidates:
+        found["mask_selection"] = _streaming_reason(request, work)
+    elif work.mask_group_bytes:
         found["mask_group_bytes"] = f"{bytes_text(work.mask_group_bytes)} of statistics at a time"
     return found
+
+
+def _streaming_reason(request: Request, work: Workload) -> str:
+    whole = STATISTIC_BYTES * sum(observed(work.allocation, work.mask_scope).values())
+    why = "as asked" if request.masks.mask_selection else f"exact statistics take {bytes_text(whole)}"
+    return f"{why}; in one pass, sums are kept at {work.mask_candidates} candidates for each position of the mask"
 
 
 def _token_reason(request: Request, work: Workload) -> str:

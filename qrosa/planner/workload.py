@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from qrosa.adapters.budget import Allocation
 from qrosa.base.shape import ModelShape
+from qrosa.masks.scores import MASK_SCORES, MaskScore
 from qrosa.optim.zero.settings import ZeroSettings
-
-GRADIENT_SCORES = ("squared", "mean", "repair")  # mask scores that need statistics of gradients
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Workload:
         eval_tokens: The same in evaluation.
         checkpointing: Activations are recomputed.
         loss_chunk_tokens: Positions whose logits exist at once.
-        mask_group_bytes: Bound on the statistics that are collected together.
+        mask_group_bytes: Bound on the exact statistics that are collected together.
         checkpoints: Checkpoints on disk at once.
         offload_activations: Boundary activations are kept on the host.
         resident_blocks: Decoder blocks of the base that stay on the device; None where it is not streamed.
@@ -41,6 +40,7 @@ class Workload:
         row_tokens: Tokens of all encoded rows, 0 where no rows are known.
         zero: What DeepSpeed does with the optimizer, None without it.
         processes: Cards that share the optimizer.
+        mask_candidates: Streamed candidates for each position of the mask; 0 where statistics are exact.
     """
 
     shape: ModelShape
@@ -68,6 +68,7 @@ class Workload:
     row_tokens: int = 0
     zero: ZeroSettings | None = None
     processes: int = 1
+    mask_candidates: int = 0
 
     @property
     def streamed(self) -> bool:
@@ -78,6 +79,16 @@ class Workload:
     def has_original(self) -> bool:
         """The 16-bit weights are there, so that a quantisation error can be read."""
         return self.shape.kind != "nf4"
+
+    @property
+    def score(self) -> MaskScore:
+        """What ranks positions, with what it reads."""
+        return MASK_SCORES[self.mask_score]
+
+    @property
+    def selects_by_gradients(self) -> bool:
+        """Rows pass through the model to pick positions."""
+        return bool(self.allocation.nnz_total) and self.score.reads_gradients
 
     @property
     def on_cpu(self) -> bool:

@@ -239,7 +239,11 @@ def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: Plan) -> Run
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, seq_len=seq_len),
-        masks=dataclasses.replace(config.masks, warmup_steps=phases.warmup),
+        masks=dataclasses.replace(
+            config.masks,
+            warmup_steps=phases.warmup,
+            mask_selection=plan.mask_selection or config.masks.mask_selection,
+        ),
         train=dataclasses.replace(
             train,
             epochs=epochs,

@@ -19,7 +19,7 @@ from qrosa.config import RunConfig, to_flat
 from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.files import write_json, write_text
 from qrosa.masks.repair import init_low_rank, set_masks
-from qrosa.masks.select import select_masks
+from qrosa.masks.select import choose_positions
 from qrosa.model.place import hold_to_cap, load_planned
 from qrosa.optim.adamw import AdapterOptimizer
 from qrosa.optim.kinds import OPTIMIZERS
@@ -263,13 +263,14 @@ class _Run:
         config, prepared = self.config, self.prepared
         rows = self._selection_rows()
         original = prepared.original
-        positions = select_masks(
+        positions = choose_positions(
             model,
             rows,
             config=config.masks,
             nnz=prepared.allocation.nnz,
             seed=config.train.seed,
             group_bytes=prepared.plan.work.mask_group_bytes or None,
+            candidate_factor=prepared.plan.work.mask_candidates or None,
             progress=advance,
             loss=sample_loss(prepared.plan.work.loss_chunk_tokens),
             base_files=original,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from qrosa.masks.samples import Sample
+from qrosa.masks.selection_rows import Sample
 from qrosa.model.head import logit_rule
 from qrosa.train.loss import chunked_loss
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qrosa.adapters.inject import quantized_linears, replace_module
 from qrosa.base.load import load_base
-from qrosa.masks.samples import Sample
+from qrosa.masks.selection_rows import Sample
 
 
 @pytest.fixture

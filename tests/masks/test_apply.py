@@ -13,7 +13,7 @@ from qrosa.adapters.inject import quantized_linears
 from qrosa.config import AdapterConfig, MaskConfig
 from qrosa.errors import InputError
 from qrosa.masks.apply import select_masks
-from qrosa.masks.samples import Sample
+from qrosa.masks.selection_rows import Sample
 
 
 @pytest.mark.parametrize("sparse_init", ["residual", "zero"])

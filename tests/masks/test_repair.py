@@ -19,8 +19,8 @@ from qrosa.errors import InputError
 from qrosa.masks import repair
 from qrosa.masks.repair import init_low_rank, input_rms, set_masks, weighted_factors
 from qrosa.masks.residual import residual
-from qrosa.masks.samples import Sample
-from qrosa.masks.select import select_masks
+from qrosa.masks.select import choose_positions
+from qrosa.masks.selection_rows import Sample
 from qrosa.masks.topk import top_positions
 
 
@@ -33,7 +33,7 @@ def originals(tiny_model_dir: Callable[..., Path], base: Any) -> dict[str, Tenso
 
 def random_masks(model: Any) -> dict[str, Tensor]:
     nnz = dict.fromkeys(quantized_linears(model), 100)
-    return select_masks(model, (), config=MaskConfig(mask_score="random"), nnz=nnz, seed=5)
+    return choose_positions(model, (), config=MaskConfig(mask_score="random"), nnz=nnz, seed=5)
 
 
 def already_quantised(model: Any) -> None:
@@ -44,7 +44,7 @@ def already_quantised(model: Any) -> None:
 
 def test_residual_score_ranks_by_the_size_of_the_error(base: Any, originals: dict[str, Tensor]) -> None:
     nnz = dict.fromkeys(originals, 77)
-    found = select_masks(base, (), config=MaskConfig(mask_score="residual"), nnz=nnz, seed=0)
+    found = choose_positions(base, (), config=MaskConfig(mask_score="residual"), nnz=nnz, seed=0)
     for path, layer in quantized_linears(base).items():
         error = (originals[path] - layer.weight.dequantize(torch.float32)).abs()
         assert torch.equal(found[path], top_positions(error, 77))
@@ -111,7 +111,7 @@ def test_an_already_quantised_base_starts_at_zero_with_a_notice(base: Any, rows:
     (notice,) = init_low_rank(base, rows)
     assert "low-rank part starts at no change" in notice
     with pytest.raises(InputError, match="quantisation error is unknown") as caught:
-        select_masks(base, (), config=MaskConfig(mask_score="residual"), nnz={}, seed=0)
+        choose_positions(base, (), config=MaskConfig(mask_score="residual"), nnz={}, seed=0)
     assert "--mask-score squared" in caught.value.hint
 
 

@@ -14,9 +14,10 @@ from qrosa.adapters.inject import inject_low_rank, quantized_linears
 from qrosa.base.load import load_base
 from qrosa.config import MaskConfig
 from qrosa.errors import DoesNotFitError, InputError, TrainingError
+from qrosa.masks.exact import accumulate
 from qrosa.masks.residual import checkpoint_of, residual
-from qrosa.masks.samples import Sample, sample_loss
-from qrosa.masks.select import accumulate, select_masks
+from qrosa.masks.select import choose_positions
+from qrosa.masks.selection_rows import Sample, sample_loss
 from qrosa.masks.topk import top_positions
 
 FAMILIES = ("llama", "qwen3", "gemma2", "phi3")
@@ -32,7 +33,8 @@ def linears(model: Any) -> dict[str, Any]:
 
 def choose(model: Any, rows: Any, **changes: Any) -> dict[str, Tensor]:
     settings = {name: changes.pop(name) for name in list(changes) if name.startswith("mask_")}
-    return select_masks(
+    settings.setdefault("mask_selection", "exact")
+    return choose_positions(
         model, rows, config=MaskConfig(**settings), nnz=changes.pop("nnz", counts(model)), seed=11, **changes
     )
 
@@ -64,14 +66,14 @@ def _by_path(per_row: list[dict[str, Tensor]]) -> dict[str, list[Tensor]]:
     return {path: [gradients[path] for gradients in per_row] for path in per_row[0]}
 
 
-@pytest.mark.parametrize("score", ["squared", "mean", "repair"])
+@pytest.mark.parametrize("score", ["squared", "mean", "repair", "curvature"])
 @pytest.mark.parametrize("scope", ["matrix", "global"])
 def test_picks_are_the_top_of_the_statistic(score: str, scope: str, base: Any, rows: list[Sample]) -> None:
-    stats = {path: stat.abs() for path, stat in statistics(base, rows, score == "squared").items()}
-    if score == "repair":
-        base_files = checkpoint_of(base)
-        for path, layer in linears(base).items():
-            stats[path] *= residual(base_files, path, layer.weight).abs()
+    stats = {path: stat.abs() for path, stat in statistics(base, rows, score in ("squared", "curvature")).items()}
+    base_files = checkpoint_of(base)
+    for path, layer in linears(base).items():
+        error = residual(base_files, path, layer.weight).abs()
+        stats[path] *= {"repair": error, "curvature": error.square()}.get(score, 1)
     nnz = counts(base)
     found = choose(base, rows, mask_score=score, mask_scope=scope, group_bytes=100_000)
     if scope == "matrix":

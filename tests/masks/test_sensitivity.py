@@ -12,9 +12,9 @@ import torch
 from qrosa.adapters.inject import linear_shapes, quantized_linears
 from qrosa.base.load import load_base
 from qrosa.errors import InputError, TrainingError
-from qrosa.masks.groups import group_matrices
-from qrosa.masks.samples import Sample
-from qrosa.masks.select import accumulate
+from qrosa.masks.exact import accumulate
+from qrosa.masks.passes import group_matrices
+from qrosa.masks.selection_rows import Sample
 from qrosa.masks.sensitivity import measure_sensitivity, squared_norm
 
 

@@ -20,13 +20,17 @@ def by_sorting(scores: torch.Tensor, k: int) -> torch.Tensor:
     values=st.lists(st.integers(0, 5), min_size=1, max_size=60),
     share=st.floats(0, 1),
     chunk=st.sampled_from([1, 3, 7, 1000]),
+    pilot=st.sampled_from([1, 20, 1000]),
 )
 @settings(max_examples=200, deadline=None)
-def test_equals_a_stable_sort_whatever_the_ties_and_chunks(values: list[int], share: float, chunk: int) -> None:
+def test_equals_a_stable_sort_whatever_the_ties_and_chunks(
+    values: list[int], share: float, chunk: int, pilot: int
+) -> None:
     scores = torch.tensor(values, dtype=torch.float32)
     k = round(share * len(values))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk, "_CHUNK", chunk)
+        patch.setattr(topk, "TOP_K_CHUNK", chunk)
+        patch.setattr(topk, "PILOT", pilot)
         assert torch.equal(top_positions(scores, k), by_sorting(scores, k))
 
 

@@ -93,7 +93,7 @@ def test_the_micro_batch_is_the_planned_one(
     assert len(worst_rows(made.work, 512, 0)) == 3
 
 
-@pytest.mark.parametrize("where", ["select_masks", "StepRunner", "evaluate_loss"])
+@pytest.mark.parametrize("where", ["choose_positions", "StepRunner", "evaluate_loss"])
 def test_running_out_of_memory_names_the_phase(
     tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -104,7 +104,7 @@ def test_running_out_of_memory_names_the_phase(
         monkeypatch.setattr("qrosa.train.step.model_loss", fail)
     else:
         monkeypatch.setattr(probing, where, fail)
-    phase = {"select_masks": "select", "StepRunner": "train", "evaluate_loss": "eval"}[where]
+    phase = {"choose_positions": "select", "StepRunner": "train", "evaluate_loss": "eval"}[where]
     found = probe(str(tiny_model_dir("llama")), planned(tiny_model_dir("llama")))
     assert found.failed == phase and not found.fits
     with pytest.raises(DoesNotFitError, match=phase):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qrosa.export import verify
-from qrosa.masks import repair, topk
+from qrosa.masks import repair
 from qrosa.model import head
 from qrosa.offload import packing, pool, streaming
 from qrosa.optim.zero import engine
@@ -20,7 +20,6 @@ from qrosa.planner.bytes import components, inference, peaks, zero
         (components._HOST_CHUNK, pool.CHUNK),
         (components._FULL_SVD, repair._FULL_SVD),
         (components._OVERSAMPLING, repair._OVERSAMPLING),
-        (components._TOP_K_CHUNK, topk._CHUNK),
         (peaks.EVAL_CHUNK, head.CHUNK_TOKENS),
         (inference.VERIFY_ROWS, verify.VERIFY_ROWS),
         (zero.ALIGNED, engine._ALIGNED),

@@ -19,7 +19,7 @@ from qrosa.adapters.inject import linear_shapes, quantized_linears
 from qrosa.base.load import load_base
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, make_run_config, to_flat
 from qrosa.errors import InputError, InterruptedRunError
-from qrosa.masks.samples import Sample
+from qrosa.masks.selection_rows import Sample
 from qrosa.masks.sensitivity import measure_sensitivity
 from qrosa.measure.card import hidden_bytes
 from qrosa.measure.trace import Trace

@@ -84,6 +84,11 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(config, tmp_p
         ({"warmup_steps": 0}, ["select", *["train"] * 3], {"low_rank_A", "sparse_values"}),
         ({"rank": 2, "density": "1%", "low_rank_init": "svd"}, ["warmup"] * 2 + ["select", "train"], {"low_rank_A"}),
         ({"mask_score": "residual", "mask_scope": "global"}, ["warmup"] * 2 + ["select", "train"], {"sparse_values"}),
+        (
+            {"mask_score": "curvature", "mask_selection": "stream"},
+            ["warmup"] * 2 + ["select", "train"],
+            {"sparse_values"},
+        ),
         ({"mask_score": "random", "sparse_init": "zero"}, ["warmup"] * 2 + ["select", "train"], {"sparse_values"}),
         ({"optimizer": "adamw8bit", "checkpointing": "on"}, ["warmup"] * 2 + ["select", "train"], {"sparse_values"}),
     ],

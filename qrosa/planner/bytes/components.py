@@ -13,14 +13,23 @@ from functools import cache
 from qrosa.adapters.budget import Allocation, LinearShape
 from qrosa.base.dimensions import Dimensions
 from qrosa.base.shape import ModelShape
-from qrosa.masks.groups import GRAM_TILE, STATISTIC_BYTES, group_matrices
+from qrosa.masks.passes import STATISTIC_BYTES, group_matrices
+from qrosa.masks.sizes import (
+    GRAM_TILE,
+    POOL_SLACK,
+    TOP_K_CHUNK,
+    candidates_of,
+    candidates_of_model,
+    largest_candidates,
+)
 from qrosa.optim.kinds import OPTIMIZERS
 from qrosa.planner.bytes.activations import FULL, HALF
+from qrosa.planner.workload import Workload
 
 _BLOCK, _NESTED_BLOCK, _CODE_TABLE = 64, 256, 1024
 _ALIGNMENT, STREAM_SLOTS, _HOST_CHUNK = 256, 2, 1 << 28  # of qrosa.offload
+_LAYOUT_BYTES = 38  # a candidate while flat positions become rows and columns: four int64, and what is kept of it
 _FULL_SVD, _OVERSAMPLING = 256, 16  # of qrosa.masks.repair
-_TOP_K_CHUNK = 1 << 22  # values that top-k looks at together
 
 
 def nf4_bytes(out_features: int, in_features: int, nested: bool = True) -> int:
@@ -183,10 +192,44 @@ def statistic_bytes(sizes: dict[str, int], group: list[str]) -> int:
 
 
 def top_k_bytes(allocation: Allocation) -> int:
-    """Candidates of one matrix, joined with a chunk of 4M scores: values twice, pairs of value and index once."""
-    largest = max(allocation.linears, key=lambda x: x.size)
-    k = max(allocation.nnz.values())
-    return (2 * FULL + 16) * (k + min(largest.size, max(_TOP_K_CHUNK, k)))
+    """The scores of one matrix that may be the k-th largest: values twice, pairs of value and index once; positions."""
+    return picking_bytes(max(linear.size for linear in allocation.linears), max(allocation.nnz.values()))
+
+
+def picking_bytes(size: int, k: int) -> int:
+    """The ``k`` best of ``size`` scores: see ``qrosa.masks.topk``; positions are int64, in pieces and joined."""
+    return (2 * FULL + 16) * min(size, max(TOP_K_CHUNK, k // 2)) + 16 * k
+
+
+def candidate_bytes(work: Workload) -> int:
+    """Streamed statistics: candidates, in the layout of the delta, and one dense fp32 scratch for the largest matrix.
+
+    Of the whole model, some more until they are cut back, and their fp32 scores, unless the sums are the scores.
+    """
+    sizes = observed(work.allocation, work.mask_scope)
+    widths = {x.path: 2 if x.in_features <= 1 << 16 else 4 for x in work.allocation.linears}
+    rows = sum(4 * (x.out_features + 1) for x in work.allocation.linears if x.path in sizes)
+    if work.mask_scope == "matrix":
+        each = candidates_of(work.allocation.nnz, sizes, work.mask_candidates)
+        kept = sum(count * (FULL + widths[path]) for path, count in each.items())
+    else:
+        total = candidates_of_model(work.allocation.nnz, sizes, work.mask_candidates)
+        scores = FULL if work.score.scratch else 0
+        kept = round(POOL_SLACK * total) * (FULL + max(widths.values()) + scores)
+    return kept + rows + FULL * max(sizes.values())
+
+
+def looking_bytes(work: Workload) -> int:
+    """What passes while one matrix's gradient is looked at: its scores, the choice of the best, their new layout."""
+    sizes = observed(work.allocation, work.mask_scope)
+    most = largest_candidates(work.allocation.nnz, sizes, work.mask_candidates, work.mask_scope)
+    found = 0
+    for path, size in sizes.items():
+        scores = FULL * work.score.scratch * size + (size if work.mask_scope == "global" else 0)
+        choosing = max(picking_bytes(size, most[path]), _LAYOUT_BYTES * most[path])
+        reading = (2 * FULL + work.shape.stored_bytes) * size if work.score.reads_error else 0
+        found = max(found, scores + choosing, reading)
+    return found
 
 
 def gram_bytes(shape: ModelShape, tokens: int) -> int:

@@ -30,13 +30,24 @@ from qrosa.planner.workload import Workload
 def phases(work: Workload) -> dict[str, PhaseMemory]:
     """Every phase that the run has, in order: load, select (unless nothing is selected), train, eval, save, export."""
     found = {"load": _load(work)}
-    selecting = [_select(work)] if work.allocation.nnz_total else []
-    if work.rank_by == "sensitivity":
-        selecting.append(_measure(work))
-    if selecting:
-        found["select"] = max(selecting, key=lambda memory: memory.device_total + memory.host_total)
+    if work.allocation.nnz_total or work.rank_by == "sensitivity":
+        found["select"] = _selecting(work)
     found |= {"train": _train(work), "eval": _eval(work), "save": _save(work), "export": _export(work)}
     return _with_kept_heap(work, found) if work.on_cpu else found
+
+
+def selection(work: Workload) -> PhaseMemory:
+    """The phase ``select`` alone; searches ask for it often."""
+    found = {"select": _selecting(work)}
+    return (_with_kept_heap(work, found) if work.on_cpu else found)["select"]
+
+
+def _selecting(work: Workload) -> PhaseMemory:
+    """Masks are picked, ranks are measured before that, or both: the larger of the two."""
+    found = [_select(work)] if work.allocation.nnz_total else []
+    if work.rank_by == "sensitivity":
+        found.append(_measure(work))
+    return max(found, key=lambda memory: memory.device_total + memory.host_total)
 
 
 def _with_kept_heap(work: Workload, found: dict[str, PhaseMemory]) -> dict[str, PhaseMemory]:
@@ -149,23 +160,45 @@ def _select(work: Workload) -> PhaseMemory:
     starts = []
     if work.sparse_init == "residual" and work.has_original:
         starts = [Moment("reading where values start", lasting, {"scores": dense})]
-    if work.mask_score == "random":
+    score = work.score
+    if score.rank is None:
         return _peak(work, [Moment("drawing positions", lasting), *starts], host, disk)
-    top_k = parts.top_k_bytes(work.allocation)
-    if work.mask_score == "residual":
-        return _peak(work, [Moment("reading an error", lasting, {"scores": max(dense, top_k)})], host, disk)
+    if not score.reads_gradients:
+        return _peak(work, [*_picking(work, lasting), *starts], host, disk)
+    if work.mask_scope == "global":
+        host["candidates"] = 3 * 12 * work.allocation.nnz_total
+    if work.mask_candidates:
+        return _peak(work, [*_streaming(work, lasting), *starts], host, disk)
     sizes = parts.observed(work.allocation, work.mask_scope)
     sample, moments = micro_batch(work, work.length, 1), starts
     for group in parts.statistic_groups(work.allocation, work.mask_scope, work.mask_group_bytes):
         lasting = lasting | {"mask_statistics": parts.statistic_bytes(sizes, group)}
         layers = work.shape.dims.layers - min(x.layer for x in work.allocation.linears if x.path in group)
         moments += backward_moments(work, sample, lasting, 0, layers)
-    moments.append(Moment("picking positions", lasting, {"top_k": top_k}))
-    if work.mask_score == "repair":
-        moments.append(Moment("reading an error", lasting, {"scores": dense}))
-    if work.mask_scope == "global":
-        host["candidates"] = 3 * 12 * work.allocation.nnz_total
+    moments += _picking(work, lasting)
     return _peak(work, moments, host, disk)
+
+
+def _streaming(work: Workload, lasting: Components) -> list[Moment]:
+    """One pass through all layers. A gradient is looked at before the layer's own backward: beside dY, bf16 [T, d]."""
+    lasting = lasting | {"mask_statistics": parts.candidate_bytes(work)}
+    looking = parts.looking_bytes(work) + HALF * work.length * work.shape.dims.hidden
+    moments = _picking(work, lasting)
+    for moment in backward_moments(work, micro_batch(work, work.length, 1), lasting, 0, work.shape.dims.layers):
+        passing = moment.passing
+        if "layer" in moment.name:
+            passing = passing | {"workspace": max(looking, passing["workspace"])}
+        moments.append(replace(moment, passing=passing))
+    return moments
+
+
+def _picking(work: Workload, lasting: Components) -> list[Moment]:
+    """A matrix's statistic, its quantisation error, or both become scores, and the best of them are picked."""
+    scores = FULL * work.score.scratch * parts.largest(work.shape.linears)
+    moments = [Moment("picking positions", lasting, {"scores": scores, "top_k": parts.top_k_bytes(work.allocation)})]
+    if work.score.reads_error:
+        moments.append(Moment("reading an error", lasting, {"scores": parts.error_bytes(work.shape)}))
+    return moments
 
 
 def _measure(work: Workload) -> PhaseMemory:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 from qrosa.adapters.budget import Allocation
 from qrosa.data.length import row_length
+from qrosa.masks.scores import MASK_SCORES
+from qrosa.masks.sizes import LEAST_CANDIDATES
 from qrosa.planner.request import Request
 from qrosa.planner.workload import Workload
 from qrosa.quantities import parse_offload
@@ -90,6 +92,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
     seq_len = row_length(request.data.seq_len, dims.max_positions)
     length = min(seq_len, request.rows.longest or seq_len)
     fixed = train.micro_batch != "auto"
+    score = MASK_SCORES[request.masks.mask_score]
     return Workload(
         shape=request.shape,
         allocation=allocation,
@@ -113,6 +116,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         row_tokens=request.rows.tokens,
         zero=request.zero,
         processes=request.processes,
+        mask_candidates=LEAST_CANDIDATES if request.masks.mask_selection == "stream" and score.reads_gradients else 0,
     )
 
 

@@ -3,7 +3,7 @@
 ``candidates`` lists the settings in the order in which the levers usually pay. On a CPU the first that fits is taken.
 On a card the estimated time of a step (``estimate``) decides between those that fit, say between recomputation with a
 busy micro-batch and a smaller one without; the order decides where estimates are too close to tell. Mask statistics
-take most of what memory is left in their own phase: fewer bytes mean more passes, not other masks.
+take what memory is left in their own phase: all of it exactly in one pass, or else as many streamed candidates as fit.
 
 Checking a candidate is arithmetic, so all of them together cost milliseconds.
 """
@@ -11,16 +11,19 @@ Checking a candidate is arithmetic, so all of them together cost milliseconds.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from qrosa.adapters.budget import Allocation, allocate
+from qrosa.masks.passes import STATISTIC_BYTES
+from qrosa.masks.sizes import CANDIDATE_FACTOR, LEAST_CANDIDATES, MOST_CANDIDATES
 from qrosa.planner.bytes import components as parts
-from qrosa.planner.bytes.phases import phases
+from qrosa.planner.bytes.phases import phases, selection
 from qrosa.planner.cards import LARGEST, Machines, smallest_card
 from qrosa.planner.plan import Choice, Plan, Timed
 from qrosa.planner.request import Request
 from qrosa.planner.search.candidates import candidates
 from qrosa.planner.time.estimate import estimate
-from qrosa.planner.workload import GRADIENT_SCORES, Workload
+from qrosa.planner.workload import Workload
 from qrosa.quantities import parse_size
 
 EVAL_TOKENS = 4096
@@ -90,33 +93,84 @@ def _bare(request: Request, candidate: Workload) -> Plan:
 def _made(request: Request, candidate: Workload, choice: Choice | None = None) -> Plan:
     """The plan of a candidate: what depends on the memory that is left is filled in."""
     work = _with_resident_blocks(candidate, request)
-    work = _with_eval_tokens(_with_group_bytes(work, request), request)
+    work = _with_eval_tokens(_with_selection(work, request), request)
     return Plan(request, work, work.allocation, phases(work), choice)
 
 
 def _with_resident_blocks(work: Workload, request: Request) -> Workload:
-    """Keep as many decoder blocks of a streamed base on the device as there is room for."""
+    """Keep as many decoder blocks of a streamed base on the device as there is room for, selection provided for."""
     if not work.streamed:
         return work
-    memory = phases(dataclasses.replace(work, mask_group_bytes=0))
+    selecting = _streaming(work, request, most=CANDIDATE_FACTOR) if _may_stream(work, request) else work
+    memory = phases(dataclasses.replace(selecting, mask_group_bytes=0))
     room = request.cap - max(phase.device_total for phase in memory.values())
     blocks = max(0, min(room // parts.block_bytes(work.shape), work.shape.dims.layers))
     return dataclasses.replace(work, resident_blocks=int(blocks))
 
 
-def _with_group_bytes(work: Workload, request: Request) -> Workload:
-    """Give mask statistics the memory that their phase leaves, within ``--mask-memory``, at least one matrix."""
-    if not work.allocation.nnz_total or work.mask_score not in GRADIENT_SCORES:
+def _with_selection(work: Workload, request: Request) -> Workload:
+    """How mask statistics are collected: exactly if one pass does, streamed if there is room, else in more passes."""
+    if not work.selects_by_gradients:
         return work
+    exact = _with_group_bytes(work, request)
     sizes = parts.observed(work.allocation, work.mask_scope)
-    least, most = (4 * function(sizes.values()) for function in (max, sum))
-    alone = dataclasses.replace(work, mask_group_bytes=least)
-    memory = phases(alone)["select"]
-    taken = memory.device_total - memory.device.get("mask_statistics", 0) + (memory.host_total if work.on_cpu else 0)
-    room = int(STATISTICS_SHARE * (request.cap - taken))
+    one_pass = STATISTIC_BYTES * sum(sizes.values()) <= exact.mask_group_bytes
+    if not _may_stream(work, request) or (one_pass and request.masks.mask_selection is None):
+        return exact
+    streamed = _streaming(work, request, most=MOST_CANDIDATES)
+    return streamed if streamed.mask_candidates else exact
+
+
+def _may_stream(work: Workload, request: Request) -> bool:
+    return work.selects_by_gradients and request.masks.mask_selection != "exact"
+
+
+def _streaming(work: Workload, request: Request, most: int) -> Workload:
+    """Streamed statistics with as many candidates as there is room for, up to ``most`` for each position of the mask.
+
+    Unchanged where not even the fewest fit, which settings that are asked to stream already have.
+    """
+    memory = request.masks.mask_memory
+    bound = request.cap if memory is None else parse_size(memory, "--mask-memory")
+
+    def fits(factor: int) -> bool:
+        sized = dataclasses.replace(work, mask_candidates=factor)
+        wanted = parts.candidate_bytes(sized)
+        return wanted <= min(bound, STATISTICS_SHARE * (request.cap - _beside_statistics(sized)))
+
+    below = LEAST_CANDIDATES - 1
+    found = most if fits(most) else below + last(lambda factor: fits(below + factor), most - below)
+    return dataclasses.replace(work, mask_candidates=found) if found > below else work
+
+
+def _beside_statistics(work: Workload) -> int:
+    """Bytes of selection without its statistics, of the memory that is capped."""
+    memory = selection(work)
+    taken = memory.device_total + (memory.host_total if work.on_cpu else 0)
+    return taken - memory.device.get("mask_statistics", 0)
+
+
+def last(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` that fits, 0 where 1 does not; doubling first, since small ones are cheap."""
+    high = 1
+    while high <= most and fits(high):
+        high *= 2
+    low, high = high // 2, min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _with_group_bytes(work: Workload, request: Request) -> Workload:
+    """Give exact statistics the memory that their phase leaves, within ``--mask-memory``, at least one matrix."""
+    sizes = parts.observed(work.allocation, work.mask_scope)
+    least, most = (STATISTIC_BYTES * function(sizes.values()) for function in (max, sum))
+    alone = dataclasses.replace(work, mask_candidates=0, mask_group_bytes=least)
+    room = int(STATISTICS_SHARE * (request.cap - _beside_statistics(alone)))
     if request.masks.mask_memory is not None:
         room = min(room, parse_size(request.masks.mask_memory, "--mask-memory"))
-    return dataclasses.replace(work, mask_group_bytes=max(least, min(most, room)))
+    return dataclasses.replace(alone, mask_group_bytes=max(least, min(most, room)))
 
 
 def _with_eval_tokens(work: Workload, request: Request) -> Workload:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from qrosa.adapters.budget import Allocation
 from qrosa.planner.cards import smallest_card
 from qrosa.planner.plan import Plan
 from qrosa.planner.request import Request
-from qrosa.planner.search.solve import least, solve
+from qrosa.planner.search.solve import last, least, solve
 from qrosa.planner.time.estimate import Estimate, estimate
 from qrosa.quantities import parse_offload
 
@@ -108,7 +107,7 @@ def longest_row(request: Request, allocation: Allocation) -> int | None:
         rows = dataclasses.replace(request.rows, longest=None)
         return least(dataclasses.replace(request, data=data, rows=rows), allocation).fits
 
-    steps = _last(fits, -(-limit // LENGTH_STEP))
+    steps = last(fits, -(-limit // LENGTH_STEP))
     return min(steps * LENGTH_STEP, limit) if steps else None
 
 
@@ -119,19 +118,7 @@ def _largest(request: Request, allocation: Allocation, length: int) -> int | Non
         train = dataclasses.replace(request.train, micro_batch=str(rows), batch_size=rows)
         return least(dataclasses.replace(request, train=train), allocation).fits
 
-    return _last(fits, max(1, _MOST_TOKENS // length)) or None
-
-
-def _last(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` that fits, 0 where 1 does not; doubling first, since small ones are cheap."""
-    high = 1
-    while high <= most and fits(high):
-        high *= 2
-    low, high = high // 2, min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return last(fits, max(1, _MOST_TOKENS // length)) or None
 
 
 def _estimate(request: Request, allocation: Allocation) -> Estimate | None:

@@ -22,10 +22,13 @@ from qrosa.planner.workload import Workload
 RECOMPUTE, KEEP = {"checkpointing": True}, {"checkpointing": False}
 OFFLOAD = {"checkpointing": True, "offload_activations": True}
 STREAM = {"checkpointing": True, "resident_blocks": 1}
+CANDIDATES = {"mask_candidates": 16}
 CASES = [
     ("Llama-3.1-8B", 2048, RECOMPUTE),
     ("Llama-3.1-8B", 512, OFFLOAD),
     ("Llama-3.1-8B", 2048, STREAM),
+    ("Llama-3.1-8B", 2048, RECOMPUTE | CANDIDATES),
+    ("Qwen3-8B", 512, KEEP | CANDIDATES | {"mask_scope": "global", "mask_score": "curvature"}),
     ("Mistral-7B", 8192, KEEP),
     ("Mistral-7B", 512, RECOMPUTE | {"rows": 4}),
     ("Mistral-Nemo-12B", 2048, RECOMPUTE),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.real_models import MODELS
+from bench.real_models import LARGE, MODELS
 from qrosa.base.shape import from_config
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
 from qrosa.errors import DoesNotFitError, InputError
@@ -23,7 +23,7 @@ from qrosa.planner.show import document, memory_table, verdict
 from tests.plans import made, plan
 
 GB = 2**30
-SHAPES = {name: from_config(name, model.config) for name, model in MODELS.items()}
+SHAPES = {name: from_config(name, model.config) for name, model in (MODELS | LARGE).items()}
 SMOL = from_config(
     "smol",
     {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -122,7 +122,7 @@ def test_levers_are_pulled_in_the_order_that_they_cost() -> None:
 
 def test_a_larger_card_keeps_more_of_a_streamed_base() -> None:
     llama = SHAPES["Llama-3.1-8B"]
-    made_for = [made(llama, cap * GB, offload="activations,base", micro_batch="1") for cap in (4, 5, 6, 24)]
+    made_for = [made(llama, cap * GB, offload="activations,base", micro_batch="1") for cap in (4, 6, 8, 24)]
     resident = [found.work.resident_blocks for found in made_for]
     assert resident == sorted(resident) and resident[0] < resident[1] < resident[2] and resident[3] == 32
     assert all(found.fits for found in made_for)
@@ -145,11 +145,38 @@ def test_the_cpu_offloads_only_when_asked() -> None:
 
 
 def test_mask_groups_take_what_is_left_and_no_more_than_asked() -> None:
-    small, large = (made(SHAPES["Llama-3.1-8B"], size * GB) for size in (8, 80))
+    exact = {"mask_selection": "exact"}
+    small, large = (made(SHAPES["Llama-3.1-8B"], size * GB, **exact) for size in (8, 80))
     assert small.mask_passes > large.mask_passes == 1
-    asked = made(SHAPES["Llama-3.1-8B"], 80 * GB, mask_memory="1GB")
-    assert asked.work.mask_group_bytes == GB
+    asked = made(SHAPES["Llama-3.1-8B"], 80 * GB, mask_memory="1GB", **exact)
+    assert asked.work.mask_group_bytes == GB and asked.mask_passes > 1
     assert made(SHAPES["Llama-3.1-8B"], mask_score="random").mask_passes == 0
+
+
+@pytest.mark.parametrize("scope", ["matrix", "global"])
+@pytest.mark.parametrize(("name", "size"), [("Llama-3.1-8B", 8), ("Llama-3.1-8B", 24), ("Llama-3.1-70B", 24)])
+def test_masks_are_selected_in_one_pass(name: str, size: int, scope: str) -> None:
+    found = made(SHAPES[name], size * GB, mask_scope=scope)
+    assert found.fits and found.mask_passes == 1
+    assert found.settings["mask_selection"] == "stream" and 4 <= found.settings["mask_candidates"] <= 32
+    assert "exact statistics take" in reasons(found)["mask_selection"]
+
+
+def test_candidates_take_what_is_left_and_no_more_than_asked() -> None:
+    few, many = (made(SHAPES["Llama-3.1-8B"], size * GB) for size in (8, 12))
+    assert 4 <= few.work.mask_candidates < many.work.mask_candidates <= 32
+    bound = made(SHAPES["Llama-3.1-8B"], 12 * GB, mask_memory="1GB")
+    assert 0 < bound.phases["select"].device["mask_statistics"] <= GB
+    assert bound.work.mask_candidates < many.work.mask_candidates
+    assert made(SHAPES["Llama-3.1-8B"], 12 * GB, mask_memory="256MB").mask_selection == "exact"
+
+
+def test_the_way_that_is_asked_for_is_planned() -> None:
+    assert made(SHAPES["Llama-3.1-8B"], 80 * GB).mask_selection == "exact"
+    streamed = made(SHAPES["Llama-3.1-8B"], 80 * GB, mask_selection="stream")
+    assert streamed.mask_selection == "stream" and streamed.mask_passes == 1
+    assert streamed.phases["select"].device_total < made(SHAPES["Llama-3.1-8B"], 80 * GB).phases["select"].device_total
+    assert made(SHAPES["Llama-3.1-8B"], mask_selection="stream", mask_score="random").mask_selection is None
 
 
 def test_the_cpu_counts_the_whole_process() -> None:

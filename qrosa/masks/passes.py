@@ -14,7 +14,6 @@ from qrosa.errors import DoesNotFitError
 from qrosa.quantities import bytes_text
 
 STATISTIC_BYTES = 4
-GRAM_TILE = 256  # tokens a tile of qrosa.masks.sensitivity
 
 
 def group_matrices(sizes: Mapping[str, int], limit: int | None = None) -> list[list[str]]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrosa.errors import DoesNotFitError
-from qrosa.masks.groups import group_matrices
+from qrosa.masks.passes import group_matrices
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(50, 400))

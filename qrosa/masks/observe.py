@@ -1,10 +1,10 @@
-"""Seeing each matrix's gradient: what dY^T @ X was, or its square, sample by sample, for the statistic of a mask.
+"""Seeing each matrix's gradient: dY and X of every call of a layer, handed on in backward, sample by sample.
 
 The gradient of a weight [N, K] that is frozen and packed exists nowhere, so it is formed on the side. A forward hook
 sends the layer's output through ``Observe``, which is the identity, keeps X (the tensor that the layer itself is
-given, so no memory is added) and in backward hands dY and X on, to add dY^T @ X to the statistic. The design not taken,
-hooks on full backward, sees dY but has to hold X by itself, and breaks under checkpointing, where the hook would keep
-the tensors that checkpointing is there to drop; saved through autograd, X is recomputed with everything else.
+given, so no memory is added) and in backward hands dY and X on, for whoever wants something of dY^T @ X. The design not
+taken, hooks on full backward, sees dY but has to hold X by itself, and breaks under checkpointing, where the hook would
+keep the tensors that checkpointing is there to drop; saved through autograd, X is recomputed with everything else.
 
 Gradients must reach the layers even though nothing in the model is trained. Each ``Observe`` also takes an *anchor*,
 a scalar that requires grad: that alone puts the layer's output into the graph. The graph therefore begins at the
@@ -13,6 +13,7 @@ first observed layer, and backward stops there: what lies below a group of layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qrosa import ops
+from qrosa.errors import TrainingError
+from qrosa.masks.selection_rows import Sample, SampleLoss, quiet, sample_loss
+
+Advance = Callable[[int, int], None]
+"""Called with (what is done, what there is to do)."""
 
 Receiver = Callable[[Tensor, Tensor], None]
 """Takes dY [T, N] and X [T, K] of one call of a layer."""
@@ -57,29 +62,7 @@ class Observe(torch.autograd.Function):
 
 
 @contextmanager
-def observe(modules: Mapping[str, nn.Module], statistics: Mapping[str, Tensor], square: bool) -> Iterator[Tensor]:
-    """While inside, every backward pass adds to the statistics of the given linear layers.
-
-    The gradient that is squared is that of one call of the layer: with one sample a forward pass, of one sample.
-
-    Args:
-        modules: Path -> linear layer [..., K] -> [..., N].
-        statistics: Path -> fp32 [N, K], on the layer's device.
-        square: Add squared gradients, or plain ones.
-
-    Yields:
-        The anchor, see ``observe_with``.
-    """
-
-    def adding(statistic: Tensor) -> Receiver:
-        return lambda dy, x: ops.score_accumulate(dy, x, statistic, square)
-
-    with observe_with(modules, {path: adding(statistics[path]) for path in modules}) as anchor:
-        yield anchor
-
-
-@contextmanager
-def observe_with(modules: Mapping[str, nn.Module], receivers: Mapping[str, Receiver]) -> Iterator[Tensor]:
+def observe(modules: Mapping[str, nn.Module], receivers: Mapping[str, Receiver]) -> Iterator[Tensor]:
     """While inside, every backward pass hands each given layer's dY and X to its receiver.
 
     Yields:
@@ -97,3 +80,36 @@ def observe_with(modules: Mapping[str, nn.Module], receivers: Mapping[str, Recei
     finally:
         for handle in handles:
             handle.remove()
+
+
+def run_backward(
+    model: nn.Module,
+    rows: list[Sample],
+    anchor: Tensor,
+    loss: SampleLoss = sample_loss,
+    done: Callable[[int], None] | None = None,
+) -> None:
+    """One forward and backward pass a sample, without dropout, for whoever observes layers under ``anchor``.
+
+    Args:
+        model: The whole model.
+        rows: Samples with at least one supervised token.
+        anchor: What ``observe`` yielded.
+        loss: Mean loss of one sample.
+        done: Called with the number of samples done after each.
+
+    Raises:
+        TrainingError: A sample's loss is not finite.
+    """
+    with quiet(model), torch.enable_grad():
+        for number, sample in enumerate(rows, 1):
+            value = loss(model, sample)
+            if not math.isfinite(float(value.detach())):
+                raise TrainingError(
+                    f"the loss of selection row {number} is {float(value.detach())}",
+                    "lower the learning rate if this came after warm-up, else check the base",
+                )
+            torch.autograd.grad(value, anchor, allow_unused=True)
+            del value
+            if done:
+                done(number)

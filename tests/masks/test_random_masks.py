@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrosa.masks.draw import draw_distinct, random_positions
+from qrosa.masks.random_masks import draw_distinct, random_positions
 
 
 @given(st.integers(1, 300), st.floats(0, 1), st.integers(0, 50))
