@@ -29,14 +29,11 @@ from qrosa.base.saving import SavesAdapter
 from qrosa.base.speech import Speech
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
-from qrosa.sparse.store import ADAPTER_FILE, CONFIG_FILE, read_adapter, read_adapter_config, write_adapter
+from qrosa.sparse.store import ADAPTER_FILE, BESIDE, CONFIG_FILE, read_adapter, read_adapter_config, write_adapter
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-_BESIDE = ".."  # an adapter in its base's folder names it so
 
 
 def attach_adapter(
@@ -97,7 +94,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, beside_base: bool = Fa
         raise InputError("the model has no adapter to save", "load it with an AdapterConfig, or fine-tune it first")
     config = adapter_config(model)
     if beside_base:
-        config["base"]["source"] = _BESIDE
+        config["base"]["source"] = BESIDE
     write_adapter(folder, state, config)
 
 
@@ -179,8 +176,7 @@ def is_run_or_adapter(source: str | Path) -> bool:
 
 def base_source(folder: str | Path) -> str:
     """The base that an adapter names: an absolute path or a hub id."""
-    source = str(read_adapter_config(folder)["base"].get("source", ""))
-    return str(Path(folder).resolve().parent) if source == _BESIDE else source
+    return str(read_adapter_config(folder)["base"].get("source", ""))
 
 
 def load_run_or_model(

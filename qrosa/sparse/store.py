@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ADAPTER_FILE = "adapter.safetensors"
 CONFIG_FILE = "adapter_config.json"
 FORMAT = "qrosa-adapter"
+BESIDE = ".."  # how an adapter in its base's own folder names the base: the two are moved together
 VERSION = 2
 _SEAL = "sha256"  # of the config without this key and without the base's source
 _COPY_AGAIN = "copy the adapter folder again"
@@ -62,7 +63,7 @@ def _seal(document: Mapping[str, Any]) -> str:
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
-    """Read an adapter's config alone.
+    """Read an adapter's config alone; a base that the folder lies in is named by its path of today.
 
     Raises:
         InputError: There is no adapter in ``folder``, or it was made by something else or by a newer version.
@@ -86,6 +87,8 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         raise StorageError(f"{path} is not what was written", _COPY_AGAIN)
     for module, entry in config["modules"].items():
         _check_module(path, module, entry)
+    if config["base"].get("source") == BESIDE:
+        config["base"]["source"] = str(path.resolve().parent.parent)
     return config
 
 

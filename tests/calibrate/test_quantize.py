@@ -67,7 +67,7 @@ def test_the_folder_is_used_like_a_run(made: tuple[Path, dict[str, Any]]) -> Non
     model, _, adapter = load_run_or_model(str(folder))
     assert adapter == folder / "adapter"
     layers = quantized_linears(model).values()
-    assert all(layer.rank == 2 and layer.scale == 1 for layer in layers)
+    assert all(layer.rank == 2 and layer.low_rank.scale == 1 for layer in layers)
     size = sum(layer.in_features * layer.out_features for layer in layers)
     assert sum(layer.nnz for layer in layers) == pytest.approx(0.02 * size, abs=14)
 

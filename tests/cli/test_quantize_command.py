@@ -51,3 +51,15 @@ def test_refuses(flags: tuple[str, ...], message: str, tiny_model_dir: Any, tmp_
     done = run("--model", str(tiny_model_dir()), "--output", str(tmp_path / "base"), *flags)
     assert done.exit_code == 2 and message in done.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_evaluated_and_exported_like_a_run(tiny_model_dir: Any, calibration: str, tmp_path: Path) -> None:
+    flags = ("--density", "2%", "--rank", "1", "--calibration", calibration, "--rows", "4", "--seq-len", "32")
+    base, merged = str(tmp_path / "base"), tmp_path / "merged"
+    assert run("--model", str(tiny_model_dir()), "--output", base, *flags).exit_code == 0
+    scored = CliRunner().invoke(cli, ["eval", base, "--data", calibration, "--train-on", "all", "--json"])
+    assert scored.exit_code == 0, scored.output
+    exported = CliRunner().invoke(cli, ["export", base, "--output", str(merged)])
+    assert exported.exit_code == 0, exported.output
+    again = CliRunner().invoke(cli, ["eval", str(merged), "--data", calibration, "--train-on", "all", "--json"])
+    assert json.loads(again.stdout)["loss"] == pytest.approx(json.loads(scored.stdout)["loss"], rel=0.05)
