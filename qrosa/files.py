@@ -76,6 +76,12 @@ def read_safetensors_header(path: str | Path) -> tuple[Header, int]:
 
 
 def _check_entry(path: str | Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    kind = entry.get("dtype") if isinstance(entry, dict) else None
+    if isinstance(kind, str) and kind.isascii() and kind.isupper() and kind not in DTYPE_BYTES:
+        raise InputError(
+            f"{path} stores {str(name)[:80]!r} as {kind[:20]}, which is not supported",
+            "use a checkpoint in bf16, fp16 or fp32",
+        )
     try:
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(number) is int and number >= 0 for number in (*shape, first, last))

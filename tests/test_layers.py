@@ -173,6 +173,24 @@ def test_only_one_file_imports_deepspeed() -> None:
     assert importers <= {"optim/zero/engine.py"}
 
 
+def test_no_code_of_a_model_folder_is_trusted() -> None:
+    """transformers asks on the terminal whether to run a folder's code, unless it is told not to."""
+    wrong = []
+    for path in FILES:
+        for node in ast.walk(_tree(path)):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            called = node.func
+            if not isinstance(called.value, ast.Name):
+                continue
+            loads = called.attr in ("from_pretrained", "from_config") and called.value.id.startswith("Auto")
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            told = given.get("trust_remote_code")
+            if loads and not (isinstance(told, ast.Constant) and told.value is False):
+                wrong.append(f"{path}:{node.lineno}: {called.value.id}.{called.attr}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_nothing_unpickles() -> None:
     wrong = []
     for path in FILES:

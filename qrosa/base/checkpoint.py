@@ -116,9 +116,11 @@ def quantisation(config: ModelConfig, source: str) -> str:
         return "dense"
     settings = settings if isinstance(settings, Mapping) else {}
     method = settings.get("quant_method", "an unknown method")
-    if method == "bitsandbytes" and settings.get("load_in_4bit", settings.get("_load_in_4bit")):
+    four_bits = settings.get("load_in_4bit", settings.get("_load_in_4bit"))
+    kind = settings.get("bnb_4bit_quant_type", "nf4")
+    if method == "bitsandbytes" and four_bits and kind == "nf4":
         return "nf4"
-    words = f"{method} to 8 bits" if method == "bitsandbytes" else str(method)
+    words = f"{method} to {kind if four_bits else '8 bits'}" if method == "bitsandbytes" else str(method)
     raise InputError(f"{source} is quantised with {words}, which cannot be a base", _16_BIT_HINT)
 
 

@@ -78,6 +78,8 @@ def model_config(config: Mapping[str, Any], source: str) -> ModelConfig:
         InputError: Not a model that predicts tokens from left to right.
     """
     _refuse_headless(config, source)
+    for part in (config, config.get("text_config")):
+        _refuse_two_sided(part if isinstance(part, Mapping) else {}, source)
     whole = without_code(config)
     notes = []
     if _names_code(config):
@@ -130,6 +132,19 @@ def _plain_rotation(rotation: Mapping[str, Any]) -> dict[str, Any] | None:
         if plain.get(key) == "mrope":
             plain[key] = "default"
     return plain if plain.keys() - {"type"} else None
+
+
+def _refuse_two_sided(part: Mapping[str, Any], source: str) -> None:
+    """Refuse a decoder's class that was trained to read to both sides, as embedding models are.
+
+    Raises:
+        InputError: The config says so.
+    """
+    if part.get("use_bidirectional_attention") is True or part.get("is_causal") is False:
+        raise InputError(
+            f"{source} is an encoder, which reads to both sides ({part.get('model_type')}), not a decoder",
+            "use a decoder-only model such as Llama, Mistral, Qwen, Gemma or Phi-3",
+        )
 
 
 def _refuse_headless(config: Mapping[str, Any], source: str) -> None:

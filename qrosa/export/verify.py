@@ -159,7 +159,7 @@ def _load_plain(folder: str | Path, device: torch.device | str) -> nn.Module:
     bars_shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype="auto")
     finally:
         if bars_shown:
             logging.enable_progress_bar()

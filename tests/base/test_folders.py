@@ -240,10 +240,17 @@ def _headless(architecture: str) -> Callable[[Path], None]:
     )
 
 
+def _as_dtype(folder: Path, kind: str) -> None:
+    """Another dtype of as many letters as the header leaves room for."""
+    path = folder / SINGLE
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"BF16"', f'"dtype":"{kind}"  '.encode(), 1))
+
+
 FP8 = {"model.layers.0.mlp.up_proj.weight"}
 # name -> (family, its settings, what is done to the folder, what is said)
 REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[Path], None], str]] = {
     "an encoder": ("bert", {}, lambda folder: None, "an encoder"),
+    "a decoder that reads to both sides": ("gemma3_text", {}, config(use_bidirectional_attention=True), "both sides"),
     "an encoder-decoder": ("llama", {}, config(model_type="t5", is_encoder_decoder=True), "encoder-decoder"),
     "a classifier": ("llama", {}, _headless("LlamaForSequenceClassification"), "predicts the next token"),
     "a reward model": ("llama", {}, _headless("LlamaModel"), "it holds score.weight instead"),
@@ -254,6 +261,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[Path], None], str]] = {
         quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), "8 bits"),
     "gptq": ("llama", {}, config(quantization_config={"quant_method": "gptq"}), "gptq"),
     "fp4": ("llama", {}, in_nf4(kind="fp4"), "quantised to fp4"),
+    "fp4 by the config": ("llama", {}, config(quantization_config={
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}), "bitsandbytes to fp4"),
+    "a dtype of fewer than 8 bits": ("llama", {}, lambda folder: _as_dtype(folder, "F4"), "stores .* as F4"),
     "16 bits under a 4-bit config": ("llama", {}, config(
         quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}), "not quantised"),
     "an index outside its folder": ("llama", {}, several(
