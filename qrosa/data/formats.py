@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -93,7 +94,7 @@ class RawRow:
     fields: Mapping[str, Any]
     where: str = "row"
 
-    @property
+    @cached_property
     def kind(self) -> str:
         """The row's kind, a key of :data:`~qrosa.data.columns.KINDS`.
 

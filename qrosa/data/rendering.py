@@ -12,6 +12,7 @@ tokens tomorrow, or a run could not be resumed.
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 import threading
@@ -69,6 +70,7 @@ class Renderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._sources: dict[bool, str] = {}
 
     def names(self, tools: list[Any] | None = None) -> frozenset[str]:
         """Every variable, attribute, key and text that the template's code mentions."""
@@ -80,13 +82,17 @@ class Renderer:
         Raises:
             InputError: There are several, none of them the default; or it cannot be run within bounds.
         """
+        known = self._sources.get(tools is not None)
+        if known is not None:
+            return known
         try:
             source = self._tokenizer.get_chat_template(None, tools)
         except ValueError:
             message = "the model's tokenizer has several chat templates, none of them the default"
             raise InputError(message, "name one of them 'default', or give a template with --chat-template") from None
         _names(source)  # before it is compiled: compiling computes what is constant
-        return _FIXED_DATE + source if "strftime_now" in source else source
+        whole = _FIXED_DATE + source if "strftime_now" in source else source
+        return self._sources.setdefault(tools is not None, whole)
 
     def render(self, messages: list[Message], tools: list[Any] | None, where: str, ask: bool = False) -> str:
         """The text of a conversation; with ``ask``, what asks for the next answer goes behind it.
@@ -222,8 +228,7 @@ def _time_limit() -> Iterator[None]:
 @contextmanager
 def _memory_limit() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + EXTRA_BYTES
+    limit = _address_space() + EXTRA_BYTES
     if soft != resource.RLIM_INFINITY and soft <= limit:
         yield
         return
@@ -234,9 +239,20 @@ def _memory_limit() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+def _address_space() -> int:
+    """Bytes of this process's address space, read without a file object: this runs twice a row."""
+    file = os.open("/proc/self/statm", os.O_RDONLY)
+    try:
+        return int(os.read(file, 64).split()[0]) * resource.getpagesize()
+    finally:
+        os.close(file)
+
+
 def _not_too_long(text: str, messages: list[Message], where: str) -> str:
+    if len(text) <= _LEAST_CHARACTERS:
+        return text
     given = sum(len(str(message)) for message in messages)
-    if len(text) > max(_LEAST_CHARACTERS, MOST_CHARACTERS * given):
+    if len(text) > MOST_CHARACTERS * given:
         message = f"{where}: the chat template writes {len(text):,} characters for a row of {given:,}"
         raise InputError(message, "the template may be broken or hostile: give another with --chat-template")
     return text

@@ -198,10 +198,10 @@ def _record(row: EncodedRow) -> bytes:
 
 def _ranges(labels: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Starts and ends, in turn, of the runs that carry loss."""
-    learnt = labels != IGNORE
-    assert bool((labels[learnt] == ids[learnt]).all()), "labels are the tokens themselves, or -100"
-    edges = np.flatnonzero(np.diff(learnt.astype(np.int8), prepend=0, append=0))
-    return edges.astype("<i4")
+    learnt = np.zeros(len(labels) + 2, dtype=bool)
+    learnt[1:-1] = labels != IGNORE
+    assert bool((labels == ids)[learnt[1:-1]].all()), "labels are the tokens themselves, or -100"
+    return np.flatnonzero(learnt[1:] != learnt[:-1]).astype("<i4")
 
 
 def _row(record: np.ndarray) -> EncodedRow:
