@@ -11,6 +11,7 @@ import pytest
 from bench.real_models import HUB
 from qrosa.base.shape import ModelShape, from_config
 from qrosa.config import make_run_config, read_yaml
+from qrosa.planner.cards import CARDS, DESKTOP
 from qrosa.quantities import parse_size
 from tests.plans import plan
 
@@ -33,6 +34,14 @@ def test_the_first_line_is_the_command_that_runs_it(path: Path) -> None:
     assert set(flags) == {"--data", "--output"}
     config = make_run_config(read_yaml(path) | {"data": flags["--data"], "output": flags["--output"]})
     assert config.model in HUB
+
+
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem.endswith("gb")], ids=lambda path: path.stem)
+def test_a_recipe_fits_every_card_that_it_is_named_for(path: Path) -> None:
+    """With what the driver keeps of the card, and with a desktop running."""
+    sold = int(path.stem.rpartition("-")[2].removesuffix("gb"))
+    smallest = min(card.memory for card in CARDS.values() if card.memory_gb == sold)
+    assert parse_size(str(read_yaml(path)["vram"]), "--vram") <= smallest - DESKTOP
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -21,7 +21,8 @@ from qrosa.quantities import optimizer_parts, parse_offload
 if TYPE_CHECKING:
     pass
 
-_OVERHEAD = ("cuda_context", "allocator_slack")  # what torch's own count of allocated bytes does not see
+_BESIDE = ("cuda_context", "nccl")  # what is not torch's
+_OVERHEAD = (*_BESIDE, "allocator_slack")  # what torch's own count of allocated bytes does not see
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ class Plan:
         }
 
     @property
+    def beside(self) -> int:
+        """Bytes of a card that the process takes and torch's allocator does not."""
+        return max(sum(memory.device.get(name, 0) for name in _BESIDE) for memory in self.phases.values())
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What training reads: micro-batch, checkpointing, chunks, groups, length."""
         work = self.work
@@ -139,6 +145,7 @@ class Plan:
             "mask_group_bytes": work.mask_group_bytes,
             "mask_passes": self.mask_passes,
             "optimizer": work.optimizer,
+            "deterministic": work.deterministic,
             "deepspeed": work.zero.words if work.zero is not None else None,
         }
 

@@ -10,7 +10,7 @@ from qrosa.config import AdapterConfig, DataConfig, Groups, MaskConfig, TrainCon
 from qrosa.data.length import row_length
 from qrosa.optim.zero.settings import ZeroSettings, zero_settings
 from qrosa.planner.cards import Machines
-from qrosa.planner.hardware import Here
+from qrosa.planner.hardware import UNMEASURED, Here, Overhead
 from qrosa.quantities import parse_size
 
 
@@ -48,6 +48,8 @@ class Request:
         zero: What DeepSpeed is to do, None without it.
         processes: Processes, each with a card of its own, that share a step.
         sharing: Those of them that share a host's memory.
+        pinned_cap: Bytes of host memory that may be pinned, None for no limit of its own.
+        overhead: What a process takes of a card beside tensors.
     """
 
     shape: ModelShape
@@ -63,6 +65,8 @@ class Request:
     zero: ZeroSettings | None = None
     processes: int = 1
     sharing: int = 1
+    pinned_cap: int | None = None
+    overhead: Overhead = UNMEASURED
 
 
 def make_request(
@@ -82,7 +86,7 @@ def make_request(
         groups: The settings.
         here: What this machine has.
         rows: What is known of the rows.
-        vram: Bytes that may be used; default ``train.vram``, else the card's memory, else what the host has free.
+        vram: Bytes that may be used; default ``train.vram``, else what the card has free, else what the host has.
         device: ``cuda`` or ``cpu``; default a card where ``vram`` is given or a card is found.
         machines: What to estimate the time of a step on; its card's memory is the cap where none is set.
 
@@ -111,6 +115,8 @@ def make_request(
         zero_settings(train),
         here.processes if machines is None else machines.cards,
         sharing,
+        here.pinned // sharing if here.pinned is not None and machines is None else None,
+        here.overhead if machines is None else UNMEASURED,
     )
 
 
@@ -127,4 +133,4 @@ def _caps(
         return min((cap for cap in (vram, asked) if cap is not None), default=free), None
     # A card that is not here stands in a host that is not here either.
     known = here.card is not None and not elsewhere
-    return vram or here.card or here.host, asked if asked is not None else free if known else None
+    return vram or here.card_room or here.host, asked if asked is not None else free if known else None

@@ -8,6 +8,7 @@ from qrosa.adapters.budget import Allocation
 from qrosa.base.shape import ModelShape
 from qrosa.masks.scores import MASK_SCORES, MaskScore
 from qrosa.optim.zero.settings import ZeroSettings
+from qrosa.planner.hardware import UNMEASURED, Overhead
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Workload:
         zero: What DeepSpeed does with the optimizer, None without it.
         processes: Cards that share the optimizer.
         mask_candidates: Streamed candidates for each position of the mask; 0 where statistics are exact.
+        deterministic: Kernels give the same bits every time.
+        overhead: What the process takes of a card beside tensors.
     """
 
     shape: ModelShape
@@ -69,6 +72,8 @@ class Workload:
     zero: ZeroSettings | None = None
     processes: int = 1
     mask_candidates: int = 0
+    deterministic: bool = True
+    overhead: Overhead = UNMEASURED
 
     @property
     def streamed(self) -> bool:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from qrosa.base.shape import ModelShape
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.bytes.activations import FULL, HALF, MicroBatch, forward_workspace, rotary_bytes
-from qrosa.planner.bytes.peaks import CUBLAS_WORKSPACE, EVAL_CHUNK
+from qrosa.planner.bytes.peaks import EVAL_CHUNK
+from qrosa.planner.hardware import UNMEASURED
 from qrosa.planner.workload import Workload
 
 FORWARD_TOKENS = 4096  # of a micro-batch in evaluation, and of a conversation
@@ -45,7 +46,7 @@ def beside_base_bytes(shape: ModelShape, adapter: int) -> int:
     layer = forward_workspace(dims, batch, attention, False) + rotary_bytes(dims, batch)
     cache = 2 * HALF * tokens * dims.key_width * dims.layers
     logits = parts.eval_loss_bytes(dims, tokens, EVAL_CHUNK)
-    return parts.unquantised_bytes(shape) + adapter + cache + max(layer, logits) + CUBLAS_WORKSPACE
+    return parts.unquantised_bytes(shape) + adapter + cache + max(layer, logits) + UNMEASURED.workspace
 
 
 def verify_bytes(work: Workload) -> dict[str, int]:

@@ -26,13 +26,14 @@ from qrosa.planner.workload import Workload
 
 MIB = 2**20
 # Estimates, not formulas; everything else here is arithmetic.
-CUDA_CONTEXT = 512 * MIB  # driver context and loaded kernels; 350 to 600 MiB have been seen, by card and driver
-CUBLAS_WORKSPACE = 32 * MIB  # what torch gives cuBLAS on Hopper; 8 MiB elsewhere
-ALLOCATOR_SLACK = 0.03  # of what comes and goes: blocks that are cached, rounded up or split
+NCCL = 512 * MIB  # buffers that several processes, or DeepSpeed alone, talk through: an upper guess, not measured
+# What torch's allocator reserves over its tensors, with expandable segments (bench/replay.py): of what comes and goes,
+# or of all where that is more; and the pages at the ends of its two pools.
+ALLOCATOR_SLACK, ALLOCATOR_SHARE, ALLOCATOR_PAGES = 0.03, 0.02, 100 * MIB
 LIVE_BOUNDARIES = 2  # with activation offload: the one in use, and the one on its way out or back
 EVAL_CHUNK = 256  # positions whose logits exist at once in evaluation
 
-OVERHEAD = ("cuda_context", "cublas_workspace", "allocator_slack")  # components that are no tensors
+OVERHEAD = ("cuda_context", "cublas_workspace", "nccl", "allocator_slack")  # components that are no tensors
 
 Components = dict[str, int]
 
@@ -81,10 +82,27 @@ class Moment:
 
     def components(self, work: Workload) -> Components:
         """All components with the device's own costs; those of 0 bytes are left out."""
-        slack = 0 if work.on_cpu else round(ALLOCATOR_SLACK * sum(self.passing.values()))
-        overhead = {} if work.on_cpu else {"cuda_context": CUDA_CONTEXT, "cublas_workspace": CUBLAS_WORKSPACE}
-        made = {**self.lasting, **self.passing, **overhead, "allocator_slack": slack}
+        tensors = {**self.lasting, **self.passing}
+        made = {**tensors, **_overhead(work), "allocator_slack": 0 if work.on_cpu else self._slack()}
         return {name: size for name, size in made.items() if size}
+
+    def _slack(self) -> int:
+        """What the allocator reserves beside the moment's tensors."""
+        passing = sum(self.passing.values())
+        share = max(ALLOCATOR_SLACK * passing, ALLOCATOR_SHARE * (passing + sum(self.lasting.values())))
+        return round(share) + ALLOCATOR_PAGES
+
+
+def _overhead(work: Workload) -> Components:
+    """What the process takes of a card beside tensors."""
+    if work.on_cpu:
+        return {}
+    talking = work.processes > 1 or work.zero is not None
+    return {
+        "cuda_context": work.overhead.context,
+        "cublas_workspace": work.overhead.workspace,
+        "nccl": NCCL if talking else 0,
+    }
 
 
 def micro_batch(work: Workload, tokens: int, rows: int) -> MicroBatch:

@@ -117,6 +117,8 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         zero=request.zero,
         processes=request.processes,
         mask_candidates=LEAST_CANDIDATES if request.masks.mask_selection == "stream" and score.reads_gradients else 0,
+        deterministic=train.deterministic == "on",
+        overhead=request.overhead,
     )
 
 

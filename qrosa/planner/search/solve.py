@@ -17,6 +17,7 @@ from qrosa.adapters.budget import Allocation, allocate
 from qrosa.masks.passes import STATISTIC_BYTES
 from qrosa.masks.sizes import CANDIDATE_FACTOR, LEAST_CANDIDATES, MOST_CANDIDATES
 from qrosa.planner.bytes import components as parts
+from qrosa.planner.bytes.peaks import ALLOCATOR_SHARE
 from qrosa.planner.bytes.phases import phases, selection
 from qrosa.planner.cards import LARGEST, Machines, smallest_card
 from qrosa.planner.plan import Choice, Plan, Timed
@@ -57,7 +58,7 @@ def _fastest_first(request: Request, allocation: Allocation) -> list[tuple[Workl
     fitting = list(found.values())
     if len(fitting) < 2:
         return [(work, None) for work in fitting]
-    card = request.machines.card if request.machines else smallest_card(request.cap) or LARGEST
+    card = request.machines.card if request.machines else smallest_card(request.cap, as_sold=True) or LARGEST
     batch = request.train.batch_size
     timed = [
         Timed(work, estimate(_with_resident_blocks(work, request), batch, Machines(card)).step_seconds)
@@ -104,7 +105,8 @@ def _with_resident_blocks(work: Workload, request: Request) -> Workload:
     selecting = _streaming(work, request, most=CANDIDATE_FACTOR) if _may_stream(work, request) else work
     memory = phases(dataclasses.replace(selecting, mask_group_bytes=0))
     room = request.cap - max(phase.device_total for phase in memory.values())
-    blocks = max(0, min(room // parts.block_bytes(work.shape), work.shape.dims.layers))
+    each = (1 + ALLOCATOR_SHARE) * parts.block_bytes(work.shape)
+    blocks = max(0, min(room // each, work.shape.dims.layers))
     return dataclasses.replace(work, resident_blocks=int(blocks))
 
 

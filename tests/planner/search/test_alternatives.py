@@ -26,15 +26,15 @@ def test_deepspeed_keeps_its_optimizer(asked: dict[str, Any]) -> None:
 
 
 def test_offload_is_freed_around_the_optimizer() -> None:
-    found = made(LLAMA, 5 * GB, offload="optimizer")
+    found = made(LLAMA, 6 * GB, offload="optimizer")
     ways = {way.setting: way.value for way in alternatives(found)}
     assert not found.fits and ways["offload"] == "auto,optimizer"
-    assert made(LLAMA, 5 * GB, offload=ways["offload"]).fits
+    assert made(LLAMA, 6 * GB, offload=ways["offload"]).fits
 
 
 def test_a_drive_named_after_the_base_stays_what_it_is() -> None:
     drive = "optimizer=nvme:/mnt/base"
-    found = made(LLAMA, 5 * GB, offload=f"activations,base,{drive}", micro_batch="1", host_memory="4GB")
+    found = made(LLAMA, 6 * GB, offload=f"activations,base,{drive}", micro_batch="1", host_memory="4GB")
     ways = [way.value for way in alternatives(found) if way.setting == "offload" and "disk" in way.value]
     assert ways == [f"activations,base=disk:FOLDER,{drive}"]
 
@@ -47,4 +47,4 @@ def test_on_a_cpu_the_cap_that_is_too_small_is_the_one_named() -> None:
 
 
 def test_a_disk_named_after_a_space() -> None:
-    assert made(LLAMA, 5 * GB, offload="activations, base=disk:/x").offload == "activations,base=disk:/x"
+    assert made(LLAMA, 6 * GB, offload="activations, base=disk:/x").offload == "activations,base=disk:/x"

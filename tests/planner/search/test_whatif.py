@@ -98,7 +98,7 @@ def test_exactly_one_row_is_what_the_plan_does() -> None:
 
 
 def test_speeds_come_with_a_card_and_only_where_something_fits() -> None:
-    llama, card = SHAPES["Llama-3.1-8B"], Machines(CARDS["rtx4060"])
+    llama, card = SHAPES["Llama-3.1-8B"], Machines(CARDS["rtx3080"])
     found = plan(llama, AdapterConfig(budget="0.3%"), MaskConfig(), DataConfig(), TrainConfig(), machines=card)
     none, recompute, *_ = what_if(found)
     assert none.largest_micro_batch is None and none.tokens_per_s is None
