@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 Place = Callable[[str, NF4Weight], NF4Weight]
+Stored = Callable[[str, NF4Weight], NF4Weight | None]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def load_base(
     dtype: torch.dtype = torch.bfloat16,
     progress: Progress | None = None,
     place: Place | None = None,
+    stored: Stored | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base in 4 bits.
 
@@ -60,6 +62,8 @@ def load_base(
         dtype: Dtype of what is not quantised (embeddings, norms, head) and of the computation.
         progress: Called with (tensors done, tensors in all).
         place: Takes (module path, packed weight on ``device``) and says where the weight is kept, for a streamed base.
+        stored: Takes (module path, weight on the meta device) and gives the packed weight that an earlier run kept, or
+            None: then it is read, quantised and placed.
 
     Returns:
         A transformers causal language model in eval mode, everything frozen, its decoder's linear layers replaced
@@ -72,7 +76,7 @@ def load_base(
     base_files = open_base(source) if isinstance(source, str) else source
     tokenizer = base_files.tokenizer()
     model = empty_model(base_files.config, dtype)
-    _fill(model, base_files, torch.device(device), dtype, progress, place)
+    _fill(model, base_files, torch.device(device), dtype, progress, place, stored)
     info = BaseInfo(base_files.source, base_files.kind, base_files.fingerprint(), count_parameters(model))
     model.qrosa_base = info  # type: ignore[assignment]
     model.save_pretrained = SavesAdapter(model, None)  # type: ignore[assignment]
@@ -133,12 +137,20 @@ def _fill(
     dtype: torch.dtype,
     progress: Progress | None,
     place: Place | None,
+    stored: Stored | None,
 ) -> None:
     layers = quantized_linears(model)
     dense = [name for name, _ in model.named_parameters()]  # a tied head is listed once, as the embedding
     shared_code: Tensor | None = None
     for done, path in enumerate(layers):
         layer = layers[path]
+        layer.device = device
+        kept = stored(path, layer.weight) if stored else None
+        if progress:
+            progress(done + 1, len(layers) + len(dense))
+        if kept is not None:
+            layer.weight = kept
+            continue
         weight = quantize_weight(base_files, path, device)
         if weight.absmax_code is not None:
             # The 8-bit map is the same 1 KiB table for every layer: keep one.
@@ -146,9 +158,6 @@ def _fill(
             shared_code = shared_code if same else weight.absmax_code
             weight.absmax_code = shared_code
         layer.weight = place(path, weight) if place else weight
-        layer.device = device
-        if progress:
-            progress(done + 1, len(layers) + len(dense))
     for done, name in enumerate(dense):
         set_parameter(model, name, read_dense(base_files, name).to(device, dtype))
         if progress:

@@ -1,4 +1,4 @@
-"""The base as a plan wants it: on the device or streamed from the host; attention, recomputation, the cap.
+"""The base as a plan wants it: on the device or streamed from the host; attention, recomputation.
 
 ``finetune``, ``plan --probe`` and the commands on finished runs all load here, so what a probe measures is what a run
 does, and a run that was trained streamed can be used streamed.
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qrosa.base.load import Progress, load_base
-from qrosa.model.modes import make_deterministic, offload_activations, set_attention, set_checkpointing
-from qrosa.offload.packing import FlatWeight, to_disk, to_host
+from qrosa.model.modes import offload_activations, set_attention, set_checkpointing
+from qrosa.offload.packing import FlatWeight, from_disk, to_disk, to_host
 from qrosa.offload.pool import HostPool
 from qrosa.offload.streaming import BaseStream
 from qrosa.quant.nf4 import NF4Weight
@@ -23,16 +23,6 @@ if TYPE_CHECKING:
 
     from qrosa.base.base_files import BaseFiles
     from qrosa.planner.workload import Workload
-
-
-def hold_to_cap(device: torch.device, cap: int | None) -> None:
-    """On a card: deterministic kernels, and no more of its memory than ``cap`` bytes. Does nothing on the CPU."""
-    if device.type != "cuda":
-        return
-    make_deterministic()
-    if cap is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
 
 
 def load_planned(
@@ -75,19 +65,29 @@ def load_streamed(
         base_files: The base.
         device: Where the model computes.
         resident: Decoder blocks that stay on ``device``.
-        disk: Folder to map the blocks from, None for host memory.
+        disk: Folder that the blocks are kept in, None for host memory; what an earlier run left there is used.
         progress: Called with (tensors done, tensors in all).
     """
     flats: dict[str, FlatWeight] = {}
     pool = HostPool(pinned=device.type == "cuda")
+    folder = None
+    if disk is not None:
+        folder = Path(disk).expanduser() / f"{base_files.fingerprint()[:16]}-{device.type}"
 
-    def keep_on_host(path: str, weight: NF4Weight) -> NF4Weight:
-        if disk is None:
-            flats[path] = to_host(weight, pool)
-        else:
-            flats[path] = to_disk(weight, Path(disk).expanduser() / base_files.fingerprint()[:16], path)
-        return flats[path].weight()
+    def keep(path: str, flat: FlatWeight | None) -> NF4Weight | None:
+        if flat is None:
+            return None
+        flats[path] = flat
+        return flat.weight()
 
-    model, _ = load_base(base_files, device, progress=progress, place=keep_on_host)
+    def place(path: str, weight: NF4Weight) -> NF4Weight:
+        placed = keep(path, to_host(weight, pool) if folder is None else to_disk(weight, folder, path))
+        assert placed is not None
+        return placed
+
+    def stored(path: str, template: NF4Weight) -> NF4Weight | None:
+        return keep(path, from_disk(template, folder, path)) if folder is not None else None
+
+    model, _ = load_base(base_files, device, progress=progress, place=place, stored=stored)
     BaseStream(model, flats, device, resident)  # lives on in the model's hooks
     return model

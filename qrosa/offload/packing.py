@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from qrosa.errors import InputError, StorageError
@@ -23,6 +24,7 @@ from qrosa.offload.pool import HostPool
 from qrosa.quant.nf4 import NF4Weight
 
 ALIGNMENT = 256
+_DATA, _CODE = "data", "absmax_code"  # tensors of a layer's file
 _TENSORS = ("codes", "absmax", "absmax_scale", "absmax_offset")
 
 
@@ -34,11 +36,15 @@ class FlatWeight:
         data: uint8 [nbytes], in host memory or mapped from a file.
         template: The weight's shape, dtype and absmax map, its tensors on the meta device.
         offsets: Byte offset of each tensor in ``data``, by attribute name.
+        path: The file that ``data`` is mapped from, None for host memory.
+        start: Where in the file ``data`` begins.
     """
 
     data: Tensor
     template: NF4Weight
     offsets: dict[str, int]
+    path: Path | None = None
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -89,14 +95,13 @@ def to_host(weight: NF4Weight, pool: HostPool) -> FlatWeight:
 
 
 def to_disk(weight: NF4Weight, folder: Path, name: str) -> FlatWeight:
-    """Write a layer to ``folder/name.safetensors`` and map it; a file of the right size is taken as it is.
+    """Write a layer to ``folder/name.safetensors`` and map it.
 
     Raises:
         InputError: ``folder`` is not a folder.
         StorageError: The disk is full or the folder cannot be written.
     """
     offsets, nbytes = flat_layout(weight)
-    path = folder / f"{name}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -106,11 +111,40 @@ def to_disk(weight: NF4Weight, folder: Path, name: str) -> FlatWeight:
         raise StorageError(f"{folder} cannot be written: {reason}", "check the folder's permissions") from None
     data = torch.empty(nbytes, dtype=torch.uint8)
     _write(weight, offsets, data)
-    write_tensors(path, {"data": data})
-    header, start = read_safetensors_header(path)
-    begin, end = header["data"][2]
-    mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=start + begin, shape=(end - begin,))
-    return FlatWeight(torch.from_numpy(mapped), _template(weight), offsets)
+    code = {} if weight.absmax_code is None else {_CODE: weight.absmax_code.cpu()}
+    write_tensors(folder / f"{name}.safetensors", {_DATA: data, **code})
+    flat = from_disk(_template(weight), folder, name)
+    assert flat is not None
+    return flat
+
+
+def from_disk(template: NF4Weight, folder: Path, name: str) -> FlatWeight | None:
+    """Map a layer that an earlier run wrote, None where there is none of this size.
+
+    Args:
+        template: The layer's shape, dtype and kind of absmax, its tensors on the meta device.
+        folder: Named after the base, and after the kind of device that quantised it: their roundings differ.
+        name: Of the layer.
+    """
+    path = folder / f"{name}.safetensors"
+    offsets, nbytes = flat_layout(template)
+    if not path.is_file():
+        return None
+    try:
+        header, begin = read_safetensors_header(path)
+    except StorageError:  # of a disk that failed: written again
+        return None
+    if _DATA not in header or header[_DATA][1] != (nbytes,) or (_CODE in header) != (template.absmax_code is not None):
+        return None
+    code = None
+    if _CODE in header:
+        with safe_open(path, "pt") as file:
+            code = file.get_tensor(_CODE)
+    start = begin + header[_DATA][2][0]
+    mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=start, shape=(nbytes,))
+    return FlatWeight(
+        torch.from_numpy(mapped), dataclasses.replace(template, absmax_code=code), offsets, path.absolute(), start
+    )
 
 
 def free_disk(folder: Path) -> int:

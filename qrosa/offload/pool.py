@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qrosa.errors import DoesNotFitError
+from qrosa.quantities import bytes_text
+
 CHUNK = 1 << 28  # bytes; a small part of a base worth streaming, and some matrices of any
 
 
@@ -40,6 +43,27 @@ class HostPool:
                 self._used[index] += nbytes
                 return chunk[start : start + nbytes]
         size = max(self.chunk, 1 << max(0, nbytes - 1).bit_length())
-        self._chunks.append(torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned))
+        self._chunks.append(pinned(size) if self.pinned else torch.empty(size, dtype=torch.uint8))
         self._used.append(nbytes)
         return self._chunks[-1][:nbytes]
+
+
+def pinned(nbytes: int) -> Tensor:
+    """uint8 [nbytes] in pinned host memory.
+
+    Raises:
+        DoesNotFitError: The system pins no more. The driver calls that "out of memory" as it does the card's, for which
+            a smaller micro-batch would be tried in vain.
+    """
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:  # torch's out-of-memory error is one
+        raise DoesNotFitError(
+            f"the system gives no {bytes_text(nbytes)} more of pinned host memory",
+            "close other programs, raise the memory limit of WSL or the container, or use --offload base=disk:FOLDER",
+        ) from error
+
+
+def pinned_like(tensor: Tensor) -> Tensor:
+    """Room of a tensor's shape and dtype in pinned host memory."""
+    return pinned(tensor.nbytes).view(tensor.dtype).view(tensor.shape)

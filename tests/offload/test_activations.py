@@ -54,11 +54,30 @@ def test_live_boundaries_do_not_grow_with_depth(tiny_tokenizer: Any, tmp_path: P
     def watched(boundary: Any) -> None:
         nonlocal most
         bring_back(boundary)
-        most = max(most, sum(kept.returned is not None for kept in offload._held))
+        most = max(most, sum(kept.returned is not None for kept in boundary.through.held))
 
     offload._bring_back = watched  # type: ignore[method-assign]
     gradients(tmp_path, offload)
     assert most <= 2
+
+
+def test_a_pass_that_was_broken_off_leaves_nothing_behind(tiny_model_dir: Callable[..., Path]) -> None:
+    """Out of memory in the loss: the boundaries go with the graph, and the next pass finds only its own."""
+    model, _ = qrosa.load(tiny_model_dir("llama"), qrosa.AdapterConfig(rank=4))
+    offload = ActivationOffload("cpu")
+    set_checkpointing(model, True)
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=offload.checkpoint)
+
+    def broken_off() -> None:
+        output = model(input_ids=IDS, use_cache=False)
+        assert output.logits.requires_grad and offload.held == model.config.num_hidden_layers
+        raise torch.OutOfMemoryError("injected")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        broken_off()
+    assert offload.held == 0
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    assert offload.held == 0
 
 
 def test_blocks_that_backward_does_not_reach_keep_nothing(tiny_model_dir: Callable[..., Path]) -> None:
