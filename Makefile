@@ -5,6 +5,7 @@
 #   make test      the tests                     make lint      ruff, mypy, clang-format
 #   make build     only .venv, with every extra  make wheel     dist/*.whl
 #   make gpu       the checks that need a card   make bench     the benchmarks
+#   make gpu-kit   the same for a machine without a registry, in one folder to carry there
 #   make sanitize  the op tests under ASan/UBSan make clean     remove build products (distclean: .venv too)
 #
 # PYTHON=python3.12 chooses the interpreter of .venv; PIP_FLAGS="..." goes to every pip install.
@@ -18,7 +19,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 JOBS ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && echo 4 || echo $$n)
 BENCHES := $(wildcard bench/bench_*.py)
 
-.PHONY: build demo fresh test lint format bench gpu gpu-sanitize sanitize wheel clean distclean
+.PHONY: build demo fresh test lint format bench gpu gpu-kit gpu-sanitize sanitize wheel clean distclean
 
 build: $(VENV)/.built
 
@@ -57,15 +58,17 @@ format: build
 bench: build
 	for script in $(BENCHES); do echo "== $$script" && $(PY) $$script || exit 1; done
 
+# First the end-to-end tests with a tiny model, then the ops, then every figure; each line stops at its first failure.
 gpu: build
-	$(PY) -m pytest -m gpu -rs -q tests
+	$(PY) -m pytest -m gpu -rs -q tests/card
+	$(PY) -m pytest -m gpu -rs -q tests --ignore tests/card
 	if command -v compute-sanitizer >/dev/null; then $(MAKE) gpu-sanitize; \
 	  else echo "no compute-sanitizer on the PATH: memory, races and barriers are not checked"; fi
-	$(PY) bench/gpu.py --part ops
-	$(PY) bench/gpu.py --part layer
-	$(PY) bench/gpu.py --part steps
-	$(PY) bench/gpu.py --part resident
-	$(PY) bench/gpu.py --part streamed
+	$(PY) -m bench.gpu
+
+# build/gpu-kit: what "make gpu" needs on a machine with a card and torch, and without a registry.
+gpu-kit: build
+	$(PY) -m bench.gpu_kit
 
 # Each tool of compute-sanitizer on a few shapes of every kernel, without PyTorch's caching allocator: in its segments an
 # access past a tensor lands in the next one and passes. The tools are slow, and PyTorch's own kernels run under them too,

@@ -1,7 +1,5 @@
 """The plan against a card: planned and measured peak of every phase, tokens/s, and what streaming the base costs.
 
-    python bench/compare_plan.py --model llama-3.1-8b
-
 Each case is one ``qrosa plan --probe`` in a process of its own, on a checkpoint of the real shape with random weights
 (``random_checkpoint.py``), under the cap of a consumer card whatever the card has. ``over_resident`` is the speed of
 a streamed base as a share of the speed of the same settings with the base on the card.
@@ -9,20 +7,16 @@ a streamed base as a share of the speed of the same settings with the base on th
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from bench.gpu_measure import require_card, save
 from bench.random_checkpoint import SHAPES, write_checkpoint
 
 PHASES = ("load", "select", "train", "eval")
@@ -102,35 +96,20 @@ def measure(folder: Path, case: Case) -> dict[str, Any]:
             row |= {f"{phase}_{key}": probe[phase][key] for key in ("planned", "measured", "reserved", "ratio")}
     settings = document["settings"]
     row |= {key: settings[key] for key in ("micro_batch_tokens", "checkpointing", "offload", "resident_blocks")}
-    return row | {key: probe[key] for key in ("step_seconds", "tokens_per_s", "failed", "fits")}
+    failed = probe["failed"] or (None if probe["fits"] else "took more than the cap")
+    return row | {key: probe[key] for key in ("step_seconds", "tokens_per_s", "fits")} | {"failed": failed}
 
 
-def compare(name: str, folder: Path) -> list[dict[str, Any]]:
-    """All cases of one model."""
-    rows: list[dict[str, Any]] = []
-    for case in CASES[name]:
-        rows.append(measure(folder, case))
-        resident = next((row for row in rows if row["case"] == case.resident), {}).get("tokens_per_s")
-        if resident and rows[-1].get("tokens_per_s"):
-            rows[-1]["over_resident"] = rows[-1]["tokens_per_s"] / resident
-    return rows
-
-
-def main() -> None:
-    """Read the command line, make the checkpoint, measure, write the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=CASES, required=True)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "qrosa-shapes")
-    parser.add_argument("--keep", action="store_true", help="leave the checkpoint where it is")
-    chosen = parser.parse_args()
-    require_card()
-    folder = write_checkpoint(chosen.folder / chosen.model, SHAPES[chosen.model])
-    try:
-        save(f"plan {chosen.model}", compare(chosen.model, folder))
-    finally:
-        if not chosen.keep:
-            shutil.rmtree(folder)
-
-
-if __name__ == "__main__":
-    main()
+def compare(name: str) -> Iterator[dict[str, Any]]:
+    """All cases of one model, on a checkpoint that goes when they are done."""
+    with tempfile.TemporaryDirectory(prefix="qrosa-shapes-") as scratch:
+        folder = write_checkpoint(Path(scratch) / name, SHAPES[name])
+        speeds: dict[str, float] = {}
+        for case in CASES[name]:
+            row = measure(folder, case)
+            speed = row.get("tokens_per_s")
+            if speed:
+                speeds[case.name] = speed
+            if speed and case.resident in speeds:
+                row["over_resident"] = speed / speeds[case.resident]
+            yield row

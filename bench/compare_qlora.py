@@ -1,13 +1,12 @@
 """Training steps of 8B and 12B models under 24 GB: PEFT + bitsandbytes QLoRA, qrosa without and with its sparse part.
 
-    python bench/compare_qlora.py --model llama-3.1-8b         # or mistral-nemo-12b
-    python bench/compare_qlora.py --model llama-3.1-8b --system qrosa-sparse    # one system, prints one JSON line
+    python -m bench.compare_qlora --model llama-3.1-8b --system qrosa-sparse    # one system, prints one JSON line
 
 Weights are random, made on the card matrix by matrix: neither speed nor memory depends on them. All systems see the
 same rows (sequences of 2048 tokens, every one supervised), recompute activations, drop out 5% and train 0.3% of the
 base's parameters: (a) all of it low-rank on every linear layer, through PEFT, transformers' loss and AdamW, as QLoRA's
 documentation shows it; (b) the same in qrosa; (c) qrosa with half of it in the sparse part. Each runs in a process of
-its own, with the allocator capped at 24 GB, whatever the card has.
+its own, deterministic and with the allocator capped at 24 GB, whatever the card has.
 """
 
 from __future__ import annotations
@@ -18,16 +17,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from torch import nn
 
-from bench.gpu_measure import require_card, save
+from bench.gpu_measure import require_card
 from bench.random_checkpoint import SHAPES
 
 CAP = 24 * 10**9
@@ -168,13 +164,31 @@ def peer(name: str) -> tuple[Any, Callable[[Any], None], int]:
 
 
 def measure(name: str, system: str, rows: int) -> dict[str, Any]:
-    """Tokens/s and peak memory of one system at ``rows`` sequences a step."""
+    """Tokens/s and peak memory of one system at ``rows`` sequences a step, set up as a run of qrosa sets itself up."""
+    from qrosa.model.card import held_to, with_index
+    from qrosa.ops.determinism import deterministic
+    from qrosa.planner.hardware import ask_for_expandable_segments
+
+    ask_for_expandable_segments()
+    with deterministic(), held_to(with_index("cuda"), CAP, 0):
+        build = peer if system == "peft" else lambda model: ours(model, sparse=system == "qrosa-sparse")
+        model, step, trainable = build(name)
+        times = timed_steps(model, step, rows)
+    return {
+        "model": name,
+        "system": system,
+        "rows": rows,
+        "trainable": trainable,
+        "tokens_per_s": rows * SEQUENCE / statistics.median(times),
+        "peak_allocated": torch.cuda.max_memory_allocated(),
+        "peak_reserved": torch.cuda.max_memory_reserved(),
+    }
+
+
+def timed_steps(model: Any, step: Callable[[Any], None], rows: int) -> list[float]:
+    """Seconds of each step, after those that settle allocator and caches."""
     from qrosa.data.batching import MicroBatch
 
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total))
-    build = peer if system == "peft" else lambda model: ours(model, sparse=system == "qrosa-sparse")
-    model, step, trainable = build(name)
     model.train()
     ids = torch.randint(0, model.config.vocab_size, (rows, SEQUENCE), device="cuda")
     batch = MicroBatch(ids, torch.ones_like(ids), ids.clone(), list(range(rows)))
@@ -187,49 +201,41 @@ def measure(name: str, system: str, rows: int) -> dict[str, Any]:
         step(batch)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return {
-        "model": name,
-        "system": system,
-        "rows": rows,
-        "trainable": trainable,
-        "tokens_per_s": rows * SEQUENCE / statistics.median(times[WARMUP:]),
-        "peak_allocated": torch.cuda.max_memory_allocated(),
-        "peak_reserved": torch.cuda.max_memory_reserved(),
-    }
+    return times[WARMUP:]
 
 
 def in_its_own_process(name: str, system: str, rows: int) -> dict[str, Any]:
     """One measurement, or why there is none."""
-    command = [sys.executable, __file__, "--model", name, "--system", system, "--rows", str(rows)]
+    arguments = ["--model", name, "--system", system, "--rows", str(rows)]
+    command = [sys.executable, "-m", "bench.compare_qlora", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode == 0:
         return json.loads(result.stdout)  # type: ignore[no-any-return]
     return {"model": name, "system": system, "rows": rows, "failed": (result.stderr.strip().splitlines() or ["?"])[-1]}
 
 
-def compare(name: str) -> None:
+def compare(name: str) -> Iterator[dict[str, Any]]:
     """All systems at one and two rows a step, with the ratios that are promised."""
-    rows = [in_its_own_process(name, system, count) for count in (1, 2) for system in SYSTEMS]
-    speed = {(row["system"], row["rows"]): row.get("tokens_per_s") for row in rows}
-    for row in rows:
-        for other, key in (("peft", "over_peft"), ("qrosa", "over_qrosa")):
-            theirs = speed[other, row["rows"]]
-            if theirs and row.get("tokens_per_s"):
-                row[key] = row["tokens_per_s"] / theirs
-    save(f"steps {name}", rows, cap_bytes=CAP, sequence=SEQUENCE, budget=BUDGET)
+    for count in (1, 2):
+        speeds: dict[str, float] = {}
+        for system in SYSTEMS:
+            row = in_its_own_process(name, system, count)
+            speed = row.get("tokens_per_s")
+            if speed:
+                speeds[system] = speed
+                ratios = {"over_peft": "peft", "over_qrosa": "qrosa"}
+                row |= {key: speed / speeds[other] for key, other in ratios.items() if other in speeds}
+            yield row
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--system", choices=SYSTEMS)
+    parser.add_argument("--system", choices=SYSTEMS, required=True)
     parser.add_argument("--rows", type=int, default=1)
     chosen = parser.parse_args()
     require_card()
-    if chosen.system:
-        from qrosa.cli.answers import answers, stdout_for_answers
+    from qrosa.cli.answers import answers, stdout_for_answers
 
-        with stdout_for_answers():
-            print(json.dumps(measure(chosen.model, chosen.system, chosen.rows)), file=answers())
-    else:
-        compare(chosen.model)
+    with stdout_for_answers():
+        print(json.dumps(measure(chosen.model, chosen.system, chosen.rows)), file=answers())

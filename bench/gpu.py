@@ -1,243 +1,76 @@
-"""Every figure that needs a card: ops, the layer, and whole training steps, as shares of this card's own peaks.
+"""Every figure that needs a card, in parts of under ten minutes: ops, the layer, training steps, plans and streaming.
 
-    python bench/gpu.py                  # all parts, one after the other
-    python bench/gpu.py --part ops       # ops | layer | steps | resident | streamed, each under ten minutes
+    python -m bench.gpu                          # all parts, one after the other
+    python -m bench.gpu --part ops               # one; --list names them
 
-Writes ``bench/results/<device>-<date>.json``. Bandwidth counts the bytes that an op must move (4-bit codes, absmax,
-output); ``share`` is of the copy bandwidth, or of the bf16 product, measured at the start of the same part.
+Writes ``bench/results/<device>-<date>.json``, row by row. The exit code is 1 where a row failed. ``make gpu`` runs the
+tests with a tiny model before this; ``python -m bench.gpu_kit`` packs all of it for a machine without a registry.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench import compare_plan, compare_qlora, gpu_ops
+from bench.gpu_measure import Results, peaks, require_card
 
-import torch
-
-from bench.gpu_measure import peaks, require_card, save, seconds
-from qrosa import ops
-
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
-DENSITIES = (0.003, 0.006)
-CROSSING = (0.003, 0.006, 0.01, 0.02, 0.03, 0.045, 0.06, 0.1)
-RANK = 16
 SMALL, LARGE = ("llama-3.1-8b", "mistral-nemo-12b"), ("qwen2.5-32b", "llama-3.1-70b")
 Row = dict[str, Any]
 
 
-def quantized(rows: int, columns: int) -> ops.NF4Operands:
-    """Random codes with a nested absmax; times do not depend on the values."""
-    blocks = -(-rows * columns // 64)
-    return ops.NF4Operands(
-        torch.randint(0, 256, (rows * columns // 2,), dtype=torch.uint8, device="cuda"),
-        torch.randint(0, 256, (blocks,), dtype=torch.uint8, device="cuda"),
-        torch.linspace(-1, 1, 256, device="cuda"),
-        torch.full((-(-blocks // 256),), 0.01, device="cuda"),
-        torch.tensor(0.05, device="cuda"),
-        64,
-    )
-
-
-def delta(rows: int, columns: int, density: float) -> ops.CsrOperands:
-    """A uniformly random sparse delta."""
-    mask = torch.rand(rows, columns, device="cuda") < density
-    row_ptr = torch.zeros(rows + 1, dtype=torch.int32, device="cuda")
-    row_ptr[1:] = mask.sum(1).cumsum(0)
-    col = mask.nonzero()[:, 1].to(torch.uint16 if columns <= ops.MAX_UINT16_COLUMNS else torch.int32)
-    return ops.CsrOperands(row_ptr, col, torch.randn(col.numel(), device="cuda") * 0.01)
-
-
-def normal(*shape: int) -> torch.Tensor:
-    """Standard normal bf16."""
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-
-def peer_dequantise(rows: int, columns: int) -> Callable[[], object] | None:
-    """bitsandbytes' dequantisation of a matrix of this shape, where it is installed."""
-    try:
-        import bitsandbytes.functional as bnb
-    except ImportError:
-        return None
-    packed, state = bnb.quantize_4bit(normal(rows, columns), quant_type="nf4", compress_statistics=True)
-    return lambda: bnb.dequantize_4bit(packed, state)
-
-
-def dequant_add_rows(peak: dict[str, float]) -> list[Row]:
-    """Bandwidth with and without a delta, and against bitsandbytes without one."""
-    found = []
-    for rows, columns in SHAPES:
-        nf4, out = quantized(rows, columns), torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda")
-        deltas = {f"density {d}": delta(rows, columns, d) for d in DENSITIES}
-        runs: dict[str, Callable[[], object]] = {"no delta": lambda nf4=nf4, out=out: ops.dequant_add(nf4, None, out)}
-        for name, csr in deltas.items():
-            runs[name] = lambda nf4=nf4, csr=csr, out=out: ops.dequant_add(nf4, csr, out)
-        peer = peer_dequantise(rows, columns)
-        times = seconds(runs | ({"bitsandbytes": peer} if peer else {}))
-        for name, taken in times.items():
-            entries = deltas[name].col.numel() if name in deltas else 0
-            moved = rows * columns * (0.5 + 1 / 64 + 2) + entries * 6
-            found.append(row("dequant_add", rows, columns, name, taken, moved / taken / peak["copy_bytes_per_s"]))
-            found[-1]["gb_per_s"] = moved / taken / 1e9
-            if peer:
-                found[-1]["over_bitsandbytes"] = taken / times["bitsandbytes"]
-    return found
-
-
-def row(op: str, rows: int, columns: int, case: str, taken: float, share: float) -> Row:
-    """One measurement."""
-    return {"op": op, "shape": f"{rows}x{columns}", "case": case, "us": taken * 1e6, "share": share}
-
-
-def sddmm_rows(peak: dict[str, float]) -> list[Row]:
-    """Both ways over the densities, with the one that the rule takes, against dense dW and gather."""
-    found = []
-    for (rows, columns), tokens in ((SHAPES[0], 2048), (SHAPES[0], 8192), (SHAPES[1], 2048), (SHAPES[0], 256)):
-        dy, x = normal(tokens, rows), normal(tokens, columns)
-        dense = seconds({"dense": lambda dy=dy, x=x: dy.t() @ x})["dense"]
-        for density in CROSSING:
-            csr = delta(rows, columns, density)
-            entry = {"op": "sddmm", "shape": f"{rows}x{columns}", "tokens": tokens, "density": density}
-            for way in ("gather", "tiles", "rule"):
-                ops.force_sddmm_way(way)
-                run = {way: lambda dy=dy, x=x, csr=csr: ops.sddmm(dy, x, csr.row_ptr, csr.col)}
-                entry[f"{way}_us"] = seconds(run, rounds=10)[way] * 1e6
-            ops.force_sddmm_way("rule")
-            read = (dy.numel() + x.numel()) * 2 + csr.col.numel() * 6
-            entry["share_of_reading_once"] = read / (entry["rule_us"] / 1e6) / peak["copy_bytes_per_s"]
-            entry["over_dense_product"] = entry["rule_us"] / 1e6 / dense
-            found.append(entry)
-    return found
-
-
-def dequant_spmm_rows(peak: dict[str, float]) -> list[Row]:
-    """Bandwidth of the packed weight at few tokens, and against dequantising first: where ``linear`` should switch."""
-    found = []
-    for rows, columns in SHAPES:
-        nf4, csr = quantized(rows, columns), delta(rows, columns, DENSITIES[1])
-        out = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda")
-        for tokens in (1, 2, 4, 5, 8, 16, 32):
-            x = normal(tokens, columns)
-
-            def dense_first(nf4=nf4, csr=csr, out=out, x=x) -> object:  # type: ignore[no-untyped-def]
-                ops.dequant_add(nf4, csr, out)
-                return x @ out.t()
-
-            runs = {
-                "no delta": lambda nf4=nf4, x=x, n=rows: ops.dequant_spmm(x, nf4, None, n),
-                "delta": lambda nf4=nf4, x=x, n=rows, csr=csr: ops.dequant_spmm(x, nf4, csr, n),
-                "dequantised first": dense_first,
-            }
-            times = seconds(runs)
-            moved = rows * columns * (0.5 + 1 / 64)
-            for name in ("no delta", "delta"):
-                share = moved / times[name] / peak["copy_bytes_per_s"]
-                found.append(row("dequant_spmm", rows, columns, name, times[name], share))
-                found[-1] |= {"tokens": tokens, "over_dequantised_first": times[name] / times["dequantised first"]}
-    return found
-
-
-def score_rows(peak: dict[str, float]) -> list[Row]:
-    """The mask statistic, as a share of the bf16 product."""
-    found = []
-    for rows, columns in SHAPES[:2]:
-        dy, x, stat = normal(2048, rows), normal(2048, columns), torch.zeros(rows, columns, device="cuda")
-        taken = seconds({"score": lambda dy=dy, x=x, stat=stat: ops.score_accumulate(dy, x, stat, True)})["score"]
-        flops = 2 * 2048 * rows * columns / taken
-        found.append(row("score_accumulate", rows, columns, "2048 tokens", taken, flops / peak["bf16_flops"]))
-        found[-1]["tflops"] = flops / 1e12
-    return found
-
-
-def layer(rows: int, columns: int, tokens: int, density: float, dropout: float) -> Callable[[], object]:
-    """Forward and backward of one layer at rank 16, all gradients."""
-    nf4, csr = quantized(rows, columns), delta(rows, columns, density) if density else None
-    x, dy = normal(tokens, columns).requires_grad_(), normal(tokens, rows)
-    a, b = (normal(RANK, columns) * 0.01).requires_grad_(), (normal(rows, RANK) * 0.01).requires_grad_()
-    wanted = [x, a, b]
-    if csr is not None:
-        csr = csr._replace(values=csr.values.requires_grad_())
-        wanted.append(csr.values)
-
-    def run() -> object:
-        y = ops.linear(x, nf4, rows, None, csr, a, b, 1.0, dropout, 7)
-        return torch.autograd.grad(y, wanted, dy)
-
-    return run
-
-
-def layer_rows(peak: dict[str, float]) -> list[Row]:
-    """The layer against a dense one (forward and dX), and the sparse part's price."""
-    found = []
-    for rows, columns in SHAPES[:3]:
-        for tokens in (2048, 8192):
-            x, dy, weight = normal(tokens, columns), normal(tokens, rows), normal(rows, columns)
-            times = seconds(
-                {
-                    "dense": lambda x=x, dy=dy, weight=weight: (x @ weight.t(), dy @ weight),
-                    "plain": layer(rows, columns, tokens, 0.0, 0.0),
-                    "sparse 0.3%": layer(rows, columns, tokens, 0.003, 0.0),
-                    "sparse 0.6%": layer(rows, columns, tokens, 0.006, 0.0),
-                    "sparse 0.6%, dropout": layer(rows, columns, tokens, 0.006, 0.05),
-                },
-                rounds=10,
-            )
-            for name, taken in times.items():
-                share = 4 * tokens * rows * columns / taken / peak["bf16_flops"]
-                found.append(row("layer", rows, columns, name, taken, share))
-                found[-1] |= {
-                    "tokens": tokens,
-                    "over_dense": taken / times["dense"],
-                    "over_plain": taken / times["plain"],
-                }
-    return found
-
-
-def ops_part() -> None:
+def op_rows() -> Iterator[Row]:
     """All ops."""
     peak = peaks()
-    rows = [r for measure in (dequant_add_rows, sddmm_rows, dequant_spmm_rows, score_rows) for r in measure(peak)]
-    save("ops", rows, peaks=peak)
+    yield {"op": "peaks", **peak}
+    for measure in (gpu_ops.dequant_add_rows, gpu_ops.sddmm_rows, gpu_ops.dequant_spmm_rows, gpu_ops.score_rows):
+        yield from measure(peak)
 
 
-def layer_part() -> None:
+def layer_rows() -> Iterator[Row]:
     """The whole layer."""
     peak = peaks()
-    save("layer", layer_rows(peak), peaks=peak)
+    yield {"op": "peaks", **peak}
+    yield from gpu_ops.layer_rows(peak)
 
 
-def steps_part() -> None:
-    """Whole training steps, one process each so that no memory is left over."""
-    script = Path(__file__).with_name("compare_qlora.py")
-    for model in SMALL:
-        subprocess.run([sys.executable, str(script), "--model", model], check=True)
-
-
-def plan_part(*models: str) -> None:
-    """Planned against measured memory, and the speed of a streamed base."""
-    script = Path(__file__).with_name("compare_plan.py")
-    for model in models:
-        subprocess.run([sys.executable, str(script), "--model", model], check=True)
-
-
-PARTS: dict[str, Callable[[], None]] = {
-    "ops": ops_part,
-    "layer": layer_part,
-    "steps": steps_part,
-    "resident": lambda: plan_part(*SMALL),
-    "streamed": lambda: plan_part(*LARGE),
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "ops": op_rows,
+    "layer": layer_rows,
+    **{f"steps-{model}": partial(compare_qlora.compare, model) for model in SMALL},
+    **{f"plan-{model}": partial(compare_plan.compare, model) for model in (*SMALL, *LARGE)},
 }
 
-if __name__ == "__main__":
+
+def run(part: str) -> int:
+    """Measure a part; the number of rows that failed, a part that breaks off counted as one."""
+    print(f"== {part}", flush=True)
+    results = Results(part)
+    try:
+        for row in PARTS[part]():
+            results.add(row)
+    except Exception as error:
+        traceback.print_exc()
+        results.add({"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"})
+    return results.failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is asked for; 1 where anything failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--part", choices=PARTS)
-    chosen = parser.parse_args().part
+    parser.add_argument("--list", action="store_true", help="print the names of the parts")
+    chosen = parser.parse_args(arguments)
+    if chosen.list:
+        print("\n".join(PARTS))
+        return 0
     require_card()
-    for name, part in PARTS.items():
-        if chosen in (None, name):
-            part()
+    return 1 if sum(run(part) for part in ([chosen.part] if chosen.part else PARTS)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

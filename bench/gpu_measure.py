@@ -1,6 +1,7 @@
 """Timing on a card: CUDA events, a cold L2, medians, and the peaks that shares are taken of, measured in the same run.
 
-Results of all parts of ``gpu.py`` meet in one JSON file a device and day; a part replaces only its own section.
+Results of all parts of ``gpu.py`` meet in one JSON file a device and day; a part replaces only its own section, and
+writes each row as soon as it is measured: a part that is cut off keeps what it had.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 CACHE_BYTES = 256 << 20
 """More than the L2 of any card that is built for."""
+PEAK_SIDE = 8192
+"""Rows and columns of the product whose speed is the card's peak."""
+HEAD_START = 5_000_000
+"""Cycles that the card idles before a measurement, some 3 ms: longer than the host takes to launch what is measured."""
 
 
 def require_card() -> None:
@@ -38,6 +43,7 @@ def seconds(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 20,
         for name, run in candidates.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             cache.zero_()
+            torch.cuda._sleep(HEAD_START)  # or the card would wait for Python between the kernels of a layer
             begin.record()
             run()
             end.record()
@@ -51,8 +57,9 @@ def seconds(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 20,
 
 def peaks() -> dict[str, float]:
     """What this card reaches: bytes/s of a copy (read and written), and bf16 operations/s of a large product."""
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    target, side = torch.empty_like(source), 8192
+    side = PEAK_SIDE
+    source = torch.zeros(8 * side * side, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
     a = torch.randn(side, side, device="cuda", dtype=torch.bfloat16)
     b = torch.randn(side, side, device="cuda", dtype=torch.bfloat16)
     times = seconds({"copy": lambda: target.copy_(source), "product": lambda: a @ b})
@@ -73,28 +80,46 @@ def _output(*command: str) -> str:
         return "unknown"
 
 
-def save(part: str, rows: list[dict[str, Any]], **extra: Any) -> Path:
-    """Adds one part to ``results/<device>-<date>.json`` and prints its rows."""
-    date = time.strftime("%Y-%m-%d")
-    target = RESULTS / f"{device_name()}-{date}.json"
-    record = json.loads(target.read_text()) if target.exists() else {}
-    record |= {
-        "device": torch.cuda.get_device_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "date": date,
-    }
-    record.setdefault("parts", {})[part] = {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
-        **extra,
-        "rows": rows,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    partial = target.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, target)
-    for row in rows:
+class Results:
+    """One part's rows, in a file from the first on.
+
+    Args:
+        part: Name of the section.
+        extra: What else the section holds.
+
+    Attributes:
+        failed: Rows that say why there is no figure.
+    """
+
+    def __init__(self, part: str, **extra: Any) -> None:
+        self.part, self.extra, self.failed = part, extra, 0
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row, write the file, print the row."""
+        self._rows.append(row)
+        self.failed += bool(row.get("failed"))
+        self._write()
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    return target
+
+    def _write(self) -> None:
+        date = time.strftime("%Y-%m-%d")
+        target = RESULTS / f"{device_name()}-{date}.json"
+        record = json.loads(target.read_text()) if target.exists() else {}
+        record |= {
+            "device": torch.cuda.get_device_name(),
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "date": date,
+        }
+        record.setdefault("parts", {})[self.part] = {
+            "command": shlex.join(["python", *sys.argv]),
+            "commit": _output("git", "rev-parse", "--short", "HEAD"),
+            **self.extra,
+            "rows": self._rows,
+        }
+        RESULTS.mkdir(exist_ok=True)
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, target)
