@@ -205,6 +205,11 @@ class TrainConfig:
         "Recompute activations in backward to save memory.",
         choices=("auto", "on", "off"),
     )
+    deterministic: str = setting(
+        "on",
+        "On a card: the same bits every time, also after --resume; off is some per cent faster and takes less memory.",
+        choices=("on", "off"),
+    )
     eval_every: int | None = setting(None, "Steps between evaluations.  [default: only at the end]")
     save_every: int | None = setting(None, "Steps between checkpoints.  [default: a tenth of all steps]")
     keep: int = setting(2, "Newest checkpoints to keep.")

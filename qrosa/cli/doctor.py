@@ -2,7 +2,7 @@
 
 Each check looks at one thing and says ``ok``, ``note`` (works, but could be better, or is optional), ``problem`` (part
 of qrosa will not work, or slowly) or ``broken`` (nothing will). Checks try the thing where that is quick: bitsandbytes
-quantises a matrix and the op library decodes it again. Nothing is sent over the network.
+quantises a matrix, and every op runs on the CPU and on each card. Nothing is sent over the network.
 """
 
 from __future__ import annotations
@@ -112,22 +112,23 @@ def check_card() -> Check:
 
 
 def check_ops() -> Check:
-    """Which op library serves which device, and whether it decodes what bitsandbytes packs."""
+    """Which op library serves which device, and whether each op gives there what plain torch gives."""
     import torch
 
     from qrosa import ops
-    from qrosa.quant.nf4 import NF4Weight
+    from qrosa.cli.op_check import wrong_ops
 
     status = ops.status()
-    served = {device: entry for device, entry in status.items() if device == "cpu" or torch.cuda.is_available()}
+    cards = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    served = {device: entry for device, entry in status.items() if device == "cpu" or cards}
     parts = []
     for device, entry in served.items():
         by = f"{Path(entry['library']).name} ({entry.get('isa') or 'compiled'})" if entry["library"] else "plain torch"
         parts.append(f"{device}: {by}")
-    weight = torch.linspace(-1, 1, 128 * 64).reshape(128, 64)
-    error = (NF4Weight.quantize(weight).dequantize(torch.float32) - weight).abs().max().item()
-    if error > 0.25:  # half of NF4's widest gap at absmax 1, with room for the quantised absmax
-        return Check("ops", "broken", f"decoding is wrong by {error:.2f}", "build again: make clean build", status)
+    wrong = [fault for device in ("cpu", *cards) for fault in wrong_ops(device)]
+    if wrong:
+        hint = "build again for the cards that are here: make clean build; or hide the card with CUDA_VISIBLE_DEVICES"
+        return Check("ops", "broken", "; ".join(wrong), hint, status)
     slow = [device for device, entry in served.items() if not entry["library"]]
     if slow:
         note = served[slow[0]].get("note") or "no compiled library"

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils import deterministic
 
 from qrosa.errors import InputError
+from qrosa.ops.determinism import deterministic
 
 IGNORED = -100
-_determinism: Any = deterministic  # its setting is a property that type checkers do not see
 
 
 @dataclass(frozen=True)
@@ -119,28 +118,10 @@ def quiet(model: nn.Module) -> Iterator[None]:
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        with _deterministic():
+        with deterministic():
             yield
     finally:
         for module, was_training in training.items():
             module.training = was_training
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Deterministic kernels where there is a choice: on CUDA, fused attention's backward sums in any order."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    fill = _determinism.fill_uninitialized_memory
-    if torch.cuda.is_available():
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        _determinism.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        _determinism.fill_uninitialized_memory = fill

@@ -35,11 +35,14 @@ from qrosa.eval.perplexity import evaluate_loss
 from qrosa.masks.random_masks import random_positions
 from qrosa.masks.repair import set_masks
 from qrosa.masks.select import choose_positions
-from qrosa.model.place import hold_to_cap, load_planned
+from qrosa.model.card import held_to, measure_overhead, with_index
+from qrosa.model.place import load_planned
+from qrosa.ops.determinism import deterministic, fix_workspace
 from qrosa.optim.adamw import AdapterOptimizer
 from qrosa.optim.parts import Optimizer
 from qrosa.optim.zero.optimizer import ZeroOptimizer
 from qrosa.planner.bytes.components import statistic_groups
+from qrosa.planner.hardware import Overhead, read_here
 from qrosa.planner.plan import Plan
 from qrosa.planner.workload import Workload
 from qrosa.quantities import parse_offload
@@ -61,6 +64,7 @@ class Probe:
         reserved: Phase -> highest bytes that torch's allocator took from the card; empty on the CPU.
         failed: The phase that ran out of memory, if one did.
         cap: Bytes that may be used.
+        overhead: What the process takes of a card beside tensors; None on the CPU.
         micro_batch_seconds: Median seconds of a micro-batch, forward and backward; None where training did not run.
         optimizer_seconds: The same of clipping and the update.
         step_seconds: Seconds of a step of the effective batch, all its rows as long as the longest: the two above, as
@@ -73,6 +77,7 @@ class Probe:
     reserved: dict[str, int]
     failed: str | None
     cap: int
+    overhead: Overhead | None = None
     micro_batch_seconds: float | None = None
     optimizer_seconds: float | None = None
     step_seconds: float | None = None
@@ -80,8 +85,9 @@ class Probe:
 
     @property
     def peak(self) -> int:
-        """Most bytes of any phase, with what the allocator reserved."""
-        return max([*self.measured.values(), *self.reserved.values()], default=0)
+        """Most bytes of any phase, with what the allocator reserved and the card's context."""
+        beside = self.overhead.context if self.overhead is not None else 0
+        return beside + max([*self.measured.values(), *self.reserved.values()], default=0)
 
     @property
     def fits(self) -> bool:
@@ -98,6 +104,7 @@ class Probe:
                 "ratio": self.planned[name] / measured,
                 "reserved": self.reserved.get(name),
             }
+        made["overhead"] = dataclasses.asdict(self.overhead) if self.overhead is not None else None
         times = ("micro_batch_seconds", "optimizer_seconds", "step_seconds", "tokens_per_s")
         return made | {name: getattr(self, name) for name in times} | {"failed": self.failed, "fits": self.fits}
 
@@ -164,20 +171,25 @@ class _Failed(Exception):
 class _Probing:
     def __init__(self, base_files: BaseFiles, made: Plan, seed: int, stage: Callable[[str, int, int], None]) -> None:
         self.base_files, self.made, self.work, self.seed, self.stage = base_files, made, made.work, seed, stage
-        self.device = torch.device(made.work.device)
+        self.device = with_index(made.work.device)
         self.meter = MemoryMeter(self.device, planned=made.planned)
         self.failed: str | None = None
         self.rows = worst_rows(made.work, self.vocabulary, seed)
         self.times: dict[str, float] = {}
 
     def go(self) -> Probe:
-        hold_to_cap(self.device, self.made.request.cap)
-        with contextlib.suppress(_Failed):
+        cap, strict = self.made.request.cap, self.made.request.train.deterministic == "on"
+        overhead = None
+        if self.device.type == "cuda":
+            fix_workspace()
+            overhead = measure_overhead(self.device, read_here().card_free, strict=strict)
+        beside = overhead.context if overhead is not None else 0
+        with deterministic(strict), held_to(self.device, cap, beside), contextlib.suppress(_Failed):
             self._phases()
         if self.failed is not None:
             free_memory()
         planned = {name: self.made.planned[name] for name in self.meter.peaks}
-        return Probe(planned, self.meter.peaks, self.meter.reserved, self.failed, self.made.request.cap, **self.times)
+        return Probe(planned, self.meter.peaks, self.meter.reserved, self.failed, cap, overhead, **self.times)
 
     def _phases(self) -> None:
         model, optimizer = self._load()

@@ -1,4 +1,4 @@
-"""How the model computes: attention, recomputation, what stays on the host, and always to the same bits.
+"""How the model computes: attention, recomputation, what stays on the host.
 
 Checkpointing is the non-reentrant kind. The reentrant kind gives no gradient at all when a block's input needs none,
 which is the case here: embeddings are frozen, so the first block's input is a constant. transformers gives embeddings a
@@ -43,12 +43,3 @@ def set_attention(model: nn.Module, kind: str) -> None:
     hf = cast(Any, model)
     if hf.config._attn_implementation != kind:
         hf.set_attn_implementation(kind)
-
-
-def make_deterministic() -> None:
-    """Choose deterministic kernels on a card, so that a resumed run is the same run to the bit.
-
-    Fused attention's backward adds in any order otherwise. Fresh tensors are not filled: that is for finding bugs.
-    """
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

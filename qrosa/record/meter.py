@@ -74,6 +74,8 @@ class MemoryMeter:
 
     def _reset(self, *, give_back: bool) -> None:
         if self.device.type == "cuda":
+            if give_back:  # what one phase cut up would stand in the next one's way
+                torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             return
         if give_back:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qrosa.optim.schedule import Phases
@@ -50,6 +50,8 @@ class Facts:
         where: Where the budget went, in words, a line each.
         data: Rows, tokens and what happened to them, as the data report says.
         trainable: Trainable parameters.
+        deterministic: The run was held to the same bits every time.
+        overhead: What the process took of a card beside tensors, by what it was; empty on the CPU.
     """
 
     settings: Mapping[str, Any]
@@ -61,3 +63,5 @@ class Facts:
     where: Sequence[str]
     data: Mapping[str, Any]
     trainable: int
+    deterministic: bool = True
+    overhead: Mapping[str, int] = field(default_factory=dict)

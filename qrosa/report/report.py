@@ -44,7 +44,12 @@ def figures(facts: Facts) -> dict[str, Any]:
         "tokens_per_s": round(state.tokens / state.seconds, 3) if state.seconds else 0.0,
         "loss": {"first": state.first_loss, "last": state.last_loss},
         "eval": evaluation,
-        "memory": {"planned": dict(facts.planned), "measured": dict(state.peaks)},
+        "memory": {
+            "planned": dict(facts.planned),
+            "measured": dict(state.peaks),
+            **({"overhead": dict(facts.overhead)} if facts.overhead else {}),
+        },
+        "deterministic": facts.deterministic,
         "micro_batch_changes": state.changes,
         "micro_batch": {"rows": state.limits.rows, "tokens": state.limits.tokens},
         "trainable": facts.trainable,

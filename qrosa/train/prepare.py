@@ -133,7 +133,7 @@ def prepare(
             "give the 16-bit model, or leave --base-rounding out",
         )
     shape = read_shape(config.model)
-    here = read_here()
+    here = _here(config) if not dry_run else read_here()
     allocation = allocate(config.adapter, shape.linears, shape.base_parameters)
     tokenizer = base_files.tokenizer()
     if config.data.chat_template is not None:
@@ -173,6 +173,17 @@ def _on_card() -> bool:
     return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
+def _here(config: RunConfig) -> Here:
+    """What this machine has for the run, and what a process takes of its card."""
+    here = read_here()
+    if not _on_card():
+        return here
+    from qrosa.model.card import measure_overhead, with_index
+
+    overhead = measure_overhead(with_index("cuda"), here.card_free, strict=config.train.deterministic == "on")
+    return dataclasses.replace(here, overhead=overhead)
+
+
 def _plan(
     config: RunConfig, shape: ModelShape, allocation: Allocation, reports: list[DataReport], here: Here
 ) -> tuple[Plan, int | None]:
@@ -180,7 +191,7 @@ def _plan(
     on_card = _on_card()
     cap = parse_size(config.train.vram, "--vram") if config.train.vram is not None else None
     if on_card and cap is not None:
-        cap = min(cap, here.card or cap)  # a cap above what the card has promises nothing
+        cap = min(cap, here.card_room or cap)  # a cap above what the card has free promises nothing
     rows = Rows(max(report.longest for report in reports), sum(report.tokens for report in reports))
     device = "cuda" if on_card else "cpu"
     return solve(make_request(shape, config.groups, here, rows=rows, vram=cap, device=device), allocation), cap

@@ -20,11 +20,14 @@ from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.files import write_json, write_text
 from qrosa.masks.repair import init_low_rank, set_masks
 from qrosa.masks.select import choose_positions
-from qrosa.model.place import hold_to_cap, load_planned
+from qrosa.model.card import held_to, with_index
+from qrosa.model.place import load_planned
+from qrosa.ops.determinism import deterministic, fix_workspace
 from qrosa.optim.adamw import AdapterOptimizer
 from qrosa.optim.kinds import OPTIMIZERS
 from qrosa.optim.parts import Optimizer, adapter_parts
 from qrosa.optim.zero.optimizer import ZeroOptimizer
+from qrosa.planner.hardware import ask_for_expandable_segments
 from qrosa.planner.show import document
 from qrosa.quantities import parse_offload
 from qrosa.record.checkpoint import Checkpoint, check_same_run, latest, recover
@@ -72,11 +75,13 @@ def finetune(
         InterruptedRunError: A signal came, and a checkpoint was written.
     """
     folder = Path(config.output)
+    ask_for_expandable_segments()
+    fix_workspace()
     check_trackers(config.train.log_to)
     accelerator = make_accelerator(config.train.log_to, folder, config.train.timeout)
     listeners = Callbacks([*callbacks, Trackers(accelerator, folder)] if accelerator.is_main_process else [])
     try:
-        with RunLock(folder) as lock:
+        with RunLock(folder) as lock, deterministic(config.train.deterministic == "on"):
             if resume and accelerator.is_main_process:
                 check_output(folder, resume=True, force=False)
                 lock.acquire()  # before anything is read: another process may be about to change it
@@ -85,7 +90,9 @@ def finetune(
             if config.train.base_rounding == "feedback":
                 base = feedback_base(prepared.config, prepared.train.rows, accelerator, listeners)
                 prepared = dataclasses.replace(prepared, base_files=base)
-            return _Run(prepared, accelerator, listeners, lock).go(resume=resume, force=force)
+            run = _Run(prepared, accelerator, listeners, lock)
+            with held_to(run.device, prepared.cap, prepared.plan.beside):
+                return run.go(resume=resume, force=force)
     finally:
         listeners.on_end()
 
@@ -100,7 +107,7 @@ class _Run:
         self.lock = lock
         self.folder = Path(self.config.output)
         self.accelerator = accelerator
-        self.device: torch.device = accelerator.device
+        self.device = with_index(accelerator.device)
         self.meter = MemoryMeter(self.device, planned=prepared.plan.planned)
         self.identity = {"settings": to_flat(self.config), "fingerprints": prepared.fingerprints()}
 
@@ -165,7 +172,6 @@ class _Run:
 
     def _load(self) -> PreTrainedModel:
         """The base in 4 bits."""
-        hold_to_cap(self.device, self.prepared.cap)
         return load_planned(
             self.prepared.base_files,
             self.prepared.plan.work,
@@ -315,6 +321,8 @@ class _Run:
             where=self.prepared.plan.where,
             data=self.prepared.data_report(),
             trainable=sum(part.size for part in parts.optimizer.parts.values()),
+            deterministic=self.config.train.deterministic == "on",
+            overhead=dataclasses.asdict(self.prepared.plan.work.overhead) if self.device.type == "cuda" else {},
         )
         report = write_report(self.folder, facts) if self.accelerator.is_main_process else {}
         self.accelerator.wait_for_everyone()

@@ -1,0 +1,57 @@
+"""The same bits every time: torch's strict determinism, for a stretch of work.
+
+On a card fused attention's backward pass sums in any order unless determinism is *strict*: told to warn only, torch
+takes the other kernel (``aten/src/ATen/native/transformers/cuda/attention_backward.cu``). Strict determinism in turn
+refuses cuBLAS until its workspace has a fixed size, which has to be said before its first call. Fresh tensors are not
+filled: that is for finding bugs.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.deterministic
+
+_fill: Any = torch.utils.deterministic  # its setting is a property that type checkers do not see
+WORKSPACE_SETTING, WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+
+
+def fix_workspace() -> bool:
+    """Give cuBLAS the workspace that strict determinism asks for; False where it has run before and it is too late."""
+    if torch.cuda.is_initialized() and WORKSPACE_SETTING not in os.environ:
+        return False
+    os.environ.setdefault(WORKSPACE_SETTING, WORKSPACE)
+    return True
+
+
+@contextmanager
+def deterministic(on: bool = True) -> Iterator[None]:
+    """While inside, equal inputs give equal bits on one machine; what was set before comes back.
+
+    Args:
+        on: False changes nothing, for those who want the speed. Without a card nothing has to be changed.
+    """
+    if not on or not torch.cuda.is_available():
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = _fill.fill_uninitialized_memory
+    strict = fix_workspace()
+    if not strict:
+        warnings.warn(
+            "qrosa: this process used the card before qrosa did, so equal runs may differ in their last bits; to "
+            f"prevent it, set {WORKSPACE_SETTING}={WORKSPACE} before it starts",
+            stacklevel=3,
+        )
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    _fill.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        _fill.fill_uninitialized_memory = filled
