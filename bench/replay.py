@@ -25,13 +25,11 @@ from qrosa.base.shape import from_config
 from qrosa.config import make_groups
 from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.encode import EncodedRow
-from qrosa.masks.samples import Sample
 from qrosa.measure.card import CARD_GRANULE, card_kernels, hidden_bytes
 from qrosa.measure.trace import Trace
 from qrosa.measure.tracker import FORWARD, UPDATE, StorageTracker
 from qrosa.model.modes import set_attention, set_checkpointing
 from qrosa.optim.adamw import AdapterOptimizer
-from qrosa.planner.bytes.components import statistic_groups
 from qrosa.planner.hardware import Here
 from qrosa.planner.plan import Plan
 from qrosa.planner.request import make_request
@@ -93,13 +91,12 @@ def chat_lengths(longest: int, seed: int) -> list[int]:
     return [longest] + [min(longest, max(32, int(draw.lognormvariate(6.2, 0.8)))) for _ in range(BATCH - 1)]
 
 
-def requests(plan: Plan, config: Any, *, passes: int) -> list[list[tuple[int, int]]]:
+def requests(plan: Plan, config: Any) -> list[list[tuple[int, int]]]:
     """The requests of a run, cut where the cache is emptied: between loading, warm-up, selection and the rest.
 
     Args:
         plan: Its settings.
         config: The model's.
-        passes: Passes of selection to run; the largest ones are among the first.
     """
     work, recorder = plan.work, Recorder()
     trace = Trace.without_data(config, work)
@@ -109,13 +106,13 @@ def requests(plan: Plan, config: Any, *, passes: int) -> list[list[tuple[int, in
         set_attention(trace.model, work.attention)
         set_checkpointing(trace.model, work.checkpointing)
         with recorder, recorder.watching(trace.model):
-            for phase in _phases(trace, passes):
+            for phase in _phases(trace):
                 cuts.append(len(recorder.requests))
                 assert phase
     return [recorder.requests[start:end] for start, end in itertools.pairwise(cuts)]
 
 
-def _phases(trace: Trace, passes: int) -> Iterator[str]:
+def _phases(trace: Trace) -> Iterator[str]:
     work = trace.work
     trace._count_model()
     inject_low_rank(trace.model, work.allocation.ranks, dropout=work.dropout)
@@ -136,9 +133,8 @@ def _phases(trace: Trace, passes: int) -> Iterator[str]:
     _steps(trace, runner, optimizer, (1, 2))
     yield "warm-up"
     trace.tracker.padded = False
-    sample = Sample([1] * work.length, [1] * work.length)
-    for group in statistic_groups(work.allocation, work.mask_scope, work.mask_group_bytes)[:passes]:
-        trace._collect(group, sample)
+    if work.allocation.nnz_total and work.score.reads_gradients:
+        trace._select([1] * work.length)
     yield "select"
     trace._add_sparse(optimizer)
     trace._settle(optimizer)
@@ -171,9 +167,9 @@ def reserved(phases: list[list[tuple[int, int]]], allocator: Segments) -> int:
     return allocator.peak
 
 
-def replay(plan: Plan, config: Any, *, passes: int = 3) -> Replayed:
+def replay(plan: Plan, config: Any) -> Replayed:
     """A plan's run through both allocators."""
-    phases = requests(plan, config, passes=passes)
+    phases = requests(plan, config)
     return Replayed(plan.peak - plan.beside, reserved(phases, Segments()), reserved(phases, Expandable()))
 
 

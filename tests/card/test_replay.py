@@ -60,5 +60,5 @@ def test_what_is_given_back_is_whole_again(steps: list[tuple[int, int]]) -> None
 def test_an_8b_run_reserves_no_more_than_planned(vram: int, length: int, checkpointing: str) -> None:
     """Selection and training on rows of many lengths; planned without the driver's context, which is not torch's."""
     plan = planned(vram * GB, length, checkpointing=checkpointing)
-    found = replay(plan, config(), passes=2)
+    found = replay(plan, config())
     assert 0.9 * found.planned < found.expandable <= found.planned
