@@ -30,6 +30,9 @@ DTYPE_BYTES = {
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 
+# Of the format, and of no model that can be read here.
+_OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")
+
 
 Header = dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]
 
@@ -77,9 +80,9 @@ def read_safetensors_header(path: str | Path) -> tuple[Header, int]:
 
 def _check_entry(path: str | Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     kind = entry.get("dtype") if isinstance(entry, dict) else None
-    if isinstance(kind, str) and kind.isascii() and kind.isupper() and kind not in DTYPE_BYTES:
+    if kind in _OTHER_DTYPES:
         raise InputError(
-            f"{path} stores {str(name)[:80]!r} as {kind[:20]}, which is not supported",
+            f"{path} stores {str(name)[:80]!r} as {kind}, which is not supported",
             "use a checkpoint in bf16, fp16 or fp32",
         )
     try:
