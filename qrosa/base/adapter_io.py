@@ -27,8 +27,8 @@ from qrosa.base.load import Progress, base_info, load_base
 from qrosa.base.open import open_base
 from qrosa.base.saving import SavesAdapter
 from qrosa.base.speech import Speech
-from qrosa.config import AdapterConfig
-from qrosa.errors import InputError
+from qrosa.config import AdapterConfig, make_group
+from qrosa.errors import InputError, StorageError
 from qrosa.sparse.store import ADAPTER_FILE, BESIDE, CONFIG_FILE, read_adapter, read_adapter_config, write_adapter
 
 if TYPE_CHECKING:
@@ -133,13 +133,26 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
             f"fingerprint {str(expected)[:12]}; this one is {found[:12]})",
             "use the base that the adapter was trained on",
         )
-    settings = config["adapter"]
+    settings = _settings(folder, config["adapter"])
     alphas = {path: float(module["alpha"]) for path, module in config["modules"].items()}
-    load_adapter_state(model, tensors, alphas, float(settings.get("dropout", 0.0)))
+    load_adapter_state(model, tensors, alphas, settings.dropout if settings else 0.0)
     if settings:
-        model.qrosa_adapter = AdapterConfig(**settings)  # type: ignore[assignment]
+        model.qrosa_adapter = settings  # type: ignore[assignment]
     model.save_pretrained = SavesAdapter(model, save_adapter)  # type: ignore[assignment]
     set_speech(model, Speech.of(config))
+
+
+def _settings(folder: str | Path, values: dict[str, Any]) -> AdapterConfig | None:
+    """The settings that an adapter was made with; None where it does not say."""
+    known = {field.name for field in dataclasses.fields(AdapterConfig)}
+    try:
+        if not values.keys() <= known:
+            raise InputError("unknown settings", "")
+        return make_group(AdapterConfig, values) if values else None
+    except InputError as error:
+        raise StorageError(
+            f"the settings of the adapter in {folder} do not add up: {error.message}", "copy the adapter folder again"
+        ) from None
 
 
 def set_speech(model: nn.Module, speech: Speech) -> None:

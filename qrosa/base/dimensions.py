@@ -16,6 +16,7 @@ from qrosa.errors import InputError
 Shapes = dict[str, tuple[int, ...]]
 
 KNOWN_HINT = "use a decoder-only model such as Llama, Mistral, Qwen, Gemma or Phi-3"
+_MOST_LAYERS, _LARGEST = 10_000, 1 << 27  # far above any model: what a damaged config says must not be built
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -122,6 +123,8 @@ def read_dimensions(config: Mapping[str, Any], source: str) -> Dimensions:
         raise InputError(f"the config.json of {source} is not a known decoder's: {missing[0]} is missing", KNOWN_HINT)
     refuse_experts(values, source)
     sizes = {key: _count(values, key, source) for key in _SIZES}
+    if sizes["num_hidden_layers"] > _MOST_LAYERS or max(sizes.values()) > _LARGEST:
+        raise InputError(f"the config.json of {source} has sizes that no model has", "download the model again")
     heads = sizes["num_attention_heads"]
     bias = bool(values.get("attention_bias"))
     return Dimensions(

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qrosa.errors import StorageError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,12 +33,20 @@ class Speech:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Speech:
-        """What an adapter's config says; nothing, where it is from before it said anything."""
+        """What an adapter's config says; nothing, where it is from before it said anything.
+
+        Raises:
+            StorageError: What it says cannot be.
+        """
         told = config.get(_KEY)
         if not isinstance(told, Mapping):
             return cls()
         tokens, template = told.get("end_tokens") or (), told.get("chat_template")
-        return cls(tuple(int(token) for token in tokens), str(template) if template else None)
+        if not isinstance(tokens, (list, tuple)) or not all(type(token) is int and token >= 0 for token in tokens):
+            raise StorageError("the adapter's end tokens are not token ids", "copy the adapter folder again")
+        if not isinstance(template, (str, type(None))):
+            raise StorageError("the adapter's chat template is no text", "copy the adapter folder again")
+        return cls(tuple(tokens), template or None)
 
     def to_config(self) -> dict[str, Any]:
         """The entry for an adapter's config."""

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import click
 
-from qrosa.cli.answers import stdout_for_answers
+from qrosa.cli.answers import answers, stdout_for_answers
 from qrosa.cli.failures import describe, drop_output, printable, suggest
 from qrosa.errors import InputError
 
@@ -62,7 +62,8 @@ class LazyGroup(click.Group):
         found = importlib.import_module(COMMANDS[cmd_name][0]).command
         assert isinstance(found, click.Command)
         if not any("--debug" in parameter.opts for parameter in found.params):
-            found.params.append(_debug_option())
+            found.params += [_debug_option(), _help_option()]
+            found.add_help_option = False
         return found
 
     def resolve_command(
@@ -159,6 +160,24 @@ def _debug_option() -> click.Option:
         expose_value=False,
         callback=remember,
         help="On failure, show the traceback.",
+    )
+
+
+def _help_option() -> click.Option:
+    """click's own would print where libraries print, and that is stderr while a subcommand runs."""
+
+    def show(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        if value:
+            click.echo(ctx.get_help(), file=answers())
+            ctx.exit()
+
+    return click.Option(
+        ["-h", "--help"],
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=show,
+        help="Show this message and exit.",
     )
 
 

@@ -240,3 +240,9 @@ def test_a_shell_completes_commands_options_and_values(typed: str, offered: set[
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     lines = [line.split(",", 1) for line in done.stdout.splitlines()]
     assert offered <= {value for kind, value in lines if kind == "plain"}
+
+
+def test_the_help_of_a_command_goes_to_stdout() -> None:
+    command = [sys.executable, "-m", "qrosa", "plan", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Usage: qrosa plan" in done.stdout and "--help" in done.stdout

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qrosa.data.encode import EncodedRow
-from qrosa.errors import InputError
+from qrosa.errors import InputError, TrainingError
 from qrosa.eval.perplexity import evaluate_loss, loss_result
 from qrosa.model.head import Head, token_log_probs
 from tests.conftest import TINY_FAMILIES
@@ -71,7 +71,12 @@ def test_no_supervised_token(tiny_model: LoadTiny) -> None:
 
 def test_perplexity_of_hopeless_models_is_still_a_number() -> None:
     assert loss_result(1, 1, 1e6)["perplexity"] == math.inf
-    assert math.isnan(loss_result(1, 1, math.nan)["perplexity"])
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_a_failure(loss: float) -> None:
+    with pytest.raises(TrainingError, match="the loss of these rows is"):
+        loss_result(1, 1, loss)
 
 
 @pytest.mark.parametrize(
