@@ -96,9 +96,23 @@ class Plan:
         return self.peak <= self.request.cap
 
     @property
+    def pinned_peak(self) -> int:
+        """Most bytes of host memory that any phase pins for a card."""
+        return max(
+            sum(size for name, size in memory.host.items() if name.startswith("pinned"))
+            for memory in self.phases.values()
+        )
+
+    @property
+    def fits_pinned(self) -> bool:
+        """What is pinned is within what the system pins, where it has a limit of its own."""
+        return self.request.pinned_cap is None or self.pinned_peak <= self.request.pinned_cap
+
+    @property
     def fits_host(self) -> bool:
-        """The host's peak is within its cap, where one is known."""
-        return self.request.host_cap is None or self.host_peak <= self.request.host_cap
+        """The host's peak is within its cap, where one is known, and so is what is pinned of it."""
+        known = self.request.host_cap
+        return (known is None or self.host_peak <= known) and self.fits_pinned
 
     @property
     def fits(self) -> bool:
@@ -192,7 +206,10 @@ class Plan:
     @property
     def tightest(self) -> tuple[str, int, int, str]:
         """Phase, peak, cap and name of the memory that runs out; of the device's where none does."""
-        host_cap = self.request.host_cap
+        host_cap, pinned_cap = self.request.host_cap, self.request.pinned_cap
+        if self.fits_device and pinned_cap is not None and not self.fits_pinned:
+            phase = max(self.phases, key=lambda name: self.phases[name].host_total)
+            return phase, self.pinned_peak, pinned_cap, "pinned host memory"
         if self.fits_device and host_cap is not None and not self.fits_host:
             phase = max(self.phases, key=lambda name: self.phases[name].host_total)
             return phase, self.host_peak, host_cap, "host memory"

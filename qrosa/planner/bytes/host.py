@@ -33,6 +33,8 @@ def process_bytes(work: Workload) -> dict[str, int]:
     if work.streamed and not work.base_on_disk:
         held = parts.host_base_bytes if work.on_cpu else parts.pinned_base_bytes
         made["pinned_base"] = held(work.shape)
+    elif work.streamed and not work.on_cpu:  # two blocks at a time, on their way from the files (qrosa.offload.staging)
+        made["pinned_staging"] = parts.STREAM_SLOTS * parts.pinned_bytes(parts.block_bytes(work.shape))
     if work.row_tokens:
         made["rows"] = ROW_BYTES * work.row_tokens
     return made

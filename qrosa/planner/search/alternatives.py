@@ -81,7 +81,7 @@ def _tries(plan: Plan) -> Iterator[Suggestion | None]:
     yield _longest(request, plan.work.length)
     yield _smaller_budget(request)
     yield _on_disk(plan)
-    if not plan.fits_host:
+    if not plan.fits_host and plan.fits_pinned:
         yield _more("host_memory", plan.host_peak * request.sharing)
     yield _larger_card(plan)
 

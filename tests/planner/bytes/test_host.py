@@ -82,6 +82,16 @@ def test_the_host_is_known_where_the_card_is() -> None:
     assert another.request.host_cap is None and another.fits
 
 
+def test_a_system_that_pins_little_is_asked_for_little() -> None:
+    """Half of the memory under WSL: a streamed base that is over it is refused, one in files pins two blocks."""
+    little = Here(card=8 * GB, host=64 * GB, pinned=2 * GB)
+    refused = made(LLAMA, **STREAMED, here=little)
+    assert refused.tightest[3] == "pinned host memory" and not refused.fits
+    assert made(LLAMA, **STREAMED, here=dataclasses.replace(little, pinned=8 * GB)).fits
+    in_files = made(LLAMA, **STREAMED | {"offload": "activations,base=disk:/x"}, here=little)
+    assert in_files.fits and in_files.phases["load"].host["pinned_staging"] == 2 * 2**27
+
+
 def test_processes_of_a_machine_share_its_memory() -> None:
     larger = STREAMED | {"vram": 6 * GB}  # with the buffers that processes talk through
     alone = Here(card=8 * GB, host=12 * GB)
