@@ -195,7 +195,7 @@ class _Job:
         """Flat positions of the sparse part by matrix; empty without one."""
         if self.allocation is None or not self.allocation.nnz_total:
             return {}
-        masks = MaskConfig(mask_score="repair", mask_scope="global", mask_samples=_SELECTION_ROWS)
+        masks = MaskConfig(mask_score="curvature", mask_scope="global", mask_samples=_SELECTION_ROWS)
         spread = torch.linspace(0, len(ids) - 1, min(_SELECTION_ROWS, len(ids))).long()
         samples = [Sample(row, row) for row in ids[spread].tolist()]
         return choose_positions(

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from qrosa.base.adapter_io import load_run_or_model
-from qrosa.base.base_files import SafetensorsBase
+from qrosa.base.open import open_base
 from qrosa.calibrate.quantize import quantize
 from qrosa.calibrate.settings import QuantizeConfig
 from qrosa.errors import InputError
@@ -25,7 +25,7 @@ def test_a_run_makes_its_base_and_keeps_it(config, tmp_path):
     report = finetune(made)
     run = tmp_path / "run"
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("run")) == ["run"]
-    kept = SafetensorsBase("kept", run / "base")
+    kept = open_base(str(run / "base"))
     assert kept.kind == "nf4" and adapter_base(run)["source"] == str(run / "base")
     assert adapter_base(run)["fingerprint"] == kept.fingerprint()
     assert report["steps"] == 6
