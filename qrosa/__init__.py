@@ -21,6 +21,7 @@ _EXPORTS = {
     "CsrDelta": "qrosa.sparse.csr",
     "RunConfig": "qrosa.config",
     "Callback": "qrosa.train.callbacks",
+    "RosaCallback": "qrosa.train.trainer_callback",
     "load": "qrosa.api",
     "finetune": "qrosa.api",
     "plan": "qrosa.api",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from qrosa.masks.apply import select_masks as select_masks
     from qrosa.sparse.csr import CsrDelta as CsrDelta
     from qrosa.train.callbacks import Callback as Callback
+    from qrosa.train.trainer_callback import RosaCallback as RosaCallback
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from qrosa.errors import InputError
 from qrosa.masks.observe import Advance
 from qrosa.masks.repair import set_masks
 from qrosa.masks.select import choose_positions
+from qrosa.masks.selection_rows import SampleLoss, sample_loss
 
 
 def select_masks(
@@ -23,6 +24,7 @@ def select_masks(
     nnz: Mapping[str, int] | None = None,
     seed: int = 42,
     progress: Advance | None = None,
+    loss: SampleLoss = sample_loss,
 ) -> dict[str, Tensor]:
     """Choose where the sparse part sits, and add it to the model's layers, in place of one they may have.
 
@@ -35,6 +37,7 @@ def select_masks(
         nnz: Path -> number of positions; default what the model's budget gave each layer.
         seed: Of the random score.
         progress: Called with (steps done, steps in all).
+        loss: Mean loss of one row; give one that chunks the head where rows are long.
 
     Returns:
         Path -> flat positions ``row * K + column``, int64, rising, on the CPU.
@@ -50,7 +53,9 @@ def select_masks(
             'load it with one, as in qrosa.AdapterConfig(budget="0.3%"), or pass nnz={path: count}',
         )
     settings: AdapterConfig | None = getattr(model, "qrosa_adapter", None)
-    positions = choose_positions(model, batches, config=config or MaskConfig(), nnz=nnz, seed=seed, progress=progress)
+    positions = choose_positions(
+        model, batches, config=config or MaskConfig(), nnz=nnz, seed=seed, progress=progress, loss=loss
+    )
     notices = set_masks(
         model,
         positions,

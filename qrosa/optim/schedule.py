@@ -57,11 +57,21 @@ def warmup_and_total(config: RunConfig, n_rows: int, *, low_rank: bool = True, s
     if total is None:
         epochs = 1.0 if train.epochs is None else train.epochs
         total = max(1, math.ceil(epochs * n_rows / train.batch_size - 1e-9))
+    return phases_of(total, config.masks.warmup_steps, low_rank=low_rank, sparse=sparse)
+
+
+def phases_of(total: int, warmup_steps: int | None, *, low_rank: bool, sparse: bool) -> Phases:
+    """The phases of ``total`` steps.
+
+    Args:
+        total: All optimizer steps.
+        warmup_steps: Low-rank-only steps; None for a tenth of all, at most ``MOST_WARMUP_STEPS``.
+        low_rank: Whether any low-rank parameter is trained.
+        sparse: Whether any sparse parameter is trained.
+    """
     if not (low_rank and sparse):
         return Phases(warmup=0, total=total, sparse=sparse)
-    warmup = config.masks.warmup_steps
-    if warmup is None:
-        warmup = min(MOST_WARMUP_STEPS, total // 10)
+    warmup = min(MOST_WARMUP_STEPS, total // 10) if warmup_steps is None else warmup_steps
     return Phases(warmup=min(warmup, total - 1), total=total, sparse=True)
 
 
@@ -88,8 +98,12 @@ def sparse_learning_rate_factor(step: int, total: int, kind: str, warmup_share: 
 
     A selection before the first step leaves the shared rise alone, instead of applying it twice.
     """
-    factor = learning_rate_factor(step, total, kind, warmup_share)
-    ramp = ramp_steps(total, warmup_share)
+    rise = sparse_rise(step, ramp_steps(total, warmup_share), selected_at)
+    return learning_rate_factor(step, total, kind, warmup_share) * rise
+
+
+def sparse_rise(step: int, ramp: int, selected_at: int) -> float:
+    """The sparse part's own rise over ``ramp`` steps from its selection on; 1.0 after it, and without one."""
     if selected_at == 0 or step - selected_at >= ramp:
-        return factor
-    return factor * max(0, step - selected_at + 1) / (ramp + 1)
+        return 1.0
+    return max(0, step - selected_at + 1) / (ramp + 1)

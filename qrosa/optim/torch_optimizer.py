@@ -1,8 +1,9 @@
 """The adapter's optimizer behind torch's interface: for loops of one's own, and for trainers that take an optimizer.
 
-Two parameter groups, ``low_rank`` and ``sparse``, each with its own ``lr`` that schedulers may turn. The masters are
+Two parameter groups, ``low_rank`` and ``sparse``, each with its own ``lr`` that schedulers may turn, and a ``scale`` on
+it that they leave alone: the sparse part rises over steps of its own, whatever schedule both follow. The masters are
 fp32 whatever the model's dtype (see ``qrosa.optim.adamw``). A sparse part whose masks are picked later is taken in at
-the next step, and fills the second group then.
+the next step, or when the state is asked for, and fills the second group then.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class TorchAdapterOptimizer(torch.optim.Optimizer):
         self.model = model
         self.inner = AdapterOptimizer(low_rank, sparse, kind=kind, weight_decay=weight_decay)
         groups = [
-            {"params": low_rank, "lr": lr, "name": LOW_RANK},
-            {"params": sparse, "lr": sparse_lr, "name": SPARSE},
+            {"params": low_rank, "lr": lr, "scale": 1.0, "name": LOW_RANK},
+            {"params": sparse, "lr": sparse_lr, "scale": 1.0, "name": SPARSE},
         ]
         # torch refuses neither an empty group nor one that fills later; DeepSpeed does (use qrosa.finetune there).
         super().__init__(groups, {"lr": lr})
@@ -63,7 +64,7 @@ class TorchAdapterOptimizer(torch.optim.Optimizer):
                 "prepare_model_for_kbit_training)",
             )
         self.inner.accumulate()
-        rates = {group["name"]: float(group["lr"]) for group in self.param_groups}
+        rates = {group["name"]: float(group["lr"]) * group["scale"] for group in self.param_groups}
         self.inner.step(lr=rates[LOW_RANK], sparse_lr=rates[SPARSE])
         return loss
 
@@ -77,8 +78,14 @@ class TorchAdapterOptimizer(torch.optim.Optimizer):
         for parameter, gradient in zip(sparse, gradients, strict=True):
             parameter.grad = gradient
 
+    @property
+    def has_state(self) -> bool:
+        """Whether a step was taken, or a state loaded."""
+        return any(group.optimizer.state for group in self.inner.groups.values())
+
     def state_dict(self) -> dict[str, Any]:
         """Masters and states as plain host tensors, and each group's settings."""
+        self._take_in_sparse()
         settings = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
         return {"state": self.inner.state_tensors(), "param_groups": settings}
 

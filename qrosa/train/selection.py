@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,11 @@ from qrosa.masks.selection_rows import Sample
 from qrosa.model.head import logit_rule
 from qrosa.train.loss import chunked_loss
 
-if TYPE_CHECKING:
-    from qrosa.data.encode import EncodedRow
-
+Row = TypeVar("Row")
 _SEED_SHIFT = 7919  # the selection's rows are drawn apart from the order of the steps
 
 
-def selection_rows(rows: Sequence[EncodedRow], count: int, seed: int) -> list[EncodedRow]:
+def selection_rows(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     """The training rows that masks are selected on: a function of the seed alone."""
     chosen = random.Random(seed + _SEED_SHIFT).sample(range(len(rows)), min(count, len(rows)))
     return [rows[index] for index in chosen]
