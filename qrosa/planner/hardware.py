@@ -76,8 +76,7 @@ def read_here() -> Here:
 def ask_for_expandable_segments() -> None:
     """Have torch's allocator grow its blocks in place, unless the user has settled it otherwise; before the first use.
 
-    Blocks of fixed size leave holes that rows of many lengths never fill: reserved memory was up to 29% over the plan's
-    without (tests/card/test_replay.py replays a run through a model of the allocator).
+    Blocks of fixed size leave holes that rows of many lengths never fill.
     """
     if not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
         os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
