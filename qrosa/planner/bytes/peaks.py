@@ -27,8 +27,8 @@ from qrosa.planner.workload import Workload
 MIB = 2**20
 # Estimates, not formulas; everything else here is arithmetic.
 NCCL = 512 * MIB  # buffers that several processes, or DeepSpeed alone, talk through: an upper guess, not measured
-# What torch's allocator reserves over its tensors, with expandable segments: of what comes and goes, or of all where that
-# is more; and the pages at the ends of its two pools. From a model of the allocator, not yet from a card.
+# What torch's allocator reserves over its tensors, with expandable segments: of what comes and goes, or of all where
+# that is more; and the pages at the ends of its two pools. From a model of the allocator, not yet from a card.
 ALLOCATOR_SLACK, ALLOCATOR_SHARE, ALLOCATOR_PAGES = 0.03, 0.02, 100 * MIB
 LIVE_BOUNDARIES = 2  # with activation offload: the one in use, and the one on its way out or back
 EVAL_CHUNK = 256  # positions whose logits exist at once in evaluation
