@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -199,13 +200,14 @@ def _check_adapter(model: nn.Module | None) -> None:
 
 
 def _check_machines(args: TrainingArguments) -> None:
-    """Refuse engines that take parameters apart.
+    """Refuse engines that take parameters apart, however they were asked for: by arguments, launcher or environment.
 
     Raises:
         InputError: DeepSpeed, FSDP or several cards in one process.
     """
-    engines = {"DeepSpeed": args.deepspeed, "FSDP": args.fsdp, "one process on several cards": args.n_gpu > 1}
-    for name, wanted in engines.items():
+    fsdp = args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    asked = {"DeepSpeed": args.deepspeed_plugin, "FSDP": fsdp, "several cards in one process": args.n_gpu > 1}
+    for name, wanted in asked.items():
         if wanted:
             raise InputError(
                 f"a trainer with {name} cannot drive a qrosa model",

@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 import qrosa
 from qrosa.adapters.inject import adapter_parameters, adapter_state, quantized_linears
@@ -259,6 +260,36 @@ def test_another_optimizer_is_refused(tiny_model_dir, tmp_path):
         make_trainer(tiny_model_dir(), tmp_path, optimizer=other).train()
 
 
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("DeepSpeed", {"deepspeed_plugin": object()}), ("FSDP", {"fsdp": True}), ("several cards", {"_n_gpu": 2})],
+)
+def test_engines_that_take_parameters_apart_are_refused(tiny_model_dir, tmp_path, name, setting):
+    trainer = make_trainer(tiny_model_dir(), tmp_path)
+    vars(trainer.args).update(setting)
+    with pytest.raises(InputError, match=f"a trainer with {name}"):
+        RosaCallback().on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_a_launchers_engine_is_refused_too(tiny_model_dir, tmp_path, monkeypatch):
+    trainer = make_trainer(tiny_model_dir(), tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="a trainer with FSDP"):
+        RosaCallback().on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_several_processes_need_masks_beforehand(tiny_model_dir, tmp_path):
+    trainer = make_trainer(tiny_model_dir(), tmp_path)
+    event = {"model": trainer.model, "optimizer": trainer.optimizer}
+    several = SimpleNamespace(world_size=2)
+    with pytest.raises(InputError, match="masks cannot be picked while 2 processes train"):
+        RosaCallback().on_train_begin(several, TrainerState(max_steps=STEPS), trainer.control, **event)
+    qrosa.select_masks(trainer.model, trainer.train_dataset)
+    callback = RosaCallback()
+    callback.on_train_begin(several, TrainerState(max_steps=STEPS), trainer.control, **event)
+    assert callback.selected_at == 0
+
+
 def test_a_checkpoint_of_another_base_is_refused(whole, tiny_model_dir, tmp_path):
     _, output, _ = whole
     folder = tmp_path / "checkpoint-3"
@@ -281,6 +312,29 @@ def test_an_index_names_what_a_fresh_model_holds(whole, tiny_model_dir):
     _, output, _ = whole
     index = json.loads((output / f"checkpoint-{STEPS}" / INDEX_FILE).read_text())
     assert set(index["weight_map"]) <= set(loaded(tiny_model_dir())[0].state_dict())
+
+
+def test_packed_rows_of_trl_are_trained_on(tiny_model_dir, tmp_path):
+    trl = pytest.importorskip("trl", reason="of TRL's SFTTrainer")
+    datasets = pytest.importorskip("datasets", reason="TRL takes rows as the datasets library holds them")
+    model, tokenizer = loaded(tiny_model_dir())
+    rows = [{"prompt": f"Review {index}: the film was good", "completion": " positive"} for index in range(16)]
+    trainer = trl.SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        args=trl.SFTConfig(
+            str(tmp_path), max_steps=3, packing=True, max_length=64, bf16=False, save_strategy="no", report_to="none"
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        callbacks=[RosaCallback({"mask_samples": 4, "warmup_steps": 1})],
+        optimizers=(qrosa.optimizer(model), None),
+    )
+    taken_apart = list(dataloader_rows(trainer.get_train_dataloader(), len(rows), seed=0))
+    longest = max(len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows) + 1  # and an end
+    assert len(trainer.train_dataset) < len(taken_apart) == len(rows)
+    assert all(len(row["input_ids"]) <= longest for row in taken_apart)
+    trainer.train()
+    assert sum(layer.nnz for layer in quantized_linears(model).values()) == sum(model.qrosa_allocation.nnz.values())
 
 
 def test_the_example_trains_and_resumes_in_a_fresh_process(tiny_model_dir, tiny_rows, tmp_path):
