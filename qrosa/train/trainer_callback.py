@@ -24,6 +24,7 @@ from qrosa.base.load import base_info
 from qrosa.config import MaskConfig
 from qrosa.errors import InputError
 from qrosa.masks.apply import select_masks
+from qrosa.masks.scores import MASK_SCORES
 from qrosa.model.head import CHUNK_TOKENS
 from qrosa.optim.parts import SPARSE
 from qrosa.optim.schedule import Phases, phases_of, sparse_rise
@@ -92,13 +93,14 @@ class RosaCallback(TrainerCallback, ExportableState):
         control: TrainerControl,
         model: PreTrainedModel | None = None,
         optimizer: Any = None,
+        train_dataloader: DataLoader[Any] | None = None,
         **_: Any,
     ) -> None:
         """Lay out the phases, and check once more, for much may happen to a model before it is trained.
 
         Raises:
             InputError: Nothing would train, the optimizer is not the adapter's, the checkpoint is of another base, or
-                masks are still to be picked by several processes.
+                masks are still to be picked, by several processes or from rows without labels.
         """
         _check_adapter(model)
         assert model is not None
@@ -113,12 +115,23 @@ class RosaCallback(TrainerCallback, ExportableState):
         low_rank, sparse = adapter_parameters(model)
         planned = bool(sparse) or _wants_masks(model)
         self._phases = phases_of(state.max_steps, self.masks.warmup_steps, low_rank=bool(low_rank), sparse=planned)
-        if planned and not sparse and args.world_size > 1:
+        if planned and not sparse:
+            self._check_selection(args, train_dataloader)
+
+    def _check_selection(self, args: TrainingArguments, train_dataloader: DataLoader[Any] | None) -> None:
+        """Refuse before the first step what mask selection would stumble over after warm-up.
+
+        Raises:
+            InputError: Several processes train, or the trainer's batches have no labels.
+        """
+        if args.world_size > 1:
             raise InputError(
                 f"masks cannot be picked while {args.world_size} processes train: each holds a copy of the model that "
                 "has no place for the sparse part",
                 "select them before (qrosa.select_masks, on all processes), or use qrosa finetune",
             )
+        if train_dataloader is not None and MASK_SCORES[self.masks.mask_score].reads_gradients:
+            next(dataloader_rows(train_dataloader, 1, self.seed), None)
 
     def on_step_begin(
         self,

@@ -230,6 +230,15 @@ def test_batches_without_labels_are_refused():
         list(dataloader_rows(loader, 1, seed=0))
 
 
+def test_rows_of_another_objective_are_refused_before_the_first_step(tiny_model_dir, tmp_path):
+    trainer = make_trainer(tiny_model_dir(), tmp_path)
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: {"completion_mask": (batch := collate(rows)).pop("labels") > 0, **batch}
+    with pytest.raises(InputError, match="hold attention_mask, completion_mask, input_ids: no"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_a_model_of_which_nothing_would_train_is_refused(tiny_model_dir, tmp_path):
     optimizer = qrosa.optimizer(loaded(tiny_model_dir())[0])
     with pytest.raises(InputError, match="no adapter: nothing would train"):
