@@ -63,7 +63,8 @@ class BuildFailed(Exception):
     def __init__(self, tool: str, work: str, output: str) -> None:
         self.output = output
         lines = [line.strip() for line in output.splitlines() if line.strip()]
-        reason = next((line for line in lines if re.search(r"error|fatal|cannot|unsupported", line, re.I)), "")
+        told = (line for line in lines if re.search(r"error|fatal|cannot|unsupported|no such", line, re.I))
+        reason = next(told, "")
         super().__init__(f"{tool} failed on {work}" + (f": {reason[:200]}" if reason else ""))
 
 

@@ -9,6 +9,15 @@ from __future__ import annotations
 
 import re
 
+_BEGINNING, _END = 600, 200  # characters of a message whose value at fault is longer than anybody reads
+
+
+def _one_screen(message: str) -> str:
+    """A message without the middle of an endless value: what it is about stands at its ends."""
+    if len(message) <= _BEGINNING + _END:
+        return message
+    return f"{message[:_BEGINNING]} ... {message[-_END:]}"
+
 
 class QrosaError(Exception):
     """Base of all errors meant for people.
@@ -21,9 +30,9 @@ class QrosaError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = _one_screen(message)
         self.hint = hint
+        super().__init__(self.message)
 
 
 class InputError(QrosaError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ _CORPUS = (
     "what is the capital of france? the capital of france is paris. what is two plus two? four",
     "training a small model on a small card with a low-rank part and a sparse part of the weights",
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_is_heard() -> None:
+    """A shell starts background jobs with SIGINT ignored; the tests of signals need the usual handler."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

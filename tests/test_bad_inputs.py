@@ -172,8 +172,8 @@ ADAPTERS = [
     Case("export run --output new --dtype fp8", 2, "'fp8' is not one of 'fp16', 'bf16'", "qrosa export --help"),
 ]
 MEMORY = [
-    Case(plan(f"{_BUDGET} --vram 1MB"), 3, "needs at least .* MiB of device memory; 1.0 MiB is available", "--vram"),
-    Case(train(vram="1MB"), 3, "needs at least .* MiB of .*memory; 1.0 MiB is available", "--vram|--host-memory"),
+    Case(plan(f"{_BUDGET} --vram 1MB"), 3, "needs at least .* [MG]iB of device memory; 1.0 MiB is available", "--vram"),
+    Case(train(vram="1MB"), 3, "needs at least .* [MG]iB of .*memory; 1.0 MiB is available", "--vram|--host-memory"),
 ]
 CASES = [*USAGE, *BUDGETS, *SETTINGS, *CONFIGS, *MODELS, *DATA, *OUTPUTS, *ADAPTERS, *MEMORY]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qrosa.base.families import FAMILIES, TEXT_TWINS
-from qrosa.errors import InputError
+from qrosa.errors import InputError, StorageError
 from qrosa.files import read_json
 
 _CODE_KEYS = re.compile(r"auto_map|custom_pipelines|_?(attn|experts)_implementation.*|use_kernels?")
@@ -81,6 +81,11 @@ def model_config(config: Mapping[str, Any], source: str) -> ModelConfig:
     for part in (config, config.get("text_config")):
         _refuse_two_sided(part if isinstance(part, Mapping) else {}, source)
     whole = without_code(config)
+    for part in (whole, whole.get("text_config")):
+        if isinstance(part, Mapping) and not isinstance(part.get("model_type", ""), str | None):
+            raise StorageError(
+                f"the config.json of {source} has a model_type that is no text", "copy or download the file again"
+            )
     notes = []
     if _names_code(config):
         notes.append("config.json names code of its own (auto_map), which is not run: transformers' class is used")

@@ -1,6 +1,6 @@
 """YAML settings, data rows and a model's config.json with damage in them: read, or refused as input.
 
-QROSA_FUZZ_SECONDS=600 python -m pytest tests/fuzz/test_settings.py runs it for ten minutes a target.
+QROSA_FUZZ_SECONDS=600 python -m pytest tests/fuzz/test_fuzz_settings.py runs it for ten minutes a target.
 """
 
 from __future__ import annotations

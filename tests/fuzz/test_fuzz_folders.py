@@ -1,6 +1,6 @@
 """Adapter and checkpoint folders with damaged or forged files: refused, or the same as before.
 
-QROSA_FUZZ_SECONDS=600 python -m pytest tests/fuzz/test_folders.py runs it for ten minutes a target.
+QROSA_FUZZ_SECONDS=600 python -m pytest tests/fuzz/test_fuzz_folders.py runs it for ten minutes a target.
 
 A byte that changes anywhere must be noticed. Half of the changed JSON documents get digests that fit again, as someone
 would write them who knows the format: those may be accepted where they are consistent, but fail in no other way.
