@@ -33,6 +33,7 @@ from qrosa.data.batching import MicroBatch
 from qrosa.eval.generate import continue_ids
 from qrosa.model.modes import set_attention, set_checkpointing
 from qrosa.optim.adamw import AdapterOptimizer
+from qrosa.processor import widens_products
 from qrosa.sparse.csr import CsrDelta
 from qrosa.train.loss import model_loss
 
@@ -48,7 +49,7 @@ def batch_of(rows: int, length: int) -> MicroBatch:
 def ours(folder: Path, *, sparse: bool, checkpointing: bool) -> Any:
     """The engine's model as ``qrosa finetune`` sets it up."""
     model, _ = load_base(str(folder))
-    set_attention(model, "eager")
+    set_attention(model, "sdpa" if widens_products() else "eager")  # as the plan would
     set_checkpointing(model, checkpointing)
     attach_adapter(model, AdapterConfig(rank=RANK, density=0.0, dropout=DROPOUT))
     if sparse:

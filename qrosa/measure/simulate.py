@@ -25,6 +25,7 @@ from qrosa.errors import InputError
 from qrosa.measure.card import card_kernels, hidden_bytes
 from qrosa.measure.trace import Trace, worst_micro_batches
 from qrosa.measure.tracker import Allocation, Peak, StorageTracker
+from qrosa.ops.products import widening
 from qrosa.ops.workspace import meta_like_cpu
 from qrosa.planner.workload import Workload
 
@@ -141,5 +142,5 @@ def largest_tensors(allocations: Sequence[Allocation], count: int) -> list[LiveT
 @contextmanager
 def _devices(work: Workload) -> Iterator[None]:
     """``meta`` tensors behave as the planned device's."""
-    with meta_like_cpu() if work.on_cpu else card_kernels():
+    with meta_like_cpu() if work.on_cpu else card_kernels(), widening("meta", work.widens):
         yield

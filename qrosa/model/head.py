@@ -46,7 +46,7 @@ def generating(model: nn.Module) -> Iterator[None]:
     """
     hf = cast(Any, model)
     kind = getattr(hf.config, "_attn_implementation", None)
-    turn = kind == "eager" and bool(getattr(hf, "_supports_sdpa", False))
+    turn = kind not in (None, "sdpa") and bool(getattr(hf, "_supports_sdpa", False))
     if turn:
         hf.set_attn_implementation("sdpa")
     try:

@@ -13,6 +13,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qrosa.model.wide_attention import wide_attention
+from qrosa.ops.products import widens
+
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
     """Recompute each decoder layer's activations in backward, or keep them."""
@@ -39,7 +42,9 @@ def offload_activations(model: nn.Module, device: torch.device) -> None:
 
 
 def set_attention(model: nn.Module, kind: str) -> None:
-    """Use ``eager`` or ``sdpa`` attention, as the plan counted on."""
+    """Use ``eager`` or ``sdpa`` attention, as the plan counted on; in fp32 where 16-bit products are not to be had."""
     hf = cast(Any, model)
+    if widens(hf.get_input_embeddings().weight):
+        kind = wide_attention(kind)
     if hf.config._attn_implementation != kind:
         hf.set_attn_implementation(kind)

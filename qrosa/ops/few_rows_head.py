@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qrosa.ops import products
+
 _FEW_ROWS = 16
 """Up to so many rows the product is turned around; measured, not critical: at 64 rows both take the same time."""
 
@@ -29,8 +31,11 @@ class OutputHead(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Logits in x's dtype, summed in fp32."""
         weight, rows = self.weight, x.numel() // max(x.shape[-1], 1)
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if products.widens(x) and not differentiable:
+            return products.linear(x.reshape(rows, -1), weight, self.bias).to(x.dtype).view(*x.shape[:-1], -1)
         few = 0 < rows <= _FEW_ROWS and x.is_cpu and x.dtype == weight.dtype == torch.bfloat16
-        if not few or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        if not few or differentiable:
             return nn.functional.linear(x, weight, self.bias)
         columns = x.reshape(rows, -1).t()
         turned = weight @ columns if rows > 1 else torch.mv(weight, columns[:, 0])[:, None]  # [V, rows]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from qrosa.ops import devices, dropout, reference, schema, workspace
+from qrosa.ops import devices, dropout, products, reference, schema, workspace
 from qrosa.ops.operands import NO_DELTA, CsrOperands, NF4Operands
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -100,7 +100,10 @@ def forward(
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Y [..., N] and the projected input drop(X) A^T [T, r] (empty without a low-rank part)."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if products.widens(x):
+        y, projected = forward(x.float(), nf4, out_features, bias, csr, a, b, scale, dropout_p, seed)
+        return y.to(x.dtype), projected.to(x.dtype)
+    rows = _rows(x)
     a, b = _in(a, x.dtype), _in(b, x.dtype)
     if _fuses(rows, nf4, a, dropout_p):
         wide_bias = _in(bias, torch.float32)
@@ -115,6 +118,11 @@ def forward(
         left = projected * scale
     y = product(rows, nf4, csr, (out_features, x.shape[-1]), left, b, bias)
     return y.view(*x.shape[:-1], out_features), projected
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[T, n], contiguous, of [..., n]."""
+    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
 
 
 def _in(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -135,8 +143,15 @@ def backward(
     *needed: bool,
 ) -> Gradients:
     """Gradients of x, values, a, b and bias; an empty tensor for each that ``needed`` (as in ``Needs``) leaves out."""
+    if products.widens(x):
+        # The sparse gradient reads 16 bits and sums in fp32 as it is.
+        wide, without_values = (dy.float(), x.float(), projected.float()), Needs(*needed)._replace(values=False)
+        dx, dvalues, da, db, dbias = backward(*wide, nf4, csr, a, b, scale, dropout_p, seed, *without_values)
+        if Needs(*needed).values and csr is not None:
+            dvalues = _sparse_gradient(_rows(dy), _rows(x), csr)
+        return dx.to(x.dtype), dvalues, da, db, dbias
     needs = Needs(*needed)
-    x_rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).contiguous()
+    x_rows, dy_rows = x.reshape(-1, x.shape[-1]), _rows(dy)
     left, right = _in(b, x.dtype), _in(a, x.dtype)
     dbias = dy_rows.sum(0) if needs.bias else x.new_empty((0,))
     if _fuses(x_rows, nf4, a, dropout_p):

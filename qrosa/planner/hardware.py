@@ -12,6 +12,8 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from qrosa.processor import widens_products
+
 MIB = 2**20
 HOST_SHARE = 0.9  # of the host's free memory: the rest is for what other programs do meanwhile
 _ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # the name since 2.0, and the one from 2.9 on
@@ -49,6 +51,7 @@ class Here:
         card_free: Bytes of the card that no program uses, None where the driver does not say.
         pinned: Bytes of host memory that a card may be given direct access to, None for no limit of its own.
         overhead: What this process takes of the card beside tensors.
+        widens: The processor multiplies 16-bit floats faster in fp32.
     """
 
     card: int | None
@@ -58,6 +61,7 @@ class Here:
     card_free: int | None = None
     pinned: int | None = None
     overhead: Overhead = UNMEASURED
+    widens: bool = False
 
     @property
     def card_room(self) -> int | None:
@@ -70,7 +74,8 @@ def read_here() -> Here:
     card = _first_card()
     total = card[1] if card is not None else None
     free = _free_bytes(card[0]) if card is not None else None
-    return Here(total, host_memory(), processes_here(), processes_on_this_host(), free, pinned_limit())
+    sharing = processes_on_this_host()
+    return Here(total, host_memory(), processes_here(), sharing, free, pinned_limit(), widens=widens_products())
 
 
 def ask_for_expandable_segments() -> None:

@@ -50,6 +50,7 @@ class Request:
         sharing: Those of them that share a host's memory.
         pinned_cap: Bytes of host memory that may be pinned, None for no limit of its own.
         overhead: What a process takes of a card beside tensors.
+        widens: Products of 16-bit floats are taken in fp32, as on a CPU that is slow at them.
     """
 
     shape: ModelShape
@@ -67,6 +68,7 @@ class Request:
     sharing: int = 1
     pinned_cap: int | None = None
     overhead: Overhead = UNMEASURED
+    widens: bool = False
 
 
 def make_request(
@@ -117,6 +119,7 @@ def make_request(
         sharing,
         here.pinned // sharing if here.pinned is not None and machines is None else None,
         here.overhead if machines is None else UNMEASURED,
+        here.widens and device == "cpu",
     )
 
 

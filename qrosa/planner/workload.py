@@ -44,6 +44,7 @@ class Workload:
         mask_candidates: Streamed candidates for each position of the mask; 0 where statistics are exact.
         deterministic: Kernels give the same bits every time.
         overhead: What the process takes of a card beside tensors.
+        widens: Products of 16-bit floats are taken in fp32, as on a CPU that is slow at them.
     """
 
     shape: ModelShape
@@ -74,6 +75,7 @@ class Workload:
     mask_candidates: int = 0
     deterministic: bool = True
     overhead: Overhead = UNMEASURED
+    widens: bool = False
 
     @property
     def streamed(self) -> bool:

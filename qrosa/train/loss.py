@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qrosa.data.encode import IGNORE
 from qrosa.errors import InputError
 from qrosa.model.head import CHUNK_TOKENS, logit_rule
+from qrosa.ops import products
 
 _CACHED_ROWS = 8  # on the CPU: rows of logits that stay in the L2 cache through the passes of a softmax
 
@@ -55,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss, d_logits = _chunk(hidden[rows], labels[rows], weight, bias, softcap, scale, gradient is not None)
             total += loss
             if gradient is not None and d_logits is not None:
-                torch.mm(d_logits.to(weight.dtype), weight, out=gradient[rows])
+                _to_hidden(d_logits, weight, gradient[rows])
             del d_logits  # or it would live on beside the next chunk's logits
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -77,13 +78,24 @@ def _chunk(
     need_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss sum (fp32 scalar) and gradient of the raw logits (fp32 [c, V]) of one chunk of c tokens."""
-    logits = nn.functional.linear(hidden, weight, bias).float()  # [c, V]
+    if products.widens(hidden):
+        logits = products.linear(hidden, weight, bias)
+    else:
+        logits = nn.functional.linear(hidden, weight, bias).float()  # [c, V]
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     step = _CACHED_ROWS if hidden.device.type == "cpu" else max(len(labels), 1)
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
         loss += _to_gradient(logits[rows], labels[rows], softcap, scale, need_gradient)
     return loss, logits if need_gradient else None
+
+
+def _to_hidden(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
+    """The gradient of hidden states, into ``out`` [c, d], of that of their logits, fp32 [c, V]."""
+    if products.widens(out):
+        out.copy_(products.product(d_logits, weight))
+    else:
+        torch.mm(d_logits.to(weight.dtype), weight, out=out)
 
 
 def _to_gradient(logits: Tensor, labels: Tensor, softcap: float | None, scale: float, need_gradient: bool) -> Tensor:

