@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from qrosa.adapters.compose import add_parts, compose
 from qrosa.adapters.forms import LORA, LowRankForm
 from qrosa.adapters.low_rank import LowRank
 from qrosa.errors import InputError
+from qrosa.ops.recompute import is_recomputing, output_unread
 from qrosa.quant.nf4 import NF4Weight
 from qrosa.sparse.csr import CsrDelta
 
@@ -67,6 +68,8 @@ class QRosaLinear(nn.Module):
         self.register_buffer("sparse_row_ptr", None)
         self.register_buffer("sparse_col", None)
         self.adapter_enabled = True
+        self.output_unread = False  # by what a recomputed block saves (qrosa.model.unread)
+        self.node = 0  # of the latest output in autograd's graph, by its id
         self._plan: _Plan | None = None
 
     @classmethod
@@ -198,16 +201,24 @@ class QRosaLinear(nn.Module):
             csr = ops.CsrOperands(row_ptr, col, values)
         part: LowRank | None = self._modules["low_rank"]  # type: ignore[assignment]
         if part is None:
-            return ops.linear(x, nf4, features, bias, csr)
+            return self._differentiable(x, nf4, features, bias, csr)
         dropout = part.dropout if self.training else 0.0
         # Drawn from the CPU generator: no device sync, and checkpointing replays it with the RNG state.
         seed = int(torch.randint(2**31, ())) if dropout else 0
         a, b = part.factors()
         if not part.has_gain:
-            return ops.linear(x, nf4, features, bias, csr, a, b, part.alpha / part.rank, dropout, seed)
+            return self._differentiable(x, nf4, features, bias, csr, a, b, part.alpha / part.rank, dropout, seed)
         y = ops.linear(x, nf4, features, None, csr, a, b, part.scale, dropout, seed)
         y = y * part.gain(self._sum).to(x.dtype)
         return y if bias is None else y + bias.to(x.dtype)
+
+    def _differentiable(self, x: Tensor, *operands: Any) -> Tensor:
+        if self.output_unread and is_recomputing():
+            with output_unread():
+                return ops.linear(x, *operands)
+        y = ops.linear(x, *operands)
+        self.node = id(y.grad_fn)
+        return y
 
     def _sum(self) -> Tensor:
         """W + S + scale * B @ A, fp32 [N, K], before the low-rank form's gain."""

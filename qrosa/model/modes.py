@@ -13,14 +13,18 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qrosa.model.unread import watch_unread_outputs
 from qrosa.model.wide_attention import wide_attention
 from qrosa.ops.products import widens
+from qrosa.ops.recompute import contexts
 
 
 def set_checkpointing(model: nn.Module, on: bool) -> None:
     """Recompute each decoder layer's activations in backward, or keep them."""
     hf = cast(Any, model)
-    kwargs = {"use_reentrant": False}
+    kwargs = {"use_reentrant": False, "context_fn": contexts}
+    if on:
+        watch_unread_outputs(model)
     if hasattr(hf, "activation_checkpointing_enable"):  # the name since transformers 5.2x
         if on:
             hf.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from qrosa.offload.pool import pinned_like
+from qrosa.ops.recompute import contexts
 
 BUFFERS = 2
 
@@ -110,7 +111,7 @@ class ActivationOffload:
         def run(*rest: Any) -> Any:
             return block(self._take(boundary), *rest)
 
-        output = checkpoint(run, *args, use_reentrant=False)
+        output = checkpoint(run, *args, use_reentrant=False, context_fn=contexts)
         first = output[0] if isinstance(output, tuple) else output
         if first.requires_grad:
             self._send(boundary)

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from qrosa.ops import linear
 from qrosa.ops.operands import NO_DELTA
+from qrosa.ops.recompute import is_output_unread
 from qrosa.ops.schema import LIBRARY, LINEAR
 
 _DIFFERENTIABLE = tuple(LINEAR.place(name) for name in ("x", "values", "a", "b", "bias"))
@@ -46,7 +48,7 @@ def _backward(ctx: Any, dy: torch.Tensor | None, _dprojected: torch.Tensor | Non
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        output = _below_autograd(*inputs)
+        output = linear.unread(*LINEAR.split(inputs)) if is_output_unread() else _below_autograd(*inputs)
         _save(ctx, inputs, output)
         return output
 

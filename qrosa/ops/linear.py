@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from qrosa.ops import devices, dropout, products, reference, schema, workspace
-from qrosa.ops.operands import NO_DELTA, CsrOperands, NF4Operands
+from qrosa.ops.operands import NESTED_BLOCK, NO_DELTA, CsrOperands, NF4Operands
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -53,6 +53,8 @@ _AMX = 4
 """The code of AMX in ``qrosa::cpu_isa``."""
 _FUSED_TOKENS = 16
 """From so many tokens on, a product that decodes as it goes fills its tiles."""
+_FEWEST_ROWS = 64
+"""Rows of a matrix that are decoded together."""
 _MASKED_RANK = 256
 """The highest rank whose product with a dropout mask the tiles hold (``kMaskedRank``)."""
 
@@ -118,6 +120,45 @@ def forward(
         left = projected * scale
     y = product(rows, nf4, csr, (out_features, x.shape[-1]), left, b, bias)
     return y.view(*x.shape[:-1], out_features), projected
+
+
+def unread(
+    x: torch.Tensor,
+    nf4: NF4Operands,
+    out_features: int,
+    bias: torch.Tensor | None,
+    csr: CsrOperands | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``forward`` gives but for the values of Y [..., N], which takes no memory; the rest has the same bits."""
+    y = x.new_zeros(()).expand(*x.shape[:-1], out_features)
+    if a is None or b is None:
+        return y, x.new_empty((0,))
+    rows = _rows(x.float() if products.widens(x) else x)
+    a, b = a.to(rows.dtype), b.to(rows.dtype)
+    if _fuses(rows, nf4, a, dropout_p):  # the tiles sum in an order of their own: a few rows of the matrix keep to it
+        count = min(_FEWEST_ROWS, out_features)
+        first = _first_rows(nf4, count * x.shape[-1])
+        settings = (scale, dropout_p, seed)
+        projected = torch.ops.qrosa.linear_tiles(rows, *first, count, None, *NO_DELTA, a, b[:count], *settings)[1]
+    else:
+        projected = dropped(rows, dropout_p, seed) @ a.t()
+    return y, projected.to(x.dtype)
+
+
+def _first_rows(nf4: NF4Operands, elements: int) -> NF4Operands:
+    """The first rows of a packed matrix; they end with a block."""
+    blocks = elements // nf4.block_size
+    scale = nf4.absmax_scale
+    return nf4._replace(
+        codes=nf4.codes[: elements // 2],
+        absmax=nf4.absmax[:blocks],
+        absmax_scale=None if scale is None else scale[: -(-blocks // NESTED_BLOCK)],
+    )
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
