@@ -50,7 +50,7 @@ class AdapterConfig:
     sparse_share: float = setting(0.5, "Part of the budget given to the sparse part: 0 is LoRA, 1 is sparse only.")
     low_rank: str = setting("lora", "Form of the low-rank part; lora is the product of two matrices.", metavar="FORM")
     alpha: float = setting(16.0, "Scale of the low-rank part: its product is multiplied by alpha / rank.")
-    dropout: float = setting(0.05, "Dropout on the input of the low-rank part while training.")
+    dropout: float = setting(0.0, "Dropout on the input of the low-rank part while training.")
     sparse_init: str = setting(
         "residual",
         "Where sparse values start: the quantisation error of their position, or zero.",
