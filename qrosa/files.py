@@ -163,6 +163,18 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def cache_folder() -> Path:
+    """Where encoded rows lie while a command runs, and digests of bases between commands.
+
+    ``QROSA_CACHE``, or ``qrosa`` in the user's cache folder; not the system's folder for temporary files, which on many
+    machines is memory.
+    """
+    base = os.environ.get("QROSA_CACHE")
+    if base:
+        return Path(base).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qrosa"
+
+
 def file_digest(path: str | Path) -> dict[str, Any]:
     """Size and SHA-256 of a file, as manifests hold them: ``{"bytes", "sha256"}``."""
     digest, size = hashlib.sha256(), 0

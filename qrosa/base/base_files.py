@@ -4,9 +4,9 @@ Three kinds: ``dense`` (a folder of bf16, fp16 or fp32 safetensors), ``nf4`` (th
 bitsandbytes) and ``gguf`` (one file, its blocks decoded tensor by tensor). Names are always those of the transformers
 model, so that loading, mask repair and export walk the same list and none of them holds more than one 16-bit tensor.
 
-A base is recognised again by its *fingerprint*: a hash over each tensor's name, dtype, shape and three samples of its
-bytes, and over the config's values that change what the tensors compute. It tells fine-tuned variants apart, does not
-depend on how the tensors are sharded, and costs a second on a 70B folder where a hash of all bytes would cost minutes.
+A base is recognised again by its *fingerprint*: a hash over each tensor's name, dtype, shape and bytes, and over the
+config's values that change what the tensors compute. It tells fine-tuned variants apart and does not depend on how the
+tensors are sharded.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from qrosa.base.checkpoint import Checkpoint
+from qrosa.base.digests import tensor_digests
 from qrosa.base.library_config import config_value, make_config
 from qrosa.base.structure import Structure
 from qrosa.base.tokenizer import load_tokenizer
+from qrosa.base.weight_files import StoredTensor
 from qrosa.errors import InputError, StorageError
 from qrosa.files import read_json
 from qrosa.quant.nf4 import NF4Weight
@@ -68,8 +70,8 @@ class BaseFiles(ABC):
         """One tensor, dense, on the CPU, in the dtype that it is stored in (fp32 for GGUF blocks)."""
 
     @abstractmethod
-    def sample(self, name: str) -> bytes:
-        """A description and some bytes of a tensor's stored form, for the fingerprint."""
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor as it lies in its file."""
 
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -84,8 +86,10 @@ class BaseFiles(ABC):
         digest = hashlib.sha256()
         for key in _COMPUTING_KEYS:
             digest.update(f"{key}={config_value(self.config, key)!r}\0".encode())
-        for name in sorted(self.names()):
-            digest.update(name.encode() + b"\0" + self.sample(name))
+        tensors = {name: self.stored(name) for name in sorted(self.names())}
+        digests = tensor_digests(tensors.values())
+        for name, tensor in tensors.items():
+            digest.update(f"{name}\0{tensor.dtype}{tensor.shape}{digests[tensor]}".encode())
         return digest.hexdigest()
 
     def fingerprint(self) -> str:
@@ -149,9 +153,9 @@ class SafetensorsBase(BaseFiles):
                 f"the quantised weight {prefix} of {self.source} is damaged: {error}", "download the checkpoint again"
             ) from None
 
-    def sample(self, name: str) -> bytes:
-        """Dtype, shape and three samples of the stored bytes."""
-        return self._tensors[name].sample()
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor in one of the safetensors files."""
+        return self._tensors[name]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's tokenizer."""

@@ -19,6 +19,7 @@ from qrosa.base.checkpoint import check_shape, refuse_missing
 from qrosa.base.gguf_file import GGUFFile
 from qrosa.base.model_config import model_config
 from qrosa.base.structure_source import read_structure
+from qrosa.base.weight_files import StoredTensor
 from qrosa.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -90,13 +91,12 @@ class GGUFBase(BaseFiles):
         )
         return torch.from_numpy(processed.weights.copy())
 
-    def sample(self, name: str) -> bytes:
-        """Type, shape and three samples of the stored blocks."""
-        stored = self._tensors[name]
-        flat = stored.data.reshape(-1).view("uint8")
-        middle = flat.size // 2
-        pieces = (flat[:1024], flat[max(0, middle - 512) : middle + 512], flat[-1024:])
-        return f"{int(stored.tensor_type)}{self.shape(name)}".encode() + b"".join(piece.tobytes() for piece in pieces)
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor's blocks in the file."""
+        tensor = self._tensors[name]
+        place, size = int(tensor.data_offset), int(tensor.n_bytes)
+        part = self.file.parts[tensor.name]
+        return StoredTensor(part, tensor.name, tensor.tensor_type.name, self.shape(name), place, size)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer stored in the file."""

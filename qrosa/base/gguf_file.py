@@ -38,6 +38,11 @@ class GGUFFile:
         found = {tensor.name: tensor for reader in self.readers for tensor in reader.tensors}
         return {name: tensor for name, tensor in found.items() if not _MADE_UP.fullmatch(name)}
 
+    @cached_property
+    def parts(self) -> dict[str, Path]:
+        """llama.cpp's name -> the file that the tensor lies in."""
+        return {tensor.name: Path(reader.data.filename) for reader in self.readers for tensor in reader.tensors}
+
     @property
     def architecture(self) -> str:
         """llama.cpp's name of the family."""

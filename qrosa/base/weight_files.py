@@ -20,7 +20,6 @@ from qrosa.files import read_json, read_safetensors_header
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _NO_MODEL = ("adapter_model.safetensors", "adapter.safetensors", "consolidated.safetensors", "optimizer.safetensors")
-_SAMPLE = 1024  # bytes hashed at the start, middle and end of each tensor
 
 
 @dataclass(frozen=True)
@@ -48,12 +47,6 @@ class StoredTensor:
         with open(self.path, "rb") as file:
             file.seek(self.start + offset)
             return file.read(self.size if count is None else min(count, self.size - offset))
-
-    def sample(self) -> bytes:
-        """Dtype, shape and three samples of the bytes, for a fingerprint."""
-        positions = (0, max(0, self.size // 2 - _SAMPLE // 2), max(0, self.size - _SAMPLE))
-        head = f"{self.dtype}{self.shape}".encode()
-        return head + b"".join(self.raw(position, min(_SAMPLE, self.size)) for position in positions)
 
     def same_bytes(self, other: StoredTensor) -> bool:
         """Whether two tensors are equal in dtype, shape and every byte."""

@@ -24,21 +24,11 @@ import numpy as np
 
 from qrosa.data.encode import IGNORE, EncodedRow
 from qrosa.errors import StorageError
+from qrosa.files import cache_folder
 
 _HEAD = 8  # ids, ranges, truncated, skipped turns, prompt_len, answer_end, turn_end, bytes of the place
 _NONE = -1
 _BUFFER = 2**20
-
-
-def rows_folder() -> Path:
-    """Where encoded rows are kept while a command runs: ``QROSA_CACHE``, or ``qrosa`` in the user's cache folder.
-
-    Not the system's folder for temporary files, which on many machines is memory.
-    """
-    base = os.environ.get("QROSA_CACHE")
-    if base:
-        return Path(base).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qrosa"
 
 
 class RowWriter:
@@ -171,18 +161,18 @@ def _writing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        message = f"encoded rows cannot be written to {rows_folder()}: {error.strerror or error}"
+        message = f"encoded rows cannot be written to {cache_folder()}: {error.strerror or error}"
         raise StorageError(message, "free some room, or name another folder with QROSA_CACHE") from None
 
 
 def _temporary_file() -> BinaryIO:
-    for folder in (rows_folder(), Path(tempfile.gettempdir())):
+    for folder in (cache_folder(), Path(tempfile.gettempdir())):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return cast(BinaryIO, tempfile.TemporaryFile(dir=folder, prefix="rows-", buffering=_BUFFER))
         except OSError as error:
             reason = error
-    message = f"no file for encoded rows can be made in {rows_folder()}: {reason.strerror or reason}"
+    message = f"no file for encoded rows can be made in {cache_folder()}: {reason.strerror or reason}"
     raise StorageError(message, "name a folder that can be written to with QROSA_CACHE")
 
 

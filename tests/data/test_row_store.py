@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrosa.data.encode import IGNORE, EncodedRow
-from qrosa.data.store import Rows, RowWriter, row_lengths, rows_folder, with_supervised_tokens
+from qrosa.data.store import Rows, RowWriter, row_lengths, with_supervised_tokens
 from qrosa.errors import StorageError
+from qrosa.files import cache_folder
 
 
 @st.composite
@@ -46,7 +47,7 @@ def test_picked_rows_and_places_outside() -> None:
 def test_the_file_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QROSA_CACHE", str(tmp_path / "cache"))
     rows = Rows.of([EncodedRow([1, 2], [IGNORE, 2])])
-    assert rows_folder() == tmp_path / "cache" and os.listdir(tmp_path / "cache") == []
+    assert cache_folder() == tmp_path / "cache" and os.listdir(tmp_path / "cache") == []
     assert rows[0].input_ids == [1, 2]
 
 
