@@ -22,12 +22,21 @@ from torch import Tensor
 from qrosa.adapters.low_rank import LowRank
 from qrosa.base.base_files import BaseFiles
 from qrosa.calibrate.matrices import Matrix
+from qrosa.calibrate.page import page
 from qrosa.errors import InputError
-from qrosa.files import read_json, read_safetensors_header, read_tensors, write_fault, write_json, write_tensors
+from qrosa.files import (
+    read_json,
+    read_safetensors_header,
+    read_tensors,
+    write_fault,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from qrosa.quant.nf4 import NF4Weight
 from qrosa.sparse.csr import CsrDelta
 
-REPORT_FILE = "report.json"
+REPORT_FILE, REPORT_PAGE = "report.json", "report.html"
 ADAPTER_FOLDER = "adapter"
 _IDENTITY = "identity.json"
 _PARTS = "parts"
@@ -142,6 +151,7 @@ class WorkFolder:
     def finish(self, report: Mapping[str, Any]) -> None:
         """Write the report, drop what was needed on the way, and take the target's name."""
         write_json(self.path / REPORT_FILE, dict(report))
+        write_text(self.path / REPORT_PAGE, page(self.target.name, report))
         shutil.rmtree(self.path / _PARTS)
         (self.path / _IDENTITY).unlink()
         try:

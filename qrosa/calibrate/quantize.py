@@ -29,9 +29,9 @@ from qrosa.base.blocks import Block, BlockwiseModel, Run
 from qrosa.base.build import empty_model
 from qrosa.base.load import count_parameters, load_base
 from qrosa.base.open import open_base
-from qrosa.base.shape_source import read_shape
 from qrosa.calibrate.folder import ADAPTER_FOLDER, WorkFolder, check_output
 from qrosa.calibrate.matrices import quantize_matrices
+from qrosa.calibrate.planned import Planned, plan
 from qrosa.calibrate.rows import windows, written_by
 from qrosa.calibrate.settings import QuantizeConfig, describe
 from qrosa.config import MaskConfig
@@ -42,7 +42,6 @@ from qrosa.files import read_json, read_tensors, write_json, write_tensors
 from qrosa.masks.select import choose_positions
 from qrosa.masks.selection_rows import Sample
 from qrosa.model.head import token_log_probs
-from qrosa.planner.bytes.calibration import calibration_bytes, calibration_flops
 from qrosa.quant.hessian import InputMoments
 from qrosa.quantities import bytes_text
 
@@ -114,30 +113,22 @@ class _Job:
         # Last: what can be refused was looked at.
         self.folder = WorkFolder(Path(config.output), identity, _blocks(self.shell))
 
-    def _plan(self) -> dict[str, int]:
+    def _plan(self) -> Planned:
         """Bytes of the pass over the blocks, and its operations.
 
         Raises:
             DoesNotFitError: The card has less.
         """
-        config, shape = self.config, read_shape(self.config.model)
-        planned = calibration_bytes(
-            shape,
-            config.rows,
-            config.length,
-            config.micro_batch,
-            sparse=config.density > 0,
-            low_rank=config.rank > 0,
-            on_card=self.device.type == "cuda",
-        )
+        planned = plan(self.config, on_card=self.device.type == "cuda")
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
-            if planned["total"] > free:
+            total = planned.bytes["total"]
+            if total > free:
                 raise DoesNotFitError(
-                    f"quantising takes {bytes_text(planned['total'])} of device memory, and {bytes_text(free)} is free",
+                    f"quantising takes {bytes_text(total)} of device memory, and {bytes_text(free)} is free",
                     "give fewer --rows or a smaller --seq-len, or --device cpu",
                 )
-        return {**planned, "operations": calibration_flops(shape, config.rows, config.length)}
+        return planned
 
     def go(self) -> dict[str, Any]:
         """Everything in order; returns the report."""
@@ -155,7 +146,7 @@ class _Job:
                 self.config, ids, self._held_out(ids), losses | ({} if repaired is None else {"repaired": repaired})
             ),
             "base": self.base_files.fingerprint(),
-            "planned": self.planned,
+            "planned": self.planned.to_json(),
             "matrices": self.folder.errors(),
             "seconds": round(time.perf_counter() - self.started, 1),
         }

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from qrosa.config import AdapterConfig
+from qrosa.planner.bytes.calibration import MICRO_BATCH, WINDOW, WINDOWS
 from qrosa.quant.hessian import DAMPING
 
 
@@ -34,12 +35,12 @@ class QuantizeConfig:
     output: str
     density: float = 0.0
     rank: int = 0
-    rows: int = 128
-    length: int = 256
+    rows: int = WINDOWS
+    length: int = WINDOW
     held_out: int = 16
     damping: float = DAMPING
     seed: int = 42
-    micro_batch: int = 8
+    micro_batch: int = MICRO_BATCH
 
     def adapter(self) -> AdapterConfig | None:
         """The repair's size as an adapter's settings, alpha such that its scale is 1; None without a repair."""

@@ -75,7 +75,7 @@ def command(
     """Merge a run into a model that loads without qrosa.
 
     The weights are streamed: memory stays below 2 GB and three times the largest tensor, whatever the model. With
-    --verify both models are loaded afterwards, one after the other.
+    --verify both models are loaded afterwards, one after the other, and the 16-bit model that the base was made of.
     """
     _check(format_, dtype=dtype, base=base, verify=verify, data=data)
     console = progress_console()
@@ -158,12 +158,14 @@ def _verify(
     source: str, report: ExportReport, rows: Sequence[EncodedRow], model: str | None, device: str, console: Console
 ) -> Drift:
     from qrosa.export.card import write_card
-    from qrosa.export.source import card_facts, open_adapter
+    from qrosa.export.source import card_facts, open_adapter, original_folder
     from qrosa.export.verify import verify
 
     say = lambda text: console.print(f"{text} ...", markup=False)  # noqa: E731
-    drift = verify(source, report.output, rows, model=model, device=device, progress=say)
-    facts = card_facts(open_adapter(source, model), dtype=report.dtype, base=report.base)
+    opened = open_adapter(source, model)
+    original = original_folder(opened)
+    drift = verify(source, report.output, rows, model=model, original=original, device=device, progress=say)
+    facts = card_facts(opened, dtype=report.dtype, base=report.base)
     write_card(Path(report.output), facts, drift)
     return drift
 
@@ -186,3 +188,9 @@ def _report(report: ExportReport, drift: Drift | None, *, as_json: bool) -> None
         f"{100 * drift['top1_agreement']:.2f}%, mean KL {drift['mean_kl']:.3g}, loss {drift['loss_trained']:.4f} -> "
         f"{drift['loss_exported']:.4f} ({drift['loss_difference']:+.4f})"
     )
+    original = drift["original"]
+    if original is not None:
+        console.print(
+            f"from the 16-bit model: same most likely token {100 * original['top1_agreement']:.2f}%, mean KL "
+            f"{original['mean_kl']:.3g}, loss {original['loss']:.4f} -> {drift['loss_exported']:.4f}"
+        )

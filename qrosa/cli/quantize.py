@@ -17,22 +17,25 @@ from qrosa.cli.options import (
     progress_console,
     result_console,
 )
-from qrosa.quantities import parse_share
+from qrosa.errors import InputError
+from qrosa.quantities import bytes_text, parse_share
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
 
+    from qrosa.calibrate.settings import QuantizeConfig
+
 _EXAMPLES = """\b
 Examples:
   qrosa quantize --model HuggingFaceTB/SmolLM2-135M-Instruct --output base
   qrosa quantize --model ./model --output base --density 0.3% --calibration rows.jsonl
   qrosa quantize --model ./model --output base --density 0.3% --rank 8 --json
+  qrosa quantize --model ./8b --output base --dry-run --gpu rtx4090   # what it takes there
   qrosa eval base --data test.jsonl            # with the repair; base/ alone loads in transformers too
 """
 _WHOLE_ROWS = 1 << 20  # tokens: no row is cut
-_LINES = {"original": "16 bits", "nearest": "4 bits, to nearest", "base": "4 bits, here", "repaired": "with the repair"}
 
 
 @click.command(epilog=_EXAMPLES)
@@ -48,6 +51,8 @@ _LINES = {"original": "16 bits", "nearest": "4 bits, to nearest", "base": "4 bit
 @click.option("--rows", default=128, show_default=True, type=click.IntRange(min=1), help="Calibration windows.")
 @click.option("--seq-len", default=256, show_default=True, type=click.IntRange(min=8), help="Tokens a window.")
 @click.option("--seed", default=42, show_default=True, type=click.IntRange(min=0), help="Of the windows drawn.")
+@click.option("--dry-run", is_flag=True, help="Say what it will take and stop.")
+@click.option("--gpu", metavar="NAME", help="With --dry-run: on this card, such as rtx4090.  [default: on --device]")
 @force_option
 @device_option
 @json_option
@@ -56,6 +61,8 @@ def command(
     output: str,
     density: str,
     calibration: str | None,
+    dry_run: bool,
+    gpu: str | None,
     force: bool,
     device: str | None,
     as_json: bool,
@@ -72,13 +79,19 @@ def command(
 
     Interrupted, the same command goes on after the last whole block.
     """
-    from qrosa.calibrate.quantize import quantize
     from qrosa.calibrate.settings import QuantizeConfig
+
+    share = parse_share(density, "--density")
+    config = QuantizeConfig(model, output, density=share, rank=rank, rows=rows, length=seq_len, seed=seed)
+    if dry_run:
+        _say_plan(config, gpu, device, as_json=as_json)
+        return
+    if gpu is not None:
+        raise InputError("--gpu only estimates", "add --dry-run, or leave --gpu out")
+    from qrosa.calibrate.quantize import quantize
 
     console = progress_console()
     place = choose_device(device)
-    share = parse_share(density, "--density")
-    config = QuantizeConfig(model, output, density=share, rank=rank, rows=rows, length=seq_len, seed=seed)
     given = _token_rows(model, calibration) if calibration else None
     progress = make_progress(console)
     try:
@@ -89,6 +102,36 @@ def command(
         emit_json(report)
     else:
         _show(result_console(), output, report)
+
+
+def _say_plan(config: QuantizeConfig, gpu: str | None, device: str | None, *, as_json: bool) -> None:
+    """Print what a quantisation takes on the card that is named, or on the device that it would run on."""
+    from rich.table import Table
+
+    from qrosa.calibrate.planned import plan
+    from qrosa.planner.cards import find_card
+
+    card = find_card(gpu) if gpu is not None else None
+    place = card.name if card else choose_device(device)
+    planned = plan(config, on_card=place != "cpu")
+    seconds = planned.seconds_on(card) if card else planned.seconds_here() if place == "cpu" else None
+    if as_json:
+        emit_json({"device": place, **planned.to_json(seconds)})
+        return
+    console = result_console()
+    console.print(f"memory of the pass over the blocks, on {place}:", markup=False)
+    table = Table(box=None, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for component, size in planned.bytes.items():
+        table.add_row(component, bytes_text(size), style="bold" if component == "total" else None)
+    console.print(table)
+    took = "" if seconds is None else f", some {seconds:,.0f} s"
+    console.print(f"{planned.cost.operations:.2e} operations, {planned.cost.columns:,} columns in turn{took}")
+    if card:
+        word = "fits" if planned.bytes["total"] <= card.memory else "does not fit"
+        console.print(f"{word}: {bytes_text(planned.bytes['total'])} of {bytes_text(card.memory)}")
+    console.print("not in the time: reading the model, rows that it writes, sparse positions, the losses")
 
 
 def _token_rows(model: str, calibration: str) -> list[list[int]]:
@@ -103,14 +146,16 @@ def _token_rows(model: str, calibration: str) -> list[list[int]]:
 def _show(console: Console, output: str, report: Mapping[str, Any]) -> None:
     from rich.table import Table
 
+    from qrosa.calibrate.page import FORMS
+
     table = Table(box=None)
     for heading in ("", "perplexity", "won back"):
         table.add_column(heading, justify="left" if not heading else "right")
     for name, outcome in report["perplexity"].items():
         share = outcome["won_back"]
-        table.add_row(_LINES[name], f"{outcome['perplexity']:.3f}", "-" if share is None else f"{100 * share:.0f}%")
+        table.add_row(FORMS[name], f"{outcome['perplexity']:.3f}", "-" if share is None else f"{100 * share:.0f}%")
     console.print(table)
     held_out, calibration = (f"{report[part]['tokens']:,}" for part in ("held_out", "calibration"))
     took = f"{report['seconds']:.0f} s"
     console.print(f"on {held_out} held-out tokens; calibrated on {calibration}; {took}", markup=False)
-    console.print(f"4-bit model: {output}  (errors by matrix: {output}/report.json)", markup=False)
+    console.print(f"4-bit model: {output}  (errors by matrix: {output}/report.html)", markup=False)

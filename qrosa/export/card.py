@@ -24,10 +24,19 @@ _MERGED_INTO = {
 }
 
 
+class FromOriginal(TypedDict):
+    """How far an export is from the 16-bit model that its base was made of: what 4 bits and the training changed."""
+
+    top1_agreement: float
+    mean_kl: float
+    loss: float
+
+
 class Drift(TypedDict):
     """How far an export is from the model that was trained, measured on rows.
 
     ``loss`` entries are means per supervised token in nats; agreement and KL are over all predicted tokens.
+    ``original`` is None where the 16-bit model is not at hand.
     """
 
     rows: int
@@ -38,6 +47,7 @@ class Drift(TypedDict):
     loss_trained: float
     loss_exported: float
     loss_difference: float
+    original: FromOriginal | None
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,7 @@ def _ranks(ranks: tuple[int, int]) -> str:
 
 
 def _drift_lines(drift: Drift) -> list[str]:
-    return [
+    lines = [
         f"Measured between the trained model and these weights on {drift['rows']} rows, {drift['tokens']:,} tokens:",
         "",
         "| | |",
@@ -135,3 +145,11 @@ def _drift_lines(drift: Drift) -> list[str]:
         f"| Loss, trained | {drift['loss_trained']:.4f} |",
         f"| Loss, exported | {drift['loss_exported']:.4f} ({drift['loss_difference']:+.4f}) |",
     ]
+    original = drift["original"]
+    if original is not None:
+        lines += [
+            f"| Loss, 16-bit model before training | {original['loss']:.4f} |",
+            f"| Mean KL divergence, 16-bit model from exported | {original['mean_kl']:.3g} nats |",
+            f"| Same most likely token as the 16-bit model | {100 * original['top1_agreement']:.2f}% |",
+        ]
+    return lines

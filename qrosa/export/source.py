@@ -16,13 +16,14 @@ from torch import Tensor
 from qrosa.adapters.inject import AdapterParts, load_adapter_state, saved_parts
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.adapter_io import adapter_folder
-from qrosa.base.base_files import BaseFiles
+from qrosa.base.base_files import BaseFiles, SafetensorsBase
 from qrosa.base.build import empty_model
 from qrosa.base.open import open_base
 from qrosa.base.speech import Speech
 from qrosa.errors import InputError
 from qrosa.export.card import Facts
 from qrosa.export.shards import storage_errors
+from qrosa.files import read_json
 from qrosa.sparse.store import read_adapter
 
 if TYPE_CHECKING:
@@ -111,6 +112,26 @@ def open_adapter_base(folder: Path, source: str, model: str | None = None) -> Ba
             f"the base of the adapter in {folder} cannot be opened: {error.message}",
             "if it has moved, say where it is with --model",
         ) from error
+
+
+def original_folder(opened: OpenedAdapter) -> Path | None:
+    """The folder of the 16-bit model that the base was made of; None where it is not at hand as safetensors.
+
+    A base of ``qrosa quantize`` names it in its report.
+    """
+    base_files = opened.base_files
+    if isinstance(base_files, SafetensorsBase) and base_files.kind == "nf4":
+        report = base_files.folder / "report.json"
+        made = read_json(report) if report.is_file() else {}
+        if "base" not in made or "model" not in made:
+            return None
+        try:
+            base_files = open_base(str(made["model"]))
+        except InputError:
+            return None
+        if base_files.fingerprint() != made["base"]:
+            return None
+    return base_files.folder if isinstance(base_files, SafetensorsBase) and base_files.kind == "dense" else None
 
 
 def card_facts(opened: OpenedAdapter, *, dtype: str, base: str) -> Facts:

@@ -4,7 +4,8 @@ The export runs as its users run it, through plain transformers in its own dtype
 and in arithmetic, is in the figures. The trained model runs through qrosa, 4-bit base and all, with fp32 activations:
 computed in bf16 it would differ from itself by more than a faithful export does. One runs after the other: of the
 trained model the rows' hidden states and the head are kept, from which its logits can be made again, and the rest is
-let go before the export is loaded. The peak is one model and a head.
+let go before the export is loaded. The peak is one model and a head. Where the 16-bit model that the base was made of
+is at hand, it runs last, and the export is compared with it too: what 4 bits and the training changed together.
 
 Agreement and KL are over every predicted token of the rows, prompts included, since a drift shows wherever the model
 predicts; the losses are over the supervised tokens, as everywhere else.
@@ -61,17 +62,19 @@ def verify(
     rows: Sequence[EncodedRow],
     *,
     model: str | None = None,
+    original: Path | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> Drift:
-    """Compare a run with its export.
+    """Compare a run with its export, and the export with the 16-bit model that its base was made of.
 
     Args:
         source: The run or adapter folder.
         exported: The folder that was exported from it.
         rows: Encoded rows, at most a few dozen.
         model: Where the base is now, if it has moved since the training.
-        device: Where both models run.
+        original: Folder of the 16-bit model, None where it is not at hand.
+        device: Where the models run.
         progress: Called with what is being done.
 
     Returns:
@@ -87,12 +90,23 @@ def verify(
     trained = _record(_load_trained(source, model, device), rows)
     gc.collect()
     say("running the exported model")
-    drift = compare(trained, _record(_load_plain(exported, device), rows), rows)
+    found = _record(_load_plain(exported, device), rows)
+    drift = compare(trained, found, rows)
     if not math.isfinite(drift["mean_kl"]):
         raise InputError(
             f"the model in {exported} was written, but its activations overflow on these rows",
             "export again with --dtype bf16 --force",
         )
+    if original is not None:
+        del trained
+        gc.collect()
+        say("running the 16-bit model")
+        against = compare(_record(_load_plain(original, device), rows), found, rows)
+        drift["original"] = {
+            "top1_agreement": against["top1_agreement"],
+            "mean_kl": against["mean_kl"],
+            "loss": against["loss_trained"],
+        }
     return drift
 
 
@@ -116,6 +130,7 @@ def compare(trained: _Recorded, exported: _Recorded, rows: Sequence[EncodedRow])
         "loss_trained": sums.trained / sums.supervised,
         "loss_exported": sums.exported / sums.supervised,
         "loss_difference": (sums.exported - sums.trained) / sums.supervised,
+        "original": None,
     }
 
 

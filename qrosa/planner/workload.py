@@ -44,6 +44,7 @@ class Workload:
         mask_candidates: Streamed candidates for each position of the mask; 0 where statistics are exact.
         deterministic: Kernels give the same bits every time.
         overhead: What the process takes of a card beside tensors.
+        feedback: The run makes its base with error feedback first.
         widens: Products of 16-bit floats are taken in fp32, as on a CPU that is slow at them.
     """
 
@@ -75,6 +76,7 @@ class Workload:
     mask_candidates: int = 0
     deterministic: bool = True
     overhead: Overhead = UNMEASURED
+    feedback: bool = False
     widens: bool = False
 
     @property

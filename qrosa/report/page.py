@@ -12,7 +12,7 @@ from qrosa.quantities import bytes_text
 from qrosa.report.charts import Series, bar_pairs, heat_map, line_chart
 from qrosa.report.facts import Facts, ModuleShare
 
-_PHASE_ORDER = ("load", "select", "train", "eval", "save", "export")
+_PHASE_ORDER = ("quantise", "load", "select", "train", "eval", "save", "export")
 
 
 def page(
@@ -40,20 +40,38 @@ def page(
         ("How large it is: root mean square of its values", _heat(facts, lambda m: m.delta_rms, lambda v: f"{v:.2e}")),
         ("Ranks of the low-rank part", _heat(facts, lambda m: float(m.rank), lambda v: f"{v:g}")),
     ]  # fmt: skip
-    body = "".join(f"<section><h2>{html.escape(title)}</h2>{chart}</section>" for title, chart in charts)
-    tiles = "".join(
-        f"<div><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>" for k, v in _tiles(facts, report)
-    )
+    title = f"qrosa run: {Path(str(facts.settings['output'])).name}"
+    return sheet(title, _tiles(facts, report), charts, facts.settings, _data(facts))
+
+
+def sheet(
+    title: str,
+    tiles: Sequence[tuple[str, str]],
+    charts: Sequence[tuple[str, str]],
+    settings: Mapping[str, Any],
+    between: str = "",
+) -> str:
+    """A self-contained page.
+
+    Args:
+        title: Its heading.
+        tiles: (what, figure) on top.
+        charts: (heading, SVG or HTML).
+        settings: In a table at the end.
+        between: HTML before that table.
+    """
+    body = "".join(f"<section><h2>{html.escape(heading)}</h2>{chart}</section>" for heading, chart in charts)
+    figures = "".join(f"<div><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>" for k, v in tiles)
     rows = "".join(
         f"<tr><th>{html.escape(str(key))}</th><td>{html.escape(_setting(value))}</td></tr>"
-        for key, value in facts.settings.items()
+        for key, value in settings.items()
     )
-    title = html.escape(f"qrosa run: {Path(str(facts.settings['output'])).name}")
+    title = html.escape(title)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
-        f'<body><main><h1>{title}</h1><div class="tiles">{tiles}</div><div class="charts">{body}</div>'
-        f"{_data(facts)}<details><summary>Settings</summary><table>{rows}</table></details></main></body></html>\n"
+        f'<body><main><h1>{title}</h1><div class="tiles">{figures}</div><div class="charts">{body}</div>'
+        f"{between}<details><summary>Settings</summary><table>{rows}</table></details></main></body></html>\n"
     )
 
 

@@ -87,10 +87,12 @@ def finetune(
                 lock.acquire()  # before anything is read: another process may be about to change it
             prepared = prepare(config, resume=resume, force=force, locked=resume)
             accelerator.wait_for_everyone()  # no process makes the folder before every one has found it free
+            meter = MemoryMeter(with_index(accelerator.device), planned=prepared.plan.planned)
             if config.train.base_rounding == "feedback":
-                base = feedback_base(prepared.config, prepared.train.rows, accelerator, listeners)
+                with meter.phase("quantise"):
+                    base = feedback_base(prepared.config, prepared.train.rows, accelerator, listeners)
                 prepared = dataclasses.replace(prepared, base_files=base)
-            run = _Run(prepared, accelerator, listeners, lock)
+            run = _Run(prepared, accelerator, listeners, lock, meter)
             with held_to(run.device, prepared.cap, prepared.plan.beside):
                 return run.go(resume=resume, force=force)
     finally:
@@ -100,15 +102,17 @@ def finetune(
 class _Run:
     """One run in the making: what is loaded, and where it goes."""
 
-    def __init__(self, prepared: Prepared, accelerator: Accelerator, callbacks: Callbacks, lock: RunLock) -> None:
+    def __init__(
+        self, prepared: Prepared, accelerator: Accelerator, callbacks: Callbacks, lock: RunLock, meter: MemoryMeter
+    ) -> None:
         self.prepared = prepared
         self.config = prepared.config
         self.callbacks = callbacks
         self.lock = lock
         self.folder = Path(self.config.output)
         self.accelerator = accelerator
-        self.device = with_index(accelerator.device)
-        self.meter = MemoryMeter(self.device, planned=prepared.plan.planned)
+        self.device = meter.device
+        self.meter = meter
         self.identity = {"settings": to_flat(self.config), "fingerprints": prepared.fingerprints()}
 
     def go(self, *, resume: bool, force: bool) -> dict[str, Any]:

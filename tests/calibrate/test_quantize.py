@@ -98,7 +98,12 @@ def test_lists_exactly_its_files(made: tuple[Path, dict[str, Any]]) -> None:
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     shards = {f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)} | {"model.safetensors.index.json"}
     adapter = {"adapter/adapter.safetensors", "adapter/adapter_config.json"}
-    assert names == tokenizer | shards | adapter | {"config.json", "generation_config.json", "report.json"}
+    assert names == tokenizer | shards | adapter | {
+        "config.json",
+        "generation_config.json",
+        "report.json",
+        "report.html",
+    }
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report))
     assert not folder.with_name("base.work").exists()
 

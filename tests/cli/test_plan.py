@@ -124,3 +124,13 @@ def test_a_simulation_says_that_it_cannot_run_deepspeed(tmp_path: Path) -> None:
     asked = ("--model", str(folder), "--budget", "0.3%", "--vram", "24GB", "--deepspeed", "zero2", "--simulate")
     result = run(*asked)
     assert result.exit_code == 2 and "--simulate cannot run DeepSpeed" in result.stderr and "--probe" in result.stderr
+
+
+def test_a_base_of_its_own_is_a_phase(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, "Llama-3.1-8B")
+    arguments = ("--model", str(folder), "--budget", "0.3%", "--vram", "24GB", "--json")
+    plain, made = (json.loads(run(*arguments, *more).stdout) for more in ((), ("--base-rounding", "feedback")))
+    assert [*made["phases"]] == ["quantise", *plain["phases"]]
+    device = made["phases"]["quantise"]["device"]
+    assert device["moments"] == 4 * (3 * 4096**2 + 14336**2)
+    assert device["total"] < 12 * 2**30

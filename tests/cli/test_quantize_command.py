@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from bench.real_models import write_config
 from qrosa.cli.main import cli
 
 
@@ -63,3 +64,17 @@ def test_the_folder_is_evaluated_and_exported_like_a_run(tiny_model_dir: Any, ca
     assert exported.exit_code == 0, exported.output
     again = CliRunner().invoke(cli, ["eval", str(merged), "--data", calibration, "--train-on", "all", "--json"])
     assert json.loads(again.stdout)["loss"] == pytest.approx(json.loads(scored.stdout)["loss"], rel=0.05)
+
+
+def test_says_what_it_takes_and_stops(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, "Llama-3.1-8B")
+    arguments = ["quantize", "--model", str(folder), "--output", str(tmp_path / "base"), "--dry-run"]
+    result = CliRunner().invoke(cli, [*arguments, "--gpu", "rtx4090"])
+    assert result.exit_code == 0, result.stderr
+    for words in ("memory of the pass over the blocks, on rtx4090", "moments", "columns in turn, some", "fits: "):
+        assert words in result.stdout
+    document = json.loads(CliRunner().invoke(cli, [*arguments, "--gpu", "rtx4090", "--json"]).stdout)
+    assert document["bytes"]["total"] < 24 * 2**30 and 10 < document["seconds"] < 600
+    assert not (tmp_path / "base").exists()
+    result = CliRunner().invoke(cli, [*arguments[:-1], "--gpu", "rtx4090"])
+    assert result.exit_code != 0 and "--dry-run" in result.stderr

@@ -15,6 +15,7 @@ from qrosa.data.encode import EncodedRow
 from qrosa.errors import InputError
 from qrosa.export.card import Facts, render_card
 from qrosa.export.merge import merge
+from qrosa.export.source import open_adapter, original_folder
 from qrosa.export.verify import verify
 from tests.export.conftest import MakeAdapter
 
@@ -73,6 +74,28 @@ def test_a_faithful_export_hardly_drifts_and_a_wrong_one_does(
     assert verify(run, tmp_path / "nf4", _rows())["mean_kl"] > 10 * drifts["nf4"]["mean_kl"]
 
 
+def test_the_export_is_compared_with_the_16_bit_model_too(
+    tiny_model_dir: Callable[..., Path], make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    _, run = make_adapter(tiny_model_dir())
+    merge(run, tmp_path / "out", dtype="bf16")
+    original = original_folder(open_adapter(run))
+    assert original == tiny_model_dir()
+    found = verify(run, tmp_path / "out", _rows(), original=original)["original"]
+    sixteen, exported = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (original, tmp_path / "out"))
+    kl, loss, tokens = 0.0, 0.0, 0
+    for row in _rows():
+        ids = torch.tensor([row.input_ids])
+        with torch.no_grad():
+            p, q = (model(ids).logits[0, :-1].float().log_softmax(-1) for model in (sixteen, exported))
+        kl += float((p.exp() * (p - q)).sum())
+        loss -= float(p[-3:].gather(1, ids[0, -3:, None]).sum())
+        tokens += len(row.input_ids) - 1
+    assert found is not None
+    assert found["mean_kl"] == pytest.approx(kl / tokens, rel=0.05)
+    assert found["loss"] == pytest.approx(loss / 12, rel=1e-3)
+
+
 def test_overflow_of_activations_is_not_passed_over(
     tiny_model_dir: Callable[..., Path], make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
@@ -105,7 +128,16 @@ def test_the_card_shows_the_drift() -> None:
             "loss_trained": 0.5,
             "loss_exported": 0.501,
             "loss_difference": 0.001,
+            "original": {"top1_agreement": 0.8, "mean_kl": 0.02, "loss": 0.75},
         },
     )
-    for part in ("base_model: org/base", "0.299% of the base's (budget 0.3%)", "ranks 1 to 4", "99.87%", "(+0.0010)"):
+    for part in (
+        "base_model: org/base",
+        "0.299% of the base's (budget 0.3%)",
+        "ranks 1 to 4",
+        "99.87%",
+        "(+0.0010)",
+        "80.00%",
+        "0.7500",
+    ):
         assert part in card

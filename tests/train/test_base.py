@@ -29,6 +29,8 @@ def test_a_run_makes_its_base_and_keeps_it(config, tmp_path):
     assert kept.kind == "nf4" and adapter_base(run)["source"] == str(run / "base")
     assert adapter_base(run)["fingerprint"] == kept.fingerprint()
     assert report["steps"] == 6
+    memory = report["memory"]
+    assert 0 < memory["measured"]["quantise"] <= memory["planned"]["quantise"]
     load_run_or_model(str(run))
 
 

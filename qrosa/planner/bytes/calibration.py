@@ -1,4 +1,4 @@
-"""What ``qrosa quantize`` holds and computes, by count.
+"""What ``qrosa quantize`` holds, by count.
 
 The pass over the 16-bit model dominates: embeddings and the windows' hidden states stay, one block's weights and one
 micro-batch visit, and then the block's matrices are rounded with the second moments of their inputs. Of the matrices
@@ -15,6 +15,9 @@ from qrosa.base.shape import ModelShape
 from qrosa.planner.bytes.activations import FULL, HALF, MicroBatch, forward_workspace, rotary_bytes
 from qrosa.planner.bytes.components import unquantised_bytes
 
+# What a base is calibrated with unless something else is asked for; ``qrosa finetune`` asks for nothing else.
+WINDOWS, WINDOW, MICRO_BATCH = 128, 256, 8
+SCORE_TOKENS = 4096  # whose loss is measured at once, of qrosa.eval.perplexity
 _DOUBLE = 8
 _FACTOR_MATRICES = 3  # fp64 [K, K] at once: the factor, the identity and the inverse
 _ROUNDING = 8 * FULL + 2  # bytes a value of the group, see ``rounding_bytes``
@@ -68,19 +71,6 @@ def rounding_bytes(group: Sequence[LinearShape], sparse: bool, low_rank: bool) -
     rows = sum(linear.out_features for linear in group)
     a_value = _ROUNDING + (_SPARSE if sparse else 0) + (_LOW_RANK if low_rank else 0)
     return a_value * values + FULL * (group[0].in_features ** 2 + _COLUMN_BLOCK * rows)
-
-
-def calibration_flops(shape: ModelShape, windows: int, length: int) -> int:
-    """Floating-point operations: the pass, the moments, their factors, rounding once, and its figures."""
-    tokens, total = windows * length, 0
-    for group in input_groups(shape):
-        width, values = group[0].in_features, sum(linear.size for linear in group)
-        moments, passed = 2 * tokens * width**2, 2 * tokens * values
-        factored = width**3 // 3 + width**3  # Cholesky factor; the inverse by solving for the identity
-        fed_back = values * width  # each column's error to all later ones
-        measured = 3 * 2 * values * width  # the outputs' squares of the weight and of two errors
-        total += shape.dims.layers * (moments + passed + factored + fed_back + measured)
-    return total
 
 
 def input_groups(shape: ModelShape) -> list[list[LinearShape]]:

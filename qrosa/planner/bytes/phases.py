@@ -12,6 +12,7 @@ from qrosa.optim.kinds import OPTIMIZERS
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.bytes import zero as deepspeed
 from qrosa.planner.bytes.activations import FULL, HALF
+from qrosa.planner.bytes.calibration import MICRO_BATCH, SCORE_TOKENS, WINDOW, WINDOWS, calibration_bytes
 from qrosa.planner.bytes.host import CPU_RUNTIME, EXPORT_BUFFER, kept_bytes, process_bytes
 from qrosa.planner.bytes.peaks import (
     Components,
@@ -28,8 +29,10 @@ from qrosa.planner.workload import Workload
 
 
 def phases(work: Workload) -> dict[str, PhaseMemory]:
-    """Every phase that the run has, in order: load, select (unless nothing is selected), train, eval, save, export."""
-    found = {"load": _load(work)}
+    """Every phase that the run has, in order: quantise (where the run makes its base), load, select (unless nothing is
+    selected), train, eval, save, export."""
+    found = {"quantise": _quantise(work)} if work.feedback else {}
+    found["load"] = _load(work)
     if work.allocation.nnz_total or work.rank_by == "sensitivity":
         found["select"] = _selecting(work)
     found |= {"train": _train(work), "eval": _eval(work), "save": _save(work), "export": _export(work)}
@@ -111,6 +114,22 @@ def traffic(work: Workload) -> dict[str, int]:
 
 def _is_paged(work: Workload) -> bool:
     return OPTIMIZERS[work.optimizer].paged and not work.on_cpu
+
+
+def _quantise(work: Workload) -> PhaseMemory:
+    """The run's base is made: losses before and after on the 4-bit model, the pass over the 16-bit one between them."""
+    passing = calibration_bytes(
+        work.shape, WINDOWS, WINDOW, MICRO_BATCH, sparse=False, low_rank=False, on_card=not work.on_cpu
+    )
+    lasting = {name: passing[name] for name in ("unquantised", "hidden", "moments")}
+    moments = [Moment("rounding a block", lasting, {name: passing[name] for name in ("block", "workspace")})]
+    held = {"base": parts.base_bytes(work.shape), "unquantised": passing["unquantised"]}
+    widen = 2 if work.on_cpu else 1  # computed in fp32 there
+    for moment in forward_moments(work, micro_batch(work, SCORE_TOKENS, 0), held):
+        moments.append(replace(moment, passing={name: widen * size for name, size in moment.passing.items()}))
+    largest = max(parts.largest(work.shape.linears), *work.shape.unquantised.values())
+    disk = parts.base_bytes(work.shape) + parts.unquantised_bytes(work.shape)
+    return _peak(work, moments, {"staging": work.shape.stored_bytes * largest}, disk)
 
 
 def _load(work: Workload) -> PhaseMemory:

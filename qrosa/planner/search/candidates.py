@@ -119,6 +119,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         mask_candidates=LEAST_CANDIDATES if request.masks.mask_selection == "stream" and score.reads_gradients else 0,
         deterministic=train.deterministic == "on",
         overhead=request.overhead,
+        feedback=train.base_rounding == "feedback",
         widens=request.widens,
     )
 

@@ -1,4 +1,4 @@
-"""The bytes of calibrated rounding against the storages that it makes, and its operations against a count by hand."""
+"""The bytes of calibrated rounding against the storages that it makes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from qrosa.calibrate.matrices import quantize_matrices
 from qrosa.measure.tracker import StorageTracker
 from qrosa.planner.bytes.calibration import (
     calibration_bytes,
-    calibration_flops,
     factor_bytes,
     input_groups,
     rounding_bytes,
@@ -67,14 +66,6 @@ def test_bytes_are_those_of_the_storages(rows: list[int], columns: int, sparse: 
     planned = max(factor_bytes(group), rounding_bytes(group, sparse, bool(rank)))
     found = measured(rows, columns, sparse, rank)
     assert found <= planned * 1.01 and planned <= found * 1.07
-
-
-def test_operations_of_a_model_counted_by_hand() -> None:
-    tokens = 10 * 100
-    by_hand = 0
-    for width, values in ((576, 576 * 960), (576, 576 * 576), (576, 2 * 576 * 1536), (1536, 576 * 1536)):
-        by_hand += 2 * tokens * (width**2 + values) + 4 * width**3 // 3 + 7 * values * width
-    assert calibration_flops(SMOL, 10, 100) == pytest.approx(30 * by_hand, rel=1e-6)
 
 
 def test_matrices_of_one_input_are_a_group() -> None:

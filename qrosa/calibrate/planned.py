@@ -1,0 +1,103 @@
+"""What quantising a model will take, before anything is loaded: bytes by component, operations, and seconds.
+
+For a named card the seconds follow from its data sheet. For the CPU that is here they follow from what it does in a
+second: products of its own are timed, and the rounding of a small matrix.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qrosa.base.shape import ModelShape
+from qrosa.base.shape_source import read_shape
+from qrosa.calibrate.settings import QuantizeConfig
+from qrosa.planner.bytes.calibration import calibration_bytes
+from qrosa.planner.cards import Card
+from qrosa.planner.time.calibration_cost import Calibration, calibration_cost
+
+_SIDE = 512  # of the matrices that are timed
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A quantisation before it runs.
+
+    Attributes:
+        shape: The base.
+        bytes: On the device at the peak of the pass over the blocks, by component, and their ``total``.
+        cost: Operations and columns.
+    """
+
+    shape: ModelShape
+    bytes: dict[str, int]
+    cost: Calibration
+
+    def to_json(self, seconds: float | None = None) -> dict[str, Any]:
+        """For a report or a program."""
+        made = {"bytes": self.bytes, "operations": self.cost.operations, "columns": self.cost.columns}
+        return made | ({} if seconds is None else {"seconds": seconds})
+
+    def seconds_on(self, card: Card) -> float:
+        """Estimated for a card."""
+        return self.cost.seconds(card)
+
+    def seconds_here(self) -> float:
+        """Estimated for this machine's CPU, which works for some tenths of a second to tell."""
+        single, double, value = _rates()
+        values = sum(linear.size for linear in self.shape.linears)
+        return (self.cost.passed + self.cost.single) / single + self.cost.double / double + value * values
+
+
+def plan(config: QuantizeConfig, *, on_card: bool) -> Planned:
+    """Count what a quantisation will take.
+
+    Raises:
+        InputError: No model, or one whose shape cannot be read.
+    """
+    shape = read_shape(config.model)
+    size = calibration_bytes(
+        shape,
+        config.rows,
+        config.length,
+        config.micro_batch,
+        sparse=config.density > 0,
+        low_rank=config.rank > 0,
+        on_card=on_card,
+    )
+    return Planned(shape, size, calibration_cost(shape, config.rows, config.length))
+
+
+def _rates() -> tuple[float, float, float]:
+    """Operations a second in fp32 and in fp64, and the seconds in which a value is searched for and rounded."""
+    import torch
+
+    from qrosa.quant.feedback import round_with_feedback
+    from qrosa.quant.hessian import factor
+    from qrosa.quant.maxima import search_maxima
+
+    weight = torch.randn(_SIDE, _SIDE, generator=torch.Generator().manual_seed(0))
+    twice = weight.double()
+    factored = factor(torch.eye(_SIDE))
+
+    def rounding() -> None:
+        maxima = search_maxima(weight, factored.worth())
+        round_with_feedback(weight, maxima.expand(), factored)
+
+    operations = 2 * _SIDE**3
+    single, double, rounded = (_least(work) for work in (lambda: weight @ weight, lambda: twice @ twice, rounding))
+    return operations / single, operations / double, rounded / weight.numel()
+
+
+def _least(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs, after one that warms up."""
+    work()
+    taken = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return min(taken)

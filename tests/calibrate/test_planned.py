@@ -1,0 +1,28 @@
+"""What a quantisation is planned with, on a card that is not here and on the processor that is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qrosa.calibrate.planned import plan
+from qrosa.calibrate.settings import QuantizeConfig
+from qrosa.planner.cards import find_card
+
+
+def test_less_text_takes_less(tiny_model_dir: Any, tmp_path: Path) -> None:
+    few, many = (
+        plan(QuantizeConfig(str(tiny_model_dir("llama")), str(tmp_path), rows=rows), on_card=True) for rows in (16, 256)
+    )
+    assert few.bytes["hidden"] * 16 == many.bytes["hidden"]
+    assert few.cost.double == many.cost.double
+    card = find_card("rtx3060")
+    assert 0 < few.seconds_on(card) < many.seconds_on(card)
+
+
+def test_the_processor_here_is_timed(tiny_model_dir: Any, tmp_path: Path) -> None:
+    planned = plan(QuantizeConfig(str(tiny_model_dir("llama")), str(tmp_path)), on_card=False)
+    seconds = planned.seconds_here()
+    assert 0 < seconds < 60
+    assert planned.to_json(seconds)["seconds"] == seconds
+    assert "seconds" not in planned.to_json()
