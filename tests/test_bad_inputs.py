@@ -168,7 +168,7 @@ ADAPTERS = [
     Case("inspect cut-adapter", 5, "adapter.safetensors", "copy"),
     Case("inspect absent", 2, "absent", "run"),
     Case("inspect no-config", 2, "no-config holds no adapter", "run"),
-    Case("export run --output new --format peft", 2, "sparse", "--force"),
+    Case("export run --output new --format peft --base-only", 2, "--base-only does not go with", "leave out"),
     Case("export run --output new --dtype fp8", 2, "'fp8' is not one of 'fp16', 'bf16'", "qrosa export --help"),
 ]
 MEMORY = [

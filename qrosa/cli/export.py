@@ -33,6 +33,7 @@ Examples:
   qrosa export run --output merged                              # fp16 safetensors for plain transformers
   qrosa export run --output merged --dtype bf16 --verify        # and measure what the export lost
   qrosa export run --output adapter-for-peft --format peft
+  qrosa export run --output base-for-peft --base-only           # the base that such an adapter goes on
 """
 
 
@@ -45,13 +46,16 @@ Examples:
     type=click.Choice(["safetensors", "peft"]),
     default="safetensors",
     show_default=True,
-    help="A merged model, or the low-rank part alone for PEFT.",
+    help="A merged model, or the adapter for PEFT.",
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16"]), help="Of the merged weights.  [default: fp16]")
 @click.option(
     "--base",
     type=click.Choice(["nf4", "original"]),
     help="Merge into the 4-bit base that was trained on, or into the original weights.  [default: nf4]",
+)
+@click.option(
+    "--base-only", is_flag=True, help="Leave the adapter out: the base, decoded, for adapters of --format peft."
 )
 @click.option("--verify", is_flag=True, help="Compare the export with the trained model on rows.")
 @click.option("--data", metavar="FILE", help="Rows for --verify.  [default: the run's own, first 32]")
@@ -65,6 +69,7 @@ def command(
     format_: str,
     dtype: str | None,
     base: str | None,
+    base_only: bool,
     verify: bool,
     data: str | None,
     base_model: str | None,
@@ -77,7 +82,7 @@ def command(
     The weights are streamed: memory stays below 2 GB and three times the largest tensor, whatever the model. With
     --verify both models are loaded afterwards, one after the other, and the 16-bit model that the base was made of.
     """
-    _check(format_, dtype=dtype, base=base, verify=verify, data=data)
+    _check(format_, dtype=dtype, base=base, base_only=base_only, verify=verify, data=data)
     console = progress_console()
     if format_ == "peft":
         from qrosa.export.peft import export_peft
@@ -94,6 +99,7 @@ def command(
             output,
             dtype=dtype or "fp16",
             base=base or "nf4",
+            base_only=base_only,
             model=base_model,
             force=force,
             device=place,
@@ -103,12 +109,16 @@ def command(
     _report(report, drift, as_json=as_json)
 
 
-def _check(format_: str, *, dtype: str | None, base: str | None, verify: bool, data: str | None) -> None:
+def _check(
+    format_: str, *, dtype: str | None, base: str | None, base_only: bool, verify: bool, data: str | None
+) -> None:
+    if base_only and verify:
+        raise InputError("--verify compares an adapter's export, and --base-only has none", "leave out one of the two")
     if data is not None and not verify:
         raise InputError("--data is only used by --verify", "add --verify, or leave out --data")
     if format_ != "peft":
         return
-    for flag, given in (("--dtype", dtype), ("--base", base), ("--verify", verify)):
+    for flag, given in (("--dtype", dtype), ("--base", base), ("--base-only", base_only), ("--verify", verify)):
         if given:
             raise InputError(f"{flag} does not go with --format peft, which merges nothing", f"leave out {flag}")
 

@@ -78,6 +78,11 @@ class Facts:
     dtype: str
     merged_into: str
 
+    @property
+    def bare(self) -> bool:
+        """The base without an adapter."""
+        return not self.trainable and bool(self.merged_into)
+
 
 def write_card(folder: Path, facts: Facts, drift: Drift | None = None) -> None:
     """Write the folder's README.md.
@@ -97,15 +102,19 @@ def render_card(facts: Facts, drift: Drift | None = None) -> str:
     rows = [
         ("Base", f"{name}, {_KINDS.get(facts.kind, facts.kind)}"),
         ("Base fingerprint", f"`{facts.fingerprint[:16]}`"),
-        ("Trained parameters", _trained(facts)),
-        ("Low-rank part", _ranks(facts.ranks)),
-        ("Sparse part", f"{facts.nnz:,} values" if facts.nnz else "none"),
-        ("Weights", facts.dtype),
     ]
-    if facts.merged_into:
+    if not facts.bare:
+        rows += [
+            ("Trained parameters", _trained(facts)),
+            ("Low-rank part", _ranks(facts.ranks)),
+            ("Sparse part", f"{facts.nnz:,} values" if facts.nnz else "none"),
+        ]
+    rows.append(("Weights", facts.dtype))
+    if facts.merged_into and not facts.bare:
         rows.append(("Merged into", _MERGED_INTO[facts.merged_into]))
     lines = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [qrosa]", *header, "---", ""]
-    lines += [f"# {name}, fine-tuned with qrosa", "", _usage(facts), "", "## How it was made", ""]
+    title = f"{name}, decoded from its 4-bit form" if facts.bare else f"{name}, fine-tuned with qrosa"
+    lines += [f"# {title}", "", _usage(facts), "", "## How it was made", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows), ""]
     if drift is not None:
         lines += ["## Drift", "", *_drift_lines(drift), ""]
@@ -114,12 +123,23 @@ def render_card(facts: Facts, drift: Drift | None = None) -> str:
 
 
 def _usage(facts: Facts) -> str:
+    if facts.bare:
+        return (
+            "A base model with the values that its 4-bit form has, for adapters that were trained on that form: "
+            "`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)`."
+        )
     if facts.merged_into:
         return (
             "A base model with a low-rank and a sparse adapter merged in. It loads like any other model, "
             "without qrosa: `AutoModelForCausalLM.from_pretrained(folder)`."
         )
-    return "The low-rank part of an adapter, in PEFT's format: `PeftModel.from_pretrained(base, folder)`."
+    if facts.nnz:
+        return (
+            "A low-rank and a sparse adapter in PEFT's Super-Tuning format: `PeftModel.from_pretrained(base, folder)`. "
+            "The base is the one that was trained on, decoded, as `qrosa export RUN --output BASE --base-only` writes "
+            "it. On the base's original weights the adapter gives a worse model."
+        )
+    return "A low-rank adapter in PEFT's format: `PeftModel.from_pretrained(base, folder)`."
 
 
 def _trained(facts: Facts) -> str:

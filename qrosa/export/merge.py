@@ -36,7 +36,7 @@ from qrosa.errors import InputError
 from qrosa.export.card import write_card
 from qrosa.export.folder import check_target, export_folder
 from qrosa.export.shards import MAX_SHARD_BYTES, TensorSpec, plan_shards, storage_errors, write_shards
-from qrosa.export.source import OpenedAdapter, card_facts, open_adapter, write_tokenizer
+from qrosa.export.source import OpenedAdapter, card_facts, open_adapter, open_bare, write_tokenizer
 from qrosa.files import write_json
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ExportReport:
     Attributes:
         output: The folder.
         format: ``safetensors`` or ``peft``.
-        dtype: ``fp16`` or ``bf16``; that of the adapter for ``peft``.
+        dtype: ``fp16`` or ``bf16``; for ``peft`` that of the adapter, which may be ``fp32``.
         base: ``nf4`` or ``original``; empty for ``peft``.
         tensors: Number of tensors.
         bytes: Bytes of all tensors.
@@ -79,6 +79,7 @@ def merge(
     *,
     dtype: str = "fp16",
     base: str = "nf4",
+    base_only: bool = False,
     model: str | None = None,
     force: bool = False,
     device: torch.device | str = "cpu",
@@ -88,10 +89,11 @@ def merge(
     """Write base + adapter as one 16-bit model that needs neither qrosa nor the base.
 
     Args:
-        source: A run folder or its adapter folder.
+        source: A run folder or its adapter folder; for ``base_only`` also a model.
         output: The folder to make; it appears whole or not at all.
         dtype: ``fp16`` or ``bf16``.
         base: ``nf4``, the base as it was trained on, or ``original``, the checkpoint's own weights.
+        base_only: Leave the adapter out: the base that many adapters go on, in PEFT's format.
         model: Where the base is now, if it has moved since the training.
         force: Replace an earlier export.
         device: Where the arithmetic runs; one tensor at a time is there.
@@ -108,12 +110,12 @@ def merge(
     started = time.monotonic()
     _check_choices(dtype, base)
     check_target(Path(output), force=force)
-    opened = open_adapter(source, model)
+    opened = open_bare(source, model) if base_only else open_adapter(source, model)
     _check_original(opened, base)
     specs = _specs(opened.model, DTYPES[dtype])
     shards = plan_shards(specs, max_shard_bytes)
     total = sum(spec.nbytes for spec in specs)
-    keep = (opened.folder, Path(opened.base_files.source).expanduser())
+    keep = (*opened.read_from, Path(opened.base_files.source).expanduser())
     with export_folder(Path(output), nbytes=total, force=force, keep=keep) as folder:
         tensors = _merged_tensors(opened, specs, base, torch.device(device))
         write_shards(folder, shards, _counted(tensors, total, progress))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qrosa.adapters.inject import AdapterParts, load_adapter_state, saved_parts
 from qrosa.adapters.linear import QRosaLinear
-from qrosa.base.adapter_io import adapter_folder
+from qrosa.base.adapter_io import adapter_folder, is_run_or_adapter
 from qrosa.base.base_files import BaseFiles, SafetensorsBase
 from qrosa.base.build import empty_model
 from qrosa.base.open import open_base
@@ -24,7 +24,7 @@ from qrosa.errors import InputError
 from qrosa.export.card import Facts
 from qrosa.export.shards import storage_errors
 from qrosa.files import read_json
-from qrosa.sparse.store import read_adapter
+from qrosa.sparse.store import read_adapter, read_adapter_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,18 +35,23 @@ class OpenedAdapter:
     """An adapter checked against its base.
 
     Attributes:
-        folder: Where the adapter is.
+        folder: Where the adapter is; None for a base without one.
         base_files: The base that it was trained on.
         model: The model's structure on the meta device, with the adapter's shapes and scales in place.
         tensors: The adapter's tensors by name.
         config: The adapter's config.
     """
 
-    folder: Path
+    folder: Path | None
     base_files: BaseFiles
     model: PreTrainedModel
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
+
+    @property
+    def read_from(self) -> tuple[Path, ...]:
+        """The folders that are read beside the base's."""
+        return () if self.folder is None else (self.folder,)
 
     @property
     def speech(self) -> Speech:
@@ -77,6 +82,42 @@ def open_adapter(source: str | Path, model: str | None = None) -> OpenedAdapter:
     """
     folder = adapter_folder(source)
     tensors, config = read_adapter(folder)
+    base_files = _own_base(folder, config, model)
+    structure = empty_model(base_files.config)
+    alphas = {path: float(module["alpha"]) for path, module in config["modules"].items()}
+    load_adapter_state(structure, tensors, alphas)
+    return OpenedAdapter(folder, base_files, structure, tensors, config)
+
+
+def open_bare(source: str | Path, model: str | None = None) -> OpenedAdapter:
+    """Open a base as if it had an adapter that holds nothing.
+
+    Args:
+        source: A run, an adapter's folder, or the base itself.
+        model: Where a run's base is now; None is where it was.
+
+    Raises:
+        InputError: No base, or another one than the run's.
+        StorageError: Damaged files.
+    """
+    if is_run_or_adapter(source):
+        folder = adapter_folder(source)
+        base_files = _own_base(folder, read_adapter_config(folder), model)
+    elif model is not None:
+        raise InputError(f"{source} is a base itself, so --model says nothing more", "leave out --model")
+    else:
+        base_files = open_base(str(source))
+    config: dict[str, Any] = {"base": {"source": base_files.source}, "adapter": {}, "modules": {}}
+    return OpenedAdapter(None, base_files, empty_model(base_files.config), {}, config)
+
+
+def _own_base(folder: Path, config: Mapping[str, Any], model: str | None) -> BaseFiles:
+    """The base of an adapter, by its fingerprint.
+
+    Raises:
+        InputError: It is not there, or is another one.
+        StorageError: Damaged files.
+    """
     base_files = open_adapter_base(folder, str(config["base"].get("source", "")), model)
     expected, found = str(config["base"].get("fingerprint")), base_files.fingerprint()
     if expected != found:
@@ -85,10 +126,7 @@ def open_adapter(source: str | Path, model: str | None = None) -> OpenedAdapter:
             f"{base_files.source} is {found[:12]})",
             "give the base that it was trained on with --model",
         )
-    structure = empty_model(base_files.config)
-    alphas = {path: float(module["alpha"]) for path, module in config["modules"].items()}
-    load_adapter_state(structure, tensors, alphas)
-    return OpenedAdapter(folder, base_files, structure, tensors, config)
+    return base_files
 
 
 def open_adapter_base(folder: Path, source: str, model: str | None = None) -> BaseFiles:

@@ -32,6 +32,7 @@ FORMAT = "qrosa-adapter"
 BESIDE = ".."  # how an adapter in its base's own folder names the base: the two are moved together
 VERSION = 2
 _SEAL = "sha256"  # of the config without this key and without the base's source
+_FOR_PEFT = "a qrosa adapter; for PEFT run: qrosa export RUN --output FOLDER --format peft"  # PEFT says it in its error
 _COPY_AGAIN = "copy the adapter folder again"
 _INDICES = (".sparse_row_ptr", ".sparse_col")
 
@@ -51,6 +52,7 @@ def write_adapter(folder: str | Path, tensors: dict[str, Tensor], config: dict[s
     document = {
         "format": FORMAT,
         "version": VERSION,
+        "peft_type": _FOR_PEFT,
         **config,
         "files": {ADAPTER_FILE: file_digest(folder / ADAPTER_FILE)},
     }

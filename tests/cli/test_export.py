@@ -46,8 +46,10 @@ def test_text_output_other_rows_and_peft(run: Path, tmp_path: Path, tiny_rows: C
     rows = tiny_rows(count=5, name="others.jsonl")
     done = _run(run / "adapter", "--output", tmp_path / "a", "--dtype", "bf16", "--verify", "--data", rows)
     assert done.exit_code == 0 and "drift over 5 rows" in done.stdout, done.output
-    done = _run(run, "--output", tmp_path / "b", "--format", "peft", "--force", "--json")
+    done = _run(run, "--output", tmp_path / "b", "--format", "peft", "--json")
     assert json.loads(done.stdout)["format"] == "peft" and json.loads(done.stdout)["verify"] is None
+    done = _run(run, "--output", tmp_path / "c", "--base-only", "--dtype", "bf16", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["dtype"] == "bf16", done.output
 
 
 def test_a_checkpoint_of_the_run(run: Path, tmp_path: Path) -> None:
@@ -75,7 +77,8 @@ def test_a_moved_base(tiny_model_dir: Callable[..., Path], make_adapter: MakeAda
     [
         (("--dtype", "fp8"), 2, "fp8"),
         (("--format", "gguf"), 2, "gguf"),
-        (("--format", "peft"), 2, "lose the sparse part"),
+        (("--format", "peft", "--base-only"), 2, "--base-only does not go with"),
+        (("--base-only", "--verify"), 2, "leave out one of the two"),
         (("--format", "peft", "--dtype", "bf16"), 2, "--dtype does not go with"),
         (("--format", "peft", "--verify"), 2, "--verify does not go with"),
         (("--data", "x.jsonl"), 2, "only used by --verify"),
