@@ -27,17 +27,18 @@ def plan(
     here: Here = NO_CARD,
     longest_row: int | None = None,
     row_tokens: int = 0,
+    row_count: int = 0,
     allocation: Allocation | None = None,
     **where: Any,
 ) -> Plan:
     """A plan from groups of settings; ``where`` holds ``vram``, ``device`` and ``machines``."""
     shape = read_shape(model) if isinstance(model, str) else model
     groups = Groups(adapter, masks, data, train)
-    return solve(make_request(shape, groups, here, rows=Rows(longest_row, row_tokens), **where), allocation)
+    return solve(make_request(shape, groups, here, rows=Rows(longest_row, row_tokens, row_count), **where), allocation)
 
 
 def made(shape: ModelShape, vram: int | None = 24 * GB, **changes: Any) -> Plan:
     """A plan with a budget of 0.3% and some settings changed, by name."""
-    options = ("longest_row", "device", "row_tokens", "machines", "here")
+    options = ("longest_row", "device", "row_tokens", "row_count", "machines", "here")
     extra = {key: changes.pop(key) for key in options if key in changes}
     return plan(shape, *make_groups({"budget": "0.3%"} | changes), vram=vram, **extra)

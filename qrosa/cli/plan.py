@@ -133,7 +133,7 @@ def measure_rows(source: str, data: DataConfig, seq_len: int) -> Rows:
         tokenizer.chat_template = read_template(data.chat_template)
     with progress_console().status("measuring the rows"):
         rows = load_rows(data.data, tokenizer, seq_len=seq_len, train_on=data.train_on, columns=data.columns)
-    return Rows(rows.report.longest, rows.report.tokens)
+    return Rows(rows.report.longest, rows.report.tokens, rows.report.rows)
 
 
 def show(made: Plan, console: Console) -> None:

@@ -69,9 +69,12 @@ def show_reach(made: Plan, console: Console) -> None:
     from qrosa.planner.search.whatif import what_if
     from qrosa.planner.show import what_if_table
     from qrosa.planner.time.estimate import traffic_words
+    from qrosa.planner.time.run_time import run_time
 
     estimated = made.estimate()
-    for line in estimated.describe() if estimated else traffic_words(made.traffic):
+    run = run_time(made)
+    lines = estimated.describe() if estimated else traffic_words(made.traffic)
+    for line in [*lines, *([run.describe()] if run else [])]:
         console.print(line)
     console.print(what_if_table(made, what_if(made)))
 

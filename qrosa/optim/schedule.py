@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from qrosa.config import RunConfig
+from qrosa.config import RunConfig, TrainConfig
 
 MOST_WARMUP_STEPS = 64
 
@@ -52,12 +52,16 @@ def warmup_and_total(config: RunConfig, n_rows: int, *, low_rank: bool = True, s
         low_rank: Whether any low-rank parameter is trained.
         sparse: Whether any sparse parameter is trained.
     """
-    train = config.train
-    total = train.max_steps
-    if total is None:
-        epochs = 1.0 if train.epochs is None else train.epochs
-        total = max(1, math.ceil(epochs * n_rows / train.batch_size - 1e-9))
+    total = steps_of(config.train, n_rows)
     return phases_of(total, config.masks.warmup_steps, low_rank=low_rank, sparse=sparse)
+
+
+def steps_of(train: TrainConfig, n_rows: int) -> int:
+    """Optimizer steps of ``max_steps``, or of ``epochs`` over ``n_rows`` training rows."""
+    if train.max_steps is not None:
+        return train.max_steps
+    epochs = 1.0 if train.epochs is None else train.epochs
+    return max(1, math.ceil(epochs * n_rows / train.batch_size - 1e-9))
 
 
 def phases_of(total: int, warmup_steps: int | None, *, low_rank: bool, sparse: bool) -> Phases:

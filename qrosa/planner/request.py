@@ -21,10 +21,12 @@ class Rows:
     Attributes:
         longest: Tokens of the longest, None where no rows are known: then they are taken to fill ``seq_len``.
         tokens: Tokens of all of them, which lie encoded in host memory; 0 where no rows are known.
+        count: How many there are; 0 where none are known.
     """
 
     longest: int | None = None
     tokens: int = 0
+    count: int = 0
 
 
 UNKNOWN_ROWS = Rows()

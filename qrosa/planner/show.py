@@ -13,6 +13,7 @@ from qrosa.planner.plan import Plan
 from qrosa.planner.reasons import reasons
 from qrosa.planner.search.alternatives import alternatives
 from qrosa.planner.search.whatif import WhatIf, what_if
+from qrosa.planner.time.run_time import duration, run_time
 from qrosa.planner.workload import Workload
 from qrosa.quantities import bytes_text
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def document(plan: Plan) -> dict[str, Any]:
     """The document that ``qrosa plan --json`` prints and a run keeps as ``plan.json``."""
-    estimated = plan.estimate()
+    estimated, run = plan.estimate(), run_time(plan)
     return {
         "model": plan.request.shape.source,
         "base": {
@@ -62,7 +63,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "host_memory": plan.request.host_cap,
         "fits": plan.fits,
         "nearest": [{"setting": way.setting, "value": way.value, "peak": way.peak} for way in alternatives(plan)],
-        "estimate": estimated.to_json() if estimated else None,
+        "estimate": estimated.to_json() | {"run": run.to_json() if run else None} if estimated else None,
         "what_if": [row.to_json() for row in what_if(plan)],
     }
 
@@ -107,14 +108,19 @@ def what_if_table(plan: Plan, rows: list[WhatIf]) -> Table:
     for name in ("longest seq-len", "micro-batch", "least memory", "host"):
         table.add_column(name, justify="right")
     timed = plan.request.machines is not None
+    run = run_time(plan)
     if timed:
         table.add_column("est. tokens/s", justify="right")
+    if run:
+        table.add_column("est. training", justify="right")
     for row in rows:
         found = [row.longest_seq_len, row.largest_micro_batch]
         cells = [f"{number:,}" if number else "-" for number in found]
         cells += [bytes_text(row.smallest_card), bytes_text(row.host)]
         if timed:
             cells.append(f"{row.tokens_per_s:,.0f}" if row.tokens_per_s else "-")
+        if run:
+            cells.append(duration(run.tokens / row.tokens_per_s) if row.tokens_per_s else "-")
         table.add_row(row.words + (" (plan)" if row.planned else ""), *cells, style="bold" if row.planned else None)
     return table
 

@@ -192,7 +192,7 @@ def _plan(
     cap = parse_size(config.train.vram, "--vram") if config.train.vram is not None else None
     if on_card and cap is not None:
         cap = min(cap, here.card_room or cap)  # a cap above what the card has free promises nothing
-    rows = Rows(max(report.longest for report in reports), sum(report.tokens for report in reports))
+    rows = Rows(max(report.longest for report in reports), sum(report.tokens for report in reports), reports[0].rows)
     device = "cuda" if on_card else "cpu"
     return solve(make_request(shape, config.groups, here, rows=rows, vram=cap, device=device), allocation), cap
 
