@@ -19,6 +19,8 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.published import PUBLISHED
+from bench.published import planned as published_plan
 from bench.real_models import LARGE, MODELS
 from qrosa.base.shape import from_config
 from qrosa.cli.plan import show
@@ -317,6 +319,18 @@ def selection() -> str:
     )
 
 
+def published() -> str:
+    """What others have published, and the plan for the same settings."""
+    words = {"peak": "peak, GiB", "speed": "tokens/s", "longest": "longest row"}
+    rows = []
+    for row in PUBLISHED:
+        value, ours = row.value, published_plan(row)
+        shown = [f"{number:,.1f}" if row.kind == "peak" else f"{number:,.0f}" for number in (value, ours)]
+        percent = f"{100 * (ours / value - 1):+.0f}%" if ours else "does not fit"
+        rows.append([row.source, f"{row.model}, {row.setting}", words[row.kind], *shown, percent])
+    return markdown(["source", "setting", "", "published", "qrosa's plan", "off"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-ops": cpu_ops,
     "cpu-layer": cpu_layer,
@@ -328,6 +342,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "host-memory": host_memory,
     "rank-by": rank_by,
     "fit": fit,
+    "published": published,
     "promises": promises,
     "plan-8b": plan_8b,
     "demo": demo,
