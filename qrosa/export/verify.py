@@ -1,11 +1,12 @@
 """Measure what an export lost: the trained model against the exported folder, on real rows.
 
 The export runs as its users run it, through plain transformers in its own dtype, so that what 16 bits cost, in weights
-and in arithmetic, is in the figures. The trained model runs through qrosa, 4-bit base and all, with fp32 activations:
-computed in bf16 it would differ from itself by more than a faithful export does. One runs after the other: of the
-trained model the rows' hidden states and the head are kept, from which its logits can be made again, and the rest is
-let go before the export is loaded. The peak is one model and a head. Where the 16-bit model that the base was made of
-is at hand, it runs last, and the export is compared with it too: what 4 bits and the training changed together.
+and in arithmetic, is in the figures (on a processor that is slow in 16 bits it computes in fp32, and what the weights
+lost is in them). The trained model runs through qrosa, 4-bit base and all, with fp32 activations: computed in bf16 it
+would differ from itself by more than a faithful export does. One runs after the other: of the trained model the rows'
+hidden states and the head are kept, from which its logits can be made again, and the rest is let go before the export
+is loaded. The peak is one model and a head. Where the 16-bit model that the base was made of is at hand, it runs last,
+and the export is compared with it too: what 4 bits and the training changed together.
 
 Agreement and KL are over every predicted token of the rows, prompts included, since a drift shows wherever the model
 predicts; the losses are over the supervised tokens, as everywhere else.
@@ -29,6 +30,7 @@ from qrosa.data.encode import IGNORE, EncodedRow
 from qrosa.errors import InputError
 from qrosa.export.card import Drift
 from qrosa.model.head import CHUNK_TOKENS, Head, decoder_output, evaluating, model_device
+from qrosa.ops.products import widens
 
 VERIFY_ROWS = 32
 
@@ -178,4 +180,5 @@ def _load_plain(folder: str | Path, device: torch.device | str) -> nn.Module:
     finally:
         if bars_shown:
             logging.enable_progress_bar()
-    return cast(nn.Module, cast(Any, model).to(device).eval())
+    model = cast(Any, model).to(device).eval()
+    return cast(nn.Module, model.float() if widens(model.get_input_embeddings().weight) else model)

@@ -21,7 +21,10 @@ _widening: set[str] = set()  # device types
 
 def widens(tensor: Tensor) -> bool:
     """Whether products of ``tensor`` have to be taken in fp32."""
-    return tensor.device.type in _widening and tensor.dtype in (torch.bfloat16, torch.float16)
+    slow = tensor.device.type in _widening
+    if tensor.dtype == torch.float16:
+        return slow or (tensor.is_cpu and not torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return slow and tensor.dtype == torch.bfloat16
 
 
 @contextmanager
