@@ -11,7 +11,8 @@ its blocks arrive as that family makes them, and nothing here knows families.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -128,6 +129,21 @@ class BlockwiseModel:
 
     def _read(self, name: str) -> Tensor:
         return read_dense(self.base_files, name).to(self.device, self.dtype)
+
+
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """While inside, products of fp32 may round their operands; sums stay fp32.
+
+    To bf16 on processors with units for it, where the pass is 1.6 times as fast; to TF32 on cards, where a block
+    computes in bf16 anyway.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _Wrapped(nn.Module):

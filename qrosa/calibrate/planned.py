@@ -47,9 +47,11 @@ class Planned:
 
     def seconds_here(self) -> float:
         """Estimated for this machine's CPU, which works for some tenths of a second to tell."""
-        single, double, value = _rates()
+        rounded, single, double, value = _rates()
         values = sum(linear.size for linear in self.shape.linears)
-        return (self.cost.passed + self.cost.single) / single + self.cost.double / double + value * values
+        cost = self.cost
+        products = (cost.passed + cost.moments) / rounded + cost.single / single + cost.double / double
+        return products + value * values
 
 
 def plan(config: QuantizeConfig, *, on_card: bool) -> Planned:
@@ -71,10 +73,13 @@ def plan(config: QuantizeConfig, *, on_card: bool) -> Planned:
     return Planned(shape, size, calibration_cost(shape, config.rows, config.length))
 
 
-def _rates() -> tuple[float, float, float]:
-    """Operations a second in fp32 and in fp64, and the seconds in which a value is searched for and rounded."""
+def _rates() -> tuple[float, float, float, float]:
+    """Operations a second in products as the pass takes them, in fp32 and in fp64; the seconds that a value takes to be
+    rounded, the search for its maximum included.
+    """
     import torch
 
+    from qrosa.base.blocks import rounded_products
     from qrosa.quant.feedback import round_with_feedback
     from qrosa.quant.hessian import factor
     from qrosa.quant.maxima import search_maxima
@@ -88,8 +93,10 @@ def _rates() -> tuple[float, float, float]:
         round_with_feedback(weight, maxima.expand(), factored)
 
     operations = 2 * _SIDE**3
+    with rounded_products():
+        passing = _least(lambda: weight @ weight)
     single, double, rounded = (_least(work) for work in (lambda: weight @ weight, lambda: twice @ twice, rounding))
-    return operations / single, operations / double, rounded / weight.numel()
+    return operations / passing, operations / single, operations / double, rounded / weight.numel()
 
 
 def _least(work: Callable[[], object]) -> float:

@@ -25,7 +25,7 @@ from qrosa.adapters.budget import Allocation, allocate, layer_index
 from qrosa.adapters.inject import linear_shapes, load_adapter_state, quantized_linears
 from qrosa.base.adapter_io import save_adapter
 from qrosa.base.base_files import BaseFiles
-from qrosa.base.blocks import Block, BlockwiseModel, Run
+from qrosa.base.blocks import Block, BlockwiseModel, Run, rounded_products
 from qrosa.base.build import empty_model
 from qrosa.base.load import count_parameters, load_base
 from qrosa.base.open import open_base
@@ -215,10 +215,11 @@ class _Job:
 
         def visit(block: Block, run: Run) -> Tensor:
             if self.folder.is_done(block.index):
-                return self._count("quantise", block, run())
+                with rounded_products():
+                    return self._count("quantise", block, run())
             linears = block.linears()
             moments = InputMoments(linears)
-            with moments.watch():
+            with moments.watch(), rounded_products():
                 output = run()
             matrices = quantize_matrices(
                 linears, moments, positions, ranks, damping=self.config.damping, seed=self.config.seed

@@ -32,13 +32,15 @@ class Calibration:
 
     Attributes:
         passed: Operations of the 16-bit model's pass.
-        single: Operations in fp32: moments, feedback, figures.
+        moments: Operations of the second moments, whose operands may be rounded to 16 bits, or on a card to TF32.
+        single: Operations in fp32: feedback, figures.
         double: Operations in fp64: the moments' factors.
         columns: Columns that are rounded one after the other.
         moved: Bytes read and written by the search for maxima.
     """
 
     passed: int
+    moments: int
     single: int
     double: int
     columns: int
@@ -47,13 +49,13 @@ class Calibration:
     @property
     def operations(self) -> int:
         """All of the products'."""
-        return self.passed + self.single + self.double
+        return self.passed + self.moments + self.single + self.double
 
     def seconds(self, card: Card) -> float:
         """Time on a card, by its peaks and the shares of them that such kernels reach."""
         clock = card.multiprocessors * card.boost_mhz * 1e6
         single, double = (per_clock * clock for per_clock in _PLAIN[card.per_clock])
-        products = self.passed / card.arithmetic + self.single / single + self.double / double
+        products = (self.passed + 2 * self.moments) / card.arithmetic + self.single / single + self.double / double
         small = self.columns * _LAUNCHES * _LAUNCH
         return products / PRODUCT_SHARE + self.moved / (BANDWIDTH_SHARE * card.bandwidth) + small
 
@@ -61,13 +63,14 @@ class Calibration:
 def calibration_cost(shape: ModelShape, windows: int, length: int) -> Calibration:
     """Count what rounding every matrix of a model once asks for."""
     tokens, layers = windows * length, shape.dims.layers
-    passed = single = double = columns = moved = 0
+    passed = moments = single = double = columns = moved = 0
     for group in input_groups(shape):
         width, values = group[0].in_features, sum(linear.size for linear in group)
         passed += 2 * tokens * values
-        single += 2 * tokens * width**2 + values * width  # the moments; each column's error to all later ones
+        moments += 2 * tokens * width**2
+        single += values * width  # each column's error to all later ones
         single += 3 * 2 * values * width  # the outputs' squares of the weight and of two errors
         double += width**3 // 3 + width**3  # Cholesky factor; the inverse by solving for the identity
         columns += width
         moved += FULL * _SEARCHED * _CANDIDATES * values
-    return Calibration(*(layers * count for count in (passed, single, double, columns, moved)))
+    return Calibration(*(layers * count for count in (passed, moments, single, double, columns, moved)))
