@@ -179,7 +179,8 @@ class _Job:
         if self.given is not None:
             return self.given
         count, length, seed = self.config.rows + self.config.held_out, self.config.length, self.config.seed
-        ids = written_by(model, tokenizer, count, length, seed, lambda n, of: self.stage("write rows", n, of))
+        with rounded_products():
+            ids = written_by(model, tokenizer, count, length, seed, lambda n, of: self.stage("write rows", n, of))
         return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
 
     def _positions(self, model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
@@ -189,15 +190,16 @@ class _Job:
         masks = MaskConfig(mask_score="curvature", mask_scope="global", mask_samples=_SELECTION_ROWS)
         spread = torch.linspace(0, len(ids) - 1, min(_SELECTION_ROWS, len(ids))).long()
         samples = [Sample(row, row) for row in ids[spread].tolist()]
-        return choose_positions(
-            model,
-            samples,
-            config=masks,
-            nnz=self.allocation.nnz,
-            seed=self.config.seed,
-            progress=lambda n, of: self.stage("choose positions", n, of),
-            base_files=self.base_files,
-        )
+        with rounded_products():
+            return choose_positions(
+                model,
+                samples,
+                config=masks,
+                nnz=self.allocation.nnz,
+                seed=self.config.seed,
+                progress=lambda n, of: self.stage("choose positions", n, of),
+                base_files=self.base_files,
+            )
 
     def _loss_16_bit(self, blockwise: BlockwiseModel, held_out: Tensor) -> float:
         """Of the original, block by block."""

@@ -22,7 +22,7 @@ from qrosa.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_TOGETHER = 32  # rows written at once
+_TOGETHER = 96  # rows written at once: the weights are decoded once for all, and their keys and values must fit
 
 
 def windows(rows: Iterable[list[int]], count: int, length: int, seed: int) -> Tensor:

@@ -27,7 +27,7 @@ from qrosa.quant.grid import Grid, pack_codes
 from qrosa.quant.nf4 import BLOCK_SIZE, NESTED_BLOCK_SIZE, NF4Weight
 
 SHARES = tuple(round(0.78 + 0.02 * step, 2) for step in range(14))  # 0.78 to 1.04 of the largest magnitude
-_ROW_CHUNK = 1 << 22  # values searched at once
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # values searched at once: on a CPU what its caches hold
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _search(blocks: Tensor, largest: Tensor, worth: Tensor) -> Tensor:
     """The candidate of least cost for each block, fp32 [blocks]; a block of zeros keeps its zero."""
     grid = Grid(blocks.device)
     chosen = largest.clone()
-    step = max(1, _ROW_CHUNK // BLOCK_SIZE)
+    step = _CHUNK[blocks.device.type] // BLOCK_SIZE
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
         best = torch.full_like(largest[part], math.inf)
