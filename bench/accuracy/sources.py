@@ -156,7 +156,9 @@ def causes() -> Iterator[Example]:
         _, _, rest = text.partition("Premise: ")
         premise, _, hypothesis = rest.partition(" Hypothesis: ")
         pairs = re.findall(r"(\w) correlates with (\w)", premise)
-        apart = re.findall(r"(\w) (?:and (\w) are independent|is independent of (\w))(?: given ([\w, and]+?))?\.", premise)
+        apart = re.findall(
+            r"(\w) (?:and (\w) are independent|is independent of (\w))(?: given ([\w, and]+?))?\.", premise
+        )
         independent = [f"{a}{b or c}" + (f"|{''.join(re.findall('[A-Z]', given))}" if given else "")
                        for a, b, c, given in apart]  # fmt: skip
         facts = f"correlated {' '.join(a + b for a, b in pairs)}; independent {' '.join(independent) or 'none'}"
@@ -181,7 +183,9 @@ def logic() -> Iterator[Example]:
 
 def events() -> Iterator[Example]:
     """Whether the next step of a procedure makes an event more, less or equally likely."""
-    shape = re.compile(r"(I'm trying to (.*?)\..*?) ?At this point, how will '(.*)' change the likelihood of '(.*)'\? Ans")
+    shape = re.compile(
+        r"(I'm trying to (.*?)\..*?) ?At this point, how will '(.*)' change the likelihood of '(.*)'\? Ans"
+    )
     for text, label in _evals("crepe/samples"):
         found = shape.match(text)
         assert found, text
