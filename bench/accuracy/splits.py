@@ -37,12 +37,13 @@ def place(text: str) -> float:
 
 def split_of(group: str) -> str:
     """The split of a group."""
-    at, where = place(group), ""
-    for where, share in SHARES.items():
-        at -= share
-        if at < 0:
-            break
-    return where
+    at = place(group)
+    edge = 0.0
+    for name, share in SHARES.items():
+        edge += share
+        if at < edge:
+            return name
+    return list(SHARES)[-1]
 
 
 def runs(text: str) -> frozenset[str]:
