@@ -14,8 +14,7 @@ from bench.accuracy.splits import Splits, divide
 
 PROMPTS = Path(__file__).parent / "prompts"
 CHAT_TEMPLATE = PROMPTS / "chat_template.jinja"
-SIZES = {"test": 400, "validation": 240, "train": 300}
-LONG = {"test": 300, "validation": 240, "train": 300}
+SIZES = {"test": 300, "validation": 240, "train": 300}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("rt", "sentiment (RT)", functools.partial(sources.reviews, "rotten_tomatoes", 0)),
-        Task("imdb", "sentiment (IMDB)", functools.partial(sources.reviews, "imdb"), LONG),
+        Task("imdb", "sentiment (IMDB)", functools.partial(sources.reviews, "imdb")),
         Task(
             "shift",
             "sentiment, RT to Amazon and Yelp",
@@ -73,13 +72,13 @@ TASKS = {
             shift=sources.shop_reviews,
         ),
         Task("sarcasm", "sarcasm (headlines)", sources.sarcasm),
-        Task("topic", "topic (R8)", sources.topics, LONG),
-        Task("spam", "spam", sources.spam, LONG),
+        Task("topic", "topic (R8)", sources.topics),
+        Task("spam", "spam", sources.spam),
         Task("sense", "word sense (WiC-style)", sources.word_senses),
-        Task("cause", "inference (corr2cause)", sources.causes, LONG, near=False),
+        Task("cause", "inference (corr2cause)", sources.causes, near=False),
         Task("social", "common sense (social IQa)", sources.social),
-        Task("logic", "logic (logiqa)", sources.logic, LONG),
-        Task("event", "event likelihood (crepe)", sources.events, LONG),
+        Task("logic", "logic (logiqa)", sources.logic),
+        Task("event", "event likelihood (crepe)", sources.events),
         Task(
             "e2e",
             "text to attributes (E2E)",
