@@ -2,11 +2,12 @@
 
 A cell is one training run and its score. The stages:
 
-    variants    where the budget goes, at ``RATE``, on the validation splits of three tasks; ``METHODS`` follows it
+    trial       where the budget goes, at ``RATE`` and batch size 8, on the validation splits of two tasks;
+                ``METHODS`` follows it
     zero-shot   the 4-bit base as it is
     primary     budget 0.3%, every task and method at ``RATE``, all of seed 0 before any of seed 1: a grid broken off
                 is whole for the seeds that are done
-    search      every method at every rate, on the validation splits of the same three tasks
+    search      every method at every rate, on the validation splits of three tasks
     searched    the primary grid at the rates that the search finds; cells at ``RATE`` are the primary's own
     full        all parameters in 16 bits, the ceiling, one seed, at a rate searched in the same way
 
@@ -34,11 +35,20 @@ FULL_RATES = (1e-5, 3e-5, 1e-4)
 METHODS: dict[str, dict[str, Any]] = {
     "low-rank": {"sparse_share": 0.0, "rank_by": "order"},
     "sparse": {"sparse_share": 1.0},
-    "both": {"sparse_share": 0.25, "rank_by": "order"},
-    "random": {"sparse_share": 0.25, "rank_by": "order", "mask_score": "random"},
+    "both": {"sparse_share": 0.5, "rank_by": "sensitivity"},
+    "random": {"sparse_share": 0.5, "rank_by": "sensitivity", "mask_score": "random"},
 }
-VARIANTS = ((0.25, "order"), (0.5, "sensitivity"), (0.0, "order"), (0.5, "order"), (0.25, "sensitivity"))
-"""Sparse share, and what ranks go by."""
+TRIALS = (
+    ("rt", 0.0, "order"),
+    ("rt", 0.0, "sensitivity"),
+    ("rt", 0.5, "sensitivity"),
+    ("rt", 0.5, "order"),
+    ("rt", 0.25, "order"),
+    ("rt", 0.25, "sensitivity"),
+    ("sarcasm", 0.25, "order"),
+    ("sarcasm", 0.5, "sensitivity"),
+)
+"""Task, sparse share, and what ranks go by."""
 TITLES = {
     "low-rank": "low-rank",
     "sparse": "sparse",
@@ -76,12 +86,11 @@ class Cell:
         return "/".join((self.stage, self.task, self.method, str(self.seed), self.split, told))
 
 
-def variants() -> Iterator[Cell]:
-    """Where the budget goes, at ``RATE``; cells that the search has, too, are the same."""
-    for task in SEARCH_TASKS:
-        for share, order in VARIANTS:
-            settings = {"sparse_share": share, "rank_by": order, **rates(RATE)}
-            yield Cell("search", task, "both" if share else "low-rank", 0, "validation", settings)
+def trials() -> Iterator[Cell]:
+    """Where the budget goes."""
+    for task, share, order in TRIALS:
+        settings = {"sparse_share": share, "rank_by": order, "batch_size": 8, **rates(RATE)}
+        yield Cell("trial", task, "both" if share else "low-rank", 0, "validation", settings)
 
 
 def search() -> Iterator[Cell]:

@@ -53,7 +53,7 @@ class Table:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         with open(self.path, "a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not file.tell():
+            if not os.fstat(file.fileno()).st_size:  # asked under the lock
                 writer.writeheader()
             writer.writerow(dict(row))
             os.write(file.fileno(), text.getvalue().encode())

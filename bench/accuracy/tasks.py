@@ -1,4 +1,7 @@
-"""The twelve tasks: where their examples come from, how they are asked, and how many train, validate and test."""
+"""The twelve tasks: where their examples come from, how they are asked, and how many train, validate and test.
+
+The quicker ones come first.
+"""
 
 from __future__ import annotations
 
@@ -63,22 +66,19 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
+        Task("sarcasm", "sarcasm (headlines)", sources.sarcasm),
         Task("rt", "sentiment (RT)", functools.partial(sources.reviews, "rotten_tomatoes", 0)),
-        Task("imdb", "sentiment (IMDB)", functools.partial(sources.reviews, "imdb")),
         Task(
             "shift",
             "sentiment, RT to Amazon and Yelp",
             functools.partial(sources.reviews, "rotten_tomatoes", 1),
             shift=sources.shop_reviews,
         ),
-        Task("sarcasm", "sarcasm (headlines)", sources.sarcasm),
+        Task("sense", "word sense (WiC-style)", sources.word_senses),
+        Task("social", "common sense (social IQa)", sources.social),
+        Task("imdb", "sentiment (IMDB)", functools.partial(sources.reviews, "imdb")),
         Task("topic", "topic (R8)", sources.topics),
         Task("spam", "spam", sources.spam),
-        Task("sense", "word sense (WiC-style)", sources.word_senses),
-        Task("cause", "inference (corr2cause)", sources.causes, near=False),
-        Task("social", "common sense (social IQa)", sources.social),
-        Task("logic", "logic (logiqa)", sources.logic),
-        Task("event", "event likelihood (crepe)", sources.events),
         Task(
             "e2e",
             "text to attributes (E2E)",
@@ -86,6 +86,9 @@ TASKS = {
             sizes={"test": 120, "validation": 60, "train": 300},
             generated=True,
         ),
+        Task("event", "event likelihood (crepe)", sources.events),
+        Task("cause", "inference (corr2cause)", sources.causes, near=False),
+        Task("logic", "logic (logiqa)", sources.logic),
     )
 }
 

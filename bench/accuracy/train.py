@@ -15,7 +15,7 @@ from bench.assets import smollm2
 
 FIXED: dict[str, Any] = {
     "budget": BUDGET,
-    "batch_size": 8,
+    "batch_size": 4,
     "epochs": 1,
     "mask_samples": 32,
     "checkpointing": "off",
