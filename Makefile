@@ -5,6 +5,7 @@
 #   make test      the tests                     make lint      ruff, mypy, clang-format
 #   make build     only .venv, with every extra  make wheel     dist/*.whl
 #   make gpu       the checks that need a card   make bench     the benchmarks
+#   make accuracy  what is missing of the accuracy grid (hours; may be stopped and started again)
 #   make gpu-kit   the same for a machine without a registry, in one folder to carry there
 #   make sanitize  the op tests under ASan/UBSan make clean     remove build products (distclean: .venv too)
 #
@@ -19,7 +20,7 @@ SOURCES := $(shell find csrc -type f 2>/dev/null)
 JOBS ?= $(shell n=$$(nproc); [ $$n -gt 4 ] && echo 4 || echo $$n)
 BENCHES := $(wildcard bench/bench_*.py)
 
-.PHONY: build demo fresh test lint format bench gpu gpu-kit gpu-sanitize sanitize wheel clean distclean
+.PHONY: build demo fresh test lint format bench accuracy gpu gpu-kit gpu-sanitize sanitize wheel clean distclean
 
 build: $(VENV)/.built
 
@@ -57,6 +58,10 @@ format: build
 
 bench: build
 	for script in $(BENCHES); do echo "== $$script" && $(PY) $$script || exit 1; done
+
+# One thread a process: start it twice where two cores are free, both work on one table.
+accuracy: build
+	OMP_NUM_THREADS=1 $(PY) -m bench.accuracy.run
 
 # First the end-to-end tests with a tiny model, then the ops, then every figure; each line stops at its first failure.
 gpu: build

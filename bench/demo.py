@@ -29,7 +29,7 @@ SEED = 20
 TRAIN_ROWS = 2000
 TEST_ROWS = 600
 LABELS = ("negative", "positive")
-SETTINGS = f"--batch-size 16 --lr 3e-3 --sparse-lr 1e-3 --seed {SEED}"
+SETTINGS = f"--batch-size 16 --seed {SEED}"
 
 
 @dataclass

@@ -37,7 +37,7 @@ def main() -> None:
         ),
         train_dataset=load_dataset("json", data_files=options.rows, split="train"),
         callbacks=[qrosa.RosaCallback()],
-        optimizers=(qrosa.optimizer(model, lr=7e-4, sparse_lr=2e-4), None),
+        optimizers=(qrosa.optimizer(model, steps=options.max_steps), None),
     )
     trainer.train(resume_from_checkpoint=options.resume)
     trainer.save_model()

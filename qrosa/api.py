@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qrosa.base.adapter_io import attach_adapter, refuse_unmeasured
 from qrosa.base.load import load_base
@@ -60,8 +60,9 @@ def load(
 def optimizer(
     model: nn.Module,
     *,
-    lr: float = 7e-4,
-    sparse_lr: float = 2e-4,
+    lr: float | None = None,
+    sparse_lr: float | None = None,
+    steps: int | None = None,
     weight_decay: float = 0.0,
     kind: str = "adamw",
 ) -> TorchAdapterOptimizer:
@@ -70,17 +71,23 @@ def optimizer(
     Args:
         model: A model from ``load``, on the device where it will be trained. A sparse part that comes later is taken
             in by itself.
-        lr: Learning rate of the low-rank part (``param_groups[0]``).
-        sparse_lr: Learning rate of the sparse part (``param_groups[1]``).
+        lr: Learning rate of the low-rank part (``param_groups[0]``); None for one by rule, as the command line has it.
+        sparse_lr: Learning rate of the sparse part (``param_groups[1]``); None likewise.
+        steps: Optimizer steps of the whole run, which rates by rule depend on; None counts as 256.
         weight_decay: Decoupled weight decay.
         kind: ``adamw``, ``adamw8bit`` or ``paged-adamw8bit``.
 
     Raises:
         InputError: The model has no adapter or a frozen one, or the kind is unknown.
     """
+    from qrosa.adapters.inject import quantized_linears
+    from qrosa.optim.rates import ALPHA, choose_rates
     from qrosa.optim.torch_optimizer import TorchAdapterOptimizer
 
-    return TorchAdapterOptimizer(model, lr=lr, sparse_lr=sparse_lr, weight_decay=weight_decay, kind=kind)
+    alphas = [layer.alpha for layer in quantized_linears(model).values() if layer.rank]
+    width = cast(Any, model).config.get_text_config().hidden_size
+    rates = choose_rates(width=width, alpha=max(alphas, default=ALPHA), steps=steps, low_rank=lr, sparse=sparse_lr)
+    return TorchAdapterOptimizer(model, lr=rates.low_rank, sparse_lr=rates.sparse, weight_decay=weight_decay, kind=kind)
 
 
 def finetune(

@@ -193,8 +193,18 @@ class TrainConfig:
     micro_batch: str = setting("auto", "Sequences computed at once, or auto.", metavar="N|auto")
     epochs: float | None = setting(None, "Passes over the training rows.  [default: 1, unless --max-steps]")
     max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.")
-    lr: float = setting(7e-4, "Learning rate of the low-rank part.")
-    sparse_lr: float = setting(2e-4, "Learning rate of the sparse part.")
+    lr: float | None = setting(
+        None,
+        "Learning rate of the low-rank part.  [default: auto, from the model's width, --alpha and the number of steps]",
+        metavar="RATE|auto",
+        auto=True,
+    )
+    sparse_lr: float | None = setting(
+        None,
+        "Learning rate of the sparse part.  [default: auto, two sevenths of --lr at alpha 16]",
+        metavar="RATE|auto",
+        auto=True,
+    )
     schedule: str = setting("linear", "Learning-rate decay.", choices=SCHEDULES)
     lr_warmup: float = setting(0.03, "Share of the steps over which the learning rate rises from 0.")
     weight_decay: float = setting(0.0, "Decoupled weight decay of the adapter.")
@@ -250,9 +260,9 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "lr", "sparse_lr", "max_grad_norm", "keep", "timeout"):
+        for name in ("batch_size", "max_grad_norm", "keep", "timeout"):
             check_positive(name, getattr(self, name))
-        for name in ("max_steps", "epochs", "eval_every", "save_every"):
+        for name in ("lr", "sparse_lr", "max_steps", "epochs", "eval_every", "save_every"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
         if self.epochs is not None and self.max_steps is not None:
@@ -341,7 +351,7 @@ def make_group(group: type[_Group], values: Mapping[str, Any]) -> _Group:
     given = {
         f.name: coerce(f.name, values[f.name], hints[f.name], f.metadata.get("choices"), f.metadata["repeated"])
         for f in dataclasses.fields(group)  # type: ignore[arg-type]
-        if values.get(f.name) is not None
+        if values.get(f.name) is not None and not (f.metadata["auto"] and values[f.name] == "auto")
     }
     return group(**given)
 

@@ -23,6 +23,7 @@ def setting(
     choices: tuple[str, ...] | None = None,
     metavar: str | None = None,
     repeated: bool = False,
+    auto: bool = False,
 ) -> Any:
     """A dataclass field that carries its own command-line help.
 
@@ -31,9 +32,11 @@ def setting(
         help: For ``--help``.
         choices: What can be said, if that is a closed list.
         metavar: What ``--help`` shows for the value.
+        auto: ``auto`` can be said, and means the same as saying nothing.
         repeated: Several values are given by giving the flag several times (a list in YAML), not with commas.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "metavar": metavar, "repeated": repeated})
+    metadata = {"help": help, "choices": choices, "metavar": metavar, "repeated": repeated, "auto": auto}
+    return field(default=default, metadata=metadata)
 
 
 def coerce(name: str, value: Any, hint: Any, choices: tuple[str, ...] | None, repeated: bool = False) -> Any:

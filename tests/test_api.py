@@ -12,6 +12,7 @@ import torch
 
 import qrosa
 from qrosa.errors import InputError, StorageError, TrainingError
+from qrosa.optim.rates import choose_rates
 
 
 @pytest.fixture
@@ -86,6 +87,18 @@ def test_the_optimizer_trains_both_parts_at_their_own_rates(loaded, batch):
     losses_of(model, optimizer, batch, 1)
     assert not torch.equal(layer.sparse_values, before)
     assert optimizer.inner.groups["low_rank"].master.dtype == torch.float32
+
+
+def test_the_optimizer_has_the_rates_of_a_run(tiny_model_dir):
+    model, _ = qrosa.load(str(tiny_model_dir()), qrosa.AdapterConfig(rank=4, density=0.0, alpha=32.0))
+    rates = choose_rates(width=64, alpha=32.0, steps=500)
+    optimizer = qrosa.optimizer(model, steps=500)
+    assert [group["lr"] for group in optimizer.param_groups] == [rates.low_rank, rates.sparse]
+    given = qrosa.optimizer(model, lr=1e-3)
+    assert [group["lr"] for group in given.param_groups] == [
+        1e-3,
+        choose_rates(width=64, alpha=32.0, low_rank=1e-3).sparse,
+    ]
 
 
 def test_the_optimizer_goes_on_bit_for_bit(tiny_model_dir, batch):

@@ -139,7 +139,7 @@ def _dry_run(config: RunConfig, *, as_json: bool) -> None:
     from qrosa.train.prepare import prepare
 
     prepared = prepare(config, dry_run=True)
-    for text in prepared.unused():
+    for text in prepared.told():
         progress_console().print(text, markup=False, soft_wrap=True)
     if as_json:
         emit_json({**document(prepared.plan), "data": prepared.data_report()})

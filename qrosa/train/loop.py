@@ -283,6 +283,7 @@ class TrainingLoop:
         sparse = sparse_learning_rate_factor(
             step, total, train.schedule, train.lr_warmup, self.parts.state.selected_at or 0
         )
+        assert train.lr is not None and train.sparse_lr is not None  # chosen before the run began
         return train.lr * low_rank, train.sparse_lr * sparse
 
     def _sum(self, value: float) -> float:

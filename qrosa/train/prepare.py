@@ -20,6 +20,7 @@ from qrosa.config import SPLITS, RunConfig
 from qrosa.data.length import row_length
 from qrosa.data.rendering import read_template
 from qrosa.errors import InputError
+from qrosa.optim.rates import Rates, choose_rates
 from qrosa.optim.schedule import Phases, warmup_and_total
 from qrosa.optim.zero.settings import ZeroSettings, zero_settings
 from qrosa.planner.bytes.zero import drive_bytes
@@ -54,6 +55,7 @@ class Prepared:
         allocation: Where the trainable parameters go.
         phases: Length of the phases.
         plan: Memory of each phase, and the settings that fit.
+        rates: Learning rates, and why.
         cap: Hard cap on the card's memory in bytes, or None.
         zero: What DeepSpeed is to do, or None for training without it.
     """
@@ -67,6 +69,7 @@ class Prepared:
     allocation: Allocation
     phases: Phases
     plan: Plan
+    rates: Rates
     cap: int | None
     zero: ZeroSettings | None = None
 
@@ -93,6 +96,10 @@ class Prepared:
         if self.heldout is not None:
             reports["held-out rows"] = self.heldout.report
         return [text for name, report in reports.items() if (text := report.told(name))]
+
+    def told(self) -> list[str]:
+        """What people should know before anything runs: what is not used of the data, and choices made by rule."""
+        return [*self.unused(), *([self.rates.reason] if self.rates.reason else [])]
 
     def fingerprints(self) -> dict[str, str]:
         """What a resumed run must find unchanged."""
@@ -151,8 +158,15 @@ def prepare(
         if zero is not None and zero.nvme is not None:
             needed = drive_bytes(plan.work) * here.sharing
             check_room(Path(zero.nvme).expanduser(), needed, "free some of it, or name a folder on another drive")
-    config = _resolve(config, seq_len, phases, plan)
-    return Prepared(config, base_files, original, tokenizer, train, heldout, allocation, phases, plan, cap, zero)
+    rates = choose_rates(
+        width=shape.dims.hidden,
+        alpha=config.adapter.alpha,
+        steps=phases.total,
+        low_rank=config.train.lr,
+        sparse=config.train.sparse_lr,
+    )
+    config = _resolve(config, seq_len, phases, plan, rates)
+    return Prepared(config, base_files, original, tokenizer, train, heldout, allocation, phases, plan, rates, cap, zero)
 
 
 def _deepspeed(config: RunConfig, *, dry_run: bool) -> ZeroSettings | None:
@@ -243,7 +257,7 @@ def with_absolute_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: absolute(value) if name in PLACES else value for name, value in settings.items()}
 
 
-def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: Plan) -> RunConfig:
+def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: Plan, rates: Rates) -> RunConfig:
     """The settings with every open choice filled in."""
     train = config.train
     epochs = 1.0 if train.epochs is None and train.max_steps is None else train.epochs
@@ -258,6 +272,8 @@ def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: Plan) -> Run
         train=dataclasses.replace(
             train,
             epochs=epochs,
+            lr=rates.low_rank,
+            sparse_lr=rates.sparse,
             micro_batch=str(plan.work.rows),
             checkpointing="on" if plan.work.checkpointing else "off",
             offload=plan.offload,

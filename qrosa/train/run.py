@@ -118,7 +118,7 @@ class _Run:
     def go(self, *, resume: bool, force: bool) -> dict[str, Any]:
         """Everything from loading the base to the report, in order; returns the report."""
         checkpoint = self._newest_checkpoint() if resume else None
-        for text in (*self.prepared.plan.request.shape.all_notes, *self.prepared.unused()):
+        for text in (*self.prepared.plan.request.shape.all_notes, *self.prepared.told()):
             self.callbacks.on_notice(text)
         with self.meter.phase("load"):
             base = self._load()

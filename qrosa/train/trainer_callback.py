@@ -2,7 +2,7 @@
 
     model, tokenizer = qrosa.load("path/or/id", qrosa.AdapterConfig(budget="0.3%"))
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[qrosa.RosaCallback()],
-                      optimizers=(qrosa.optimizer(model, lr=7e-4, sparse_lr=2e-4), None))
+                      optimizers=(qrosa.optimizer(model, steps=200), None))
 
 The trainer keeps its loop, its schedule and its checkpoints. The callback picks the masks after warm-up, on rows of the
 trainer's own data set, and holds the sparse rate down over as many steps as the schedule's own warm-up has. The

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from qrosa.cli.finetune import command, overlay, resolve
 from qrosa.errors import DoesNotFitError, InputError
+from qrosa.optim.rates import choose_rates
 
 
 @pytest.fixture
@@ -166,3 +167,27 @@ def test_the_live_line_shows_loss_speed_memory_and_time_left():
     text = out.getvalue()
     for words in ("loading", "warm-up", "1.2345", "988 tokens/s", "1.00 GiB of 2.00 GiB planned", "1:15 left", "[odd]"):
         assert words in text
+
+
+def test_auto_stands_over_a_rate_of_the_config_file(tmp_path):
+    recipe = write_yaml(tmp_path / "r.yaml", model="m", data="d", budget="0.3%", lr=0.5, sparse_lr=0.5, output="there")
+    config = resolve(recipe, {"lr": "auto", "sparse_lr": "auto"}, resume=False, dry_run=False)
+    assert (config.train.lr, config.train.sparse_lr) == (None, None)
+    with pytest.raises(InputError, match="--lr 'many' is not a number"):
+        resolve(recipe, {"lr": "many"}, resume=False, dry_run=False)
+    with pytest.raises(InputError, match="--lr 0 is not above zero"):
+        resolve(recipe, {"lr": "0"}, resume=False, dry_run=False)
+
+
+def test_rates_by_rule_are_told_used_and_kept(arguments, tmp_path):
+    at = arguments.index("--lr")
+    process = qrosa(*arguments[:at], *arguments[at + 2 :])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    rates = choose_rates(width=64, steps=4)
+    assert rates.reason in err
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (kept["lr"], kept["sparse_lr"]) == (rates.low_rank, rates.sparse)
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first = next(step for step in steps if step["phase"] != "select")
+    assert first["lr"] == pytest.approx(rates.low_rank / 2)  # the rise over the first of four steps
