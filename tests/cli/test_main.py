@@ -199,7 +199,7 @@ def test_help_of_a_setting_names_its_default_once() -> None:
     def command(**settings: Any) -> None: ...
 
     text = " ".join(CliRunner().invoke(command, ["--help"], terminal_width=400).output.split())
-    assert "[default: 1.0]" in text
+    assert "[default: 0.03]" in text
     assert "[default: a tenth of all steps, at most 64]" in text
     assert "residual|zero" in text
     assert "[default: None]" not in text
