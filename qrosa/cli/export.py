@@ -33,6 +33,7 @@ Examples:
   qrosa export run --output merged                              # fp16 safetensors for plain transformers
   qrosa export run --output merged --dtype bf16 --verify        # and measure what the export lost
   qrosa export run --output adapter-for-peft --format peft
+  qrosa export run --output llama-cpp --format gguf --quant q8_0
   qrosa export run --output base-for-peft --base-only           # the base that such an adapter goes on
 """
 
@@ -43,12 +44,13 @@ Examples:
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["safetensors", "peft"]),
+    type=click.Choice(["safetensors", "peft", "gguf"]),
     default="safetensors",
     show_default=True,
-    help="A merged model, or the adapter for PEFT.",
+    help="A merged model, as safetensors or for llama.cpp, or the adapter for PEFT.",
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16"]), help="Of the merged weights.  [default: fp16]")
+@click.option("--quant", type=click.Choice(["f16", "q8_0"]), help="Of the matrices in a GGUF file.  [default: f16]")
 @click.option(
     "--base",
     type=click.Choice(["nf4", "original"]),
@@ -68,6 +70,7 @@ def command(
     output: str,
     format_: str,
     dtype: str | None,
+    quant: str | None,
     base: str | None,
     base_only: bool,
     verify: bool,
@@ -82,45 +85,60 @@ def command(
     The weights are streamed: memory stays below 2 GB and three times the largest tensor, whatever the model. With
     --verify both models are loaded afterwards, one after the other, and the 16-bit model that the base was made of.
     """
-    _check(format_, dtype=dtype, base=base, base_only=base_only, verify=verify, data=data)
+    if data is not None and not verify:
+        raise InputError("--data is only used by --verify", "add --verify, or leave out --data")
+    if base_only and verify:
+        raise InputError("--verify compares an adapter's export, and --base-only has none", "leave out one of the two")
+    given = {"--dtype": dtype, "--quant": quant, "--base": base, "--base-only": base_only, "--verify": verify}
+    _refuse(format_, [flag for flag, value in given.items() if value])
     console = progress_console()
     if format_ == "peft":
         from qrosa.export.peft import export_peft
 
         _report(export_peft(source, output, model=base_model, force=force), None, as_json=as_json)
         return
-    from qrosa.export.merge import merge
+    if format_ == "gguf" and verify:
+        from qrosa.export.llama_cpp import require_llama_cpp
 
+        require_llama_cpp()
     place = choose_device(device)
     rows = _verify_rows(source, data, base_model) if verify else []
+    settings: dict[str, Any] = {"base": base or "nf4", "model": base_model, "force": force, "device": place}
     with progress_bar(console, f"writing {output}") as advance:
-        report = merge(
-            source,
-            output,
-            dtype=dtype or "fp16",
-            base=base or "nf4",
-            base_only=base_only,
-            model=base_model,
-            force=force,
-            device=place,
-            progress=advance,
-        )
+        if format_ == "gguf":
+            from qrosa.export.gguf import export_gguf
+
+            report = export_gguf(source, output, quant=quant or "f16", **settings, progress=advance)
+        else:
+            from qrosa.export.merge import merge
+
+            report = merge(source, output, dtype=dtype or "fp16", base_only=base_only, **settings, progress=advance)
     drift = _verify(source, report, rows, base_model, place, console) if verify else None
     _report(report, drift, as_json=as_json)
 
 
-def _check(
-    format_: str, *, dtype: str | None, base: str | None, base_only: bool, verify: bool, data: str | None
-) -> None:
-    if base_only and verify:
-        raise InputError("--verify compares an adapter's export, and --base-only has none", "leave out one of the two")
-    if data is not None and not verify:
-        raise InputError("--data is only used by --verify", "add --verify, or leave out --data")
-    if format_ != "peft":
-        return
-    for flag, given in (("--dtype", dtype), ("--base", base), ("--base-only", base_only), ("--verify", verify)):
-        if given:
-            raise InputError(f"{flag} does not go with --format peft, which merges nothing", f"leave out {flag}")
+_FOREIGN = {
+    "safetensors": {"--quant": "is for --format gguf"},
+    "gguf": {
+        "--dtype": "is for --format safetensors; --quant is GGUF's",
+        "--base-only": "is for --format safetensors",
+    },
+    "peft": dict.fromkeys(
+        ("--dtype", "--quant", "--base", "--base-only", "--verify"),
+        "does not go with --format peft, which merges nothing",
+    ),
+}
+
+
+def _refuse(format_: str, given: Sequence[str]) -> None:
+    """Refuse flags that mean nothing for a format.
+
+    Raises:
+        InputError: There is one.
+    """
+    for flag in given:
+        if flag in _FOREIGN[format_]:
+            raise InputError(f"{flag} {_FOREIGN[format_][flag]}", f"leave out {flag}")
 
 
 def _verify_rows(source: str, data: str | None, model: str | None) -> Sequence[EncodedRow]:
@@ -175,7 +193,7 @@ def _verify(
     opened = open_adapter(source, model)
     original = original_folder(opened)
     drift = verify(source, report.output, rows, model=model, original=original, device=device, progress=say)
-    facts = card_facts(opened, dtype=report.dtype, base=report.base)
+    facts = card_facts(opened, dtype=report.dtype, base=report.base, form=report.format)
     write_card(Path(report.output), facts, drift)
     return drift
 

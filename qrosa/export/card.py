@@ -65,6 +65,7 @@ class Facts:
         nnz: Sparse values.
         dtype: That of the written weights.
         merged_into: ``nf4``, ``original``, or empty for an adapter that was not merged.
+        form: ``safetensors`` or ``gguf``, of what was merged.
     """
 
     base: str
@@ -77,6 +78,7 @@ class Facts:
     nnz: int
     dtype: str
     merged_into: str
+    form: str = "safetensors"
 
     @property
     def bare(self) -> bool:
@@ -98,7 +100,7 @@ def render_card(facts: Facts, drift: Drift | None = None) -> str:
     local = Path(facts.base).is_absolute()
     name = Path(facts.base).name if local else facts.base
     header = [] if local else [f"base_model: {name}"]
-    library = "transformers" if facts.merged_into else "peft"
+    library = "peft" if not facts.merged_into else "gguf" if facts.form == "gguf" else "transformers"
     rows = [
         ("Base", f"{name}, {_KINDS.get(facts.kind, facts.kind)}"),
         ("Base fingerprint", f"`{facts.fingerprint[:16]}`"),
@@ -123,6 +125,11 @@ def render_card(facts: Facts, drift: Drift | None = None) -> str:
 
 
 def _usage(facts: Facts) -> str:
+    if facts.form == "gguf":
+        return (
+            "A base model with a low-rank and a sparse adapter merged in, tokenizer and chat template in the file: "
+            "`llama-cli -m model.gguf`, or `ollama create NAME -f Modelfile`."
+        )
     if facts.bare:
         return (
             "A base model with the values that its 4-bit form has, for adapters that were trained on that form: "

@@ -19,7 +19,9 @@ from qrosa.errors import InputError, StorageError
 from qrosa.export.shards import storage_errors
 from qrosa.quantities import bytes_text
 
-_EXPORT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
+_EXPORT_SUFFIXES = (".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".md")
+GGUF_FILE = "model.gguf"
+MODELFILE = "Modelfile"  # ollama's, beside a .gguf file
 _ROOM_FOR_SMALL_FILES = 64 * 2**20  # tokenizer, config and card; the largest tokenizers take some 35 MB
 
 
@@ -67,11 +69,15 @@ def _clear_up(target: Path) -> None:
             process = left.name.rpartition("-")[2]
             if not process.isdecimal() or left.is_symlink() or not left.is_dir() or _is_alive(int(process)):
                 continue
-            foreign = any(e.suffix not in (*_EXPORT_SUFFIXES, ".partial") or not e.is_file() for e in left.iterdir())
+            foreign = any(e.suffix != ".partial" and not _is_ours(e) for e in left.iterdir())
             if kind == "old" and not target.exists():
                 os.replace(left, target)
             elif not foreign:
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_ours(entry: Path) -> bool:
+    return entry.is_file() and (entry.suffix in _EXPORT_SUFFIXES or entry.name == MODELFILE)
 
 
 def _is_alive(process: int) -> bool:
@@ -104,7 +110,7 @@ def check_target(target: Path, *, force: bool, keep: tuple[Path, ...] = ()) -> N
         return
     if not force:
         raise InputError(f"output {target} exists and is not empty", "give another --output, or --force to replace it")
-    foreign = [entry.name for entry in entries if entry.suffix not in _EXPORT_SUFFIXES or not entry.is_file()]
+    foreign = [entry.name for entry in entries if not _is_ours(entry)]
     if foreign:
         raise InputError(
             f"output {target} holds {foreign[0]!r}, which no export wrote, so --force does not replace it",

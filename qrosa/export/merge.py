@@ -111,14 +111,14 @@ def merge(
     _check_choices(dtype, base)
     check_target(Path(output), force=force)
     opened = open_bare(source, model) if base_only else open_adapter(source, model)
-    _check_original(opened, base)
-    specs = _specs(opened.model, DTYPES[dtype])
+    check_original(opened, base)
+    specs = merged_specs(opened.model, DTYPES[dtype])
     shards = plan_shards(specs, max_shard_bytes)
     total = sum(spec.nbytes for spec in specs)
     keep = (*opened.read_from, Path(opened.base_files.source).expanduser())
     with export_folder(Path(output), nbytes=total, force=force, keep=keep) as folder:
-        tensors = _merged_tensors(opened, specs, base, torch.device(device))
-        write_shards(folder, shards, _counted(tensors, total, progress))
+        tensors = merged_tensors(opened, specs, base, torch.device(device))
+        write_shards(folder, shards, counted(tensors, total, progress))
         _write_model_files(opened, folder, DTYPES[dtype])
         write_card(folder, card_facts(opened, dtype=dtype, base=base))
         files = sorted(path.name for path in folder.iterdir())
@@ -133,7 +133,12 @@ def _check_choices(dtype: str, base: str) -> None:
         raise InputError(f"--base {base!r} is unknown", f"use one of: {', '.join(BASES)}")
 
 
-def _check_original(opened: OpenedAdapter, base: str) -> None:
+def check_original(opened: OpenedAdapter, base: str) -> None:
+    """Refuse original weights of a base that is already quantised.
+
+    Raises:
+        InputError: They are asked for and not known.
+    """
     if base == "original" and opened.base_files.kind == "nf4":
         raise InputError(
             f"{opened.base_files.source} is already quantised: its original weights are not known", "use --base nf4"
@@ -156,7 +161,7 @@ def merged_weight(opened: OpenedAdapter, path: str, base: str, device: torch.dev
     return compose(weight, *opened.parts(path))
 
 
-def _specs(model: PreTrainedModel, dtype: torch.dtype) -> list[TensorSpec]:
+def merged_specs(model: PreTrainedModel, dtype: torch.dtype) -> list[TensorSpec]:
     """Every tensor of the merged model, in model order; a tied head is the embedding and is not written twice."""
     specs, seen = [], set()
     for path, module in model.named_modules():
@@ -175,10 +180,15 @@ def _specs(model: PreTrainedModel, dtype: torch.dtype) -> list[TensorSpec]:
     return specs
 
 
-def _merged_tensors(
+def merged_tensors(
     opened: OpenedAdapter, specs: list[TensorSpec], base: str, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the merged model, one at a time, in the order of `specs`."""
+    """The tensors of the merged model, one at a time, in the order and the dtypes of `specs`.
+
+    Raises:
+        InputError: Values that are not finite, or that fp16 cannot hold.
+        StorageError: A damaged file of the base.
+    """
     buffers, stored = saved_buffers(opened.model), set(opened.base_files.names())
     for spec in specs:
         path, _, leaf = spec.name.rpartition(".")
@@ -209,9 +219,10 @@ def _check_range(name: str, value: Tensor, dtype: torch.dtype) -> None:
         raise InputError(f"tensor {name!r} reaches {largest:.4g}, beyond fp16's 65504", "export with --dtype bf16")
 
 
-def _counted(
+def counted(
     tensors: Iterator[tuple[str, Tensor]], total: int, progress: Callable[[int, int], None] | None
 ) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, with their bytes told to ``progress`` once each is done with."""
     done = 0
     for name, tensor in tensors:
         nbytes = tensor.nbytes

@@ -172,7 +172,7 @@ def original_folder(opened: OpenedAdapter) -> Path | None:
     return base_files.folder if isinstance(base_files, SafetensorsBase) and base_files.kind == "dense" else None
 
 
-def card_facts(opened: OpenedAdapter, *, dtype: str, base: str) -> Facts:
+def card_facts(opened: OpenedAdapter, *, dtype: str, base: str, form: str = "safetensors") -> Facts:
     """What the model card tells about how the export was made."""
     config = opened.config
     ranks = [int(module.get("rank", 0)) for module in config["modules"].values()]
@@ -187,6 +187,7 @@ def card_facts(opened: OpenedAdapter, *, dtype: str, base: str) -> Facts:
         nnz=sum(int(module.get("nnz", 0)) for module in config["modules"].values()),
         dtype=dtype,
         merged_into=base,
+        form=form,
     )
 
 

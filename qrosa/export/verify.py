@@ -1,12 +1,12 @@
 """Measure what an export lost: the trained model against the exported folder, on real rows.
 
-The export runs as its users run it, through plain transformers in its own dtype, so that what 16 bits cost, in weights
-and in arithmetic, is in the figures (on a processor that is slow in 16 bits it computes in fp32, and what the weights
-lost is in them). The trained model runs through qrosa, 4-bit base and all, with fp32 activations: computed in bf16 it
-would differ from itself by more than a faithful export does. One runs after the other: of the trained model the rows'
-hidden states and the head are kept, from which its logits can be made again, and the rest is let go before the export
-is loaded. The peak is one model and a head. Where the 16-bit model that the base was made of is at hand, it runs last,
-and the export is compared with it too: what 4 bits and the training changed together.
+The export runs as its users run it, through plain transformers in its own dtype or through llama.cpp, so that what 16
+bits cost, in weights and in arithmetic, is in the figures (on a processor that is slow in 16 bits transformers computes
+in fp32, and what the weights lost is in them). The trained model runs through qrosa, 4-bit base and all, with fp32
+activations: computed in bf16 it would differ from itself by more than a faithful export does. One runs after the other:
+of the trained model the rows' hidden states and the head are kept, from which its logits can be made again, and the rest
+is let go before the export is loaded. The peak is one model and a head. Where the 16-bit model that the base was made of
+is at hand, it runs last, and the export is compared with it too: what 4 bits and the training changed together.
 
 Agreement and KL are over every predicted token of the rows, prompts included, since a drift shows wherever the model
 predicts; the losses are over the supervised tokens, as everywhere else.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +29,8 @@ from qrosa.base.load import load_base
 from qrosa.data.encode import IGNORE, EncodedRow
 from qrosa.errors import InputError
 from qrosa.export.card import Drift
+from qrosa.export.folder import GGUF_FILE
+from qrosa.export.llama_cpp import LlamaCppLogits
 from qrosa.model.head import CHUNK_TOKENS, Head, decoder_output, evaluating, model_device
 from qrosa.ops.products import widens
 
@@ -44,8 +46,15 @@ class _Recorded:
         head: Makes logits of them.
     """
 
-    hidden: list[Tensor]
-    head: Head
+    hidden: Iterable[Tensor]
+    head: Head | _Logits
+
+
+class _Logits:
+    """The head of what is logits already."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden
 
 
 @dataclass
@@ -92,7 +101,7 @@ def verify(
     trained = _record(_load_trained(source, model, device), rows)
     gc.collect()
     say("running the exported model")
-    found = _record(_load_plain(exported, device), rows)
+    found = _exported(Path(exported), rows, device)
     drift = compare(trained, found, rows)
     if not math.isfinite(drift["mean_kl"]):
         raise InputError(
@@ -110,6 +119,13 @@ def verify(
             "loss": against["loss_trained"],
         }
     return drift
+
+
+def _exported(folder: Path, rows: Sequence[EncodedRow], device: torch.device | str) -> _Recorded:
+    """The export's predictions, by the library that its users have."""
+    if not (folder / GGUF_FILE).is_file():
+        return _record(_load_plain(folder, device), rows)
+    return _Recorded(LlamaCppLogits(folder / GGUF_FILE, rows), _Logits())
 
 
 def compare(trained: _Recorded, exported: _Recorded, rows: Sequence[EncodedRow]) -> Drift:

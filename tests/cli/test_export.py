@@ -48,6 +48,10 @@ def test_text_output_other_rows_and_peft(run: Path, tmp_path: Path, tiny_rows: C
     assert done.exit_code == 0 and "drift over 5 rows" in done.stdout, done.output
     done = _run(run, "--output", tmp_path / "b", "--format", "peft", "--json")
     assert json.loads(done.stdout)["format"] == "peft" and json.loads(done.stdout)["verify"] is None
+    done = _run(run, "--output", tmp_path / "d", "--format", "gguf", "--quant", "q8_0", "--json")
+    assert json.loads(done.stdout)["files"] == ["Modelfile", "README.md", "model.gguf"], done.output
+    done = _run(run, "--output", tmp_path / "d", "--format", "gguf", "--force", "--json")
+    assert json.loads(done.stdout)["dtype"] == "f16", done.output
     done = _run(run, "--output", tmp_path / "c", "--base-only", "--dtype", "bf16", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["dtype"] == "bf16", done.output
 
@@ -76,7 +80,9 @@ def test_a_moved_base(tiny_model_dir: Callable[..., Path], make_adapter: MakeAda
     "args, code, words",
     [
         (("--dtype", "fp8"), 2, "fp8"),
-        (("--format", "gguf"), 2, "gguf"),
+        (("--format", "gguf", "--dtype", "bf16"), 2, "--quant is GGUF's"),
+        (("--quant", "q8_0"), 2, "is for --format gguf"),
+        (("--format", "gguf", "--quant", "q4_0"), 2, "q4_0"),
         (("--format", "peft", "--base-only"), 2, "--base-only does not go with"),
         (("--base-only", "--verify"), 2, "leave out one of the two"),
         (("--format", "peft", "--dtype", "bf16"), 2, "--dtype does not go with"),

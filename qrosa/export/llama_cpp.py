@@ -1,0 +1,57 @@
+"""A ``.gguf`` file's predictions, by llama.cpp itself (llama-cpp-python), for ``export --verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qrosa.data.encode import EncodedRow
+from qrosa.errors import InputError, StorageError, install_hint
+
+
+def require_llama_cpp() -> None:
+    """Refuse before anything is written.
+
+    Raises:
+        InputError: llama-cpp-python is not installed.
+    """
+    try:
+        import llama_cpp  # noqa: F401
+    except ImportError:
+        raise InputError("--verify of a GGUF file needs llama-cpp-python", install_hint("llama-cpp")) from None
+
+
+class LlamaCppLogits:
+    """Logits of rows, a row at a time, each time it is iterated: fp32 [T - 1, V] of the positions that predict a token.
+
+    Args:
+        file: The ``.gguf`` file.
+        rows: What to run.
+
+    Raises:
+        InputError: llama-cpp-python is not installed.
+        StorageError: llama.cpp does not take the file.
+    """
+
+    def __init__(self, file: Path, rows: Sequence[EncodedRow]) -> None:
+        require_llama_cpp()
+        from llama_cpp import Llama
+
+        longest = max(len(row.input_ids) for row in rows)
+        threads = torch.get_num_threads()
+        try:
+            self._model = Llama(
+                str(file), n_ctx=longest, n_batch=longest, logits_all=True, n_threads=threads, verbose=False
+            )
+        except (ValueError, RuntimeError):
+            raise StorageError(f"llama.cpp does not take {file}", "update llama-cpp-python") from None
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for row in self._rows:
+            self._model.reset()
+            self._model.eval(row.input_ids)
+            yield torch.from_numpy(self._model.scores[: len(row.input_ids) - 1].copy())
