@@ -62,6 +62,7 @@ bench: build
 # One thread a process: start it twice where two cores are free, both work on one table.
 accuracy: build
 	OMP_NUM_THREADS=1 $(PY) -m bench.accuracy.run
+	$(PY) -m bench.accuracy.show && $(PY) bench/tables.py
 
 # First the end-to-end tests with a tiny model, then the ops, then every figure; each line stops at its first failure.
 gpu: build

@@ -7,6 +7,7 @@ written here and nowhere else. ``--check`` changes nothing and fails when a tabl
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import json
 import re
@@ -19,6 +20,9 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.accuracy import show as accuracy_tables
+from bench.accuracy.run import RESULTS as RESULTS_OF_ACCURACY
+from bench.accuracy.table import Table
 from bench.published import PUBLISHED
 from bench.published import planned as published_plan
 from bench.real_models import LARGE, MODELS
@@ -331,6 +335,11 @@ def published() -> str:
     return markdown(["source", "setting", "", "published", "qrosa's plan", "off"], rows)
 
 
+def accuracy(name: str) -> str:
+    """A table of the accuracy grid."""
+    return accuracy_tables.TABLES[name](accuracy_tables.Grid(Table(RESULTS_OF_ACCURACY)))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "cpu-ops": cpu_ops,
     "cpu-layer": cpu_layer,
@@ -346,6 +355,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "promises": promises,
     "plan-8b": plan_8b,
     "demo": demo,
+    **{name: functools.partial(accuracy, name) for name in accuracy_tables.TABLES},
 }
 
 
