@@ -74,10 +74,14 @@ def candidates(request: Request, allocation: Allocation) -> Iterator[Workload]:
 
 
 def _sized(request: Request, first: Workload, way: _Lever, *, down_to_one_row: bool) -> Iterator[Workload]:
-    for tokens in _token_ladder(request, first.length, down_to_one_row=down_to_one_row):
+    sizes = [(first.rows, tokens) for tokens in _token_ladder(request, first.length, down_to_one_row=down_to_one_row)]
+    if sizes[-1][1] == first.length and first.rows > 1:
+        sizes.append((1, first.length))  # never two short rows beside each other: no row is padded, so no mask
+    for rows, tokens in sizes:
         for chunk in LOSS_CHUNKS:
             yield dataclasses.replace(
                 first,
+                rows=rows,
                 checkpointing=way.checkpointing,
                 offload_activations=way.activations,
                 resident_blocks=0 if way.base else None,

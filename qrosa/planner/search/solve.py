@@ -39,11 +39,13 @@ def solve(request: Request, allocation: Allocation | None = None) -> Plan:
         ranked = _fastest_first(request, allocation)
     else:
         ranked = [(work, None) for work in candidates(request, allocation) if _bare(request, work).fits]
+    second: Plan | None = None
     for candidate, choice in ranked:
         made = _made(request, candidate, choice)
-        if made.fits:
+        if made.fits and made.mask_passes <= 1:
             return made
-    return _made(request, _smallest(request, allocation))
+        second = second or (made if made.fits else None)  # selection in many passes may take longer than training
+    return second or _made(request, _smallest(request, allocation))
 
 
 def _fastest_first(request: Request, allocation: Allocation) -> list[tuple[Workload, Choice | None]]:
@@ -51,10 +53,11 @@ def _fastest_first(request: Request, allocation: Allocation) -> list[tuple[Workl
 
     Of candidates with micro-batches of one size, the first that fits stands for all: each lever costs time.
     """
-    found: dict[int, Workload] = {}
+    found: dict[tuple[int, int], Workload] = {}
     for work in candidates(request, allocation):
-        if work.tokens not in found and _bare(request, work).fits:
-            found[work.tokens] = work
+        size = work.rows, work.tokens
+        if size not in found and _bare(request, work).fits:
+            found[size] = work
     fitting = list(found.values())
     if len(fitting) < 2:
         return [(work, None) for work in fitting]

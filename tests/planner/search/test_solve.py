@@ -262,3 +262,11 @@ def test_a_lever_that_is_pulled_for_speed_says_so() -> None:
         if setting in ("checkpointing", "offload") and "faster than" in reason
     ]
     assert said and all("s a step against" in reason and "estimated on rtx" in reason for reason in said)
+
+
+@pytest.mark.parametrize(("length", "offload"), [(30_000, "none"), (50_000, "activations")])
+def test_long_rows_go_one_by_one_where_a_mask_would_not_fit(length: int, offload: str) -> None:
+    """Two rows of half the length need a mask that a row alone does not; without it, fewer levers are pulled."""
+    found = made(SHAPES["Llama-3.1-8B"], 23 * GB, seq_len=length)
+    alone = made(SHAPES["Llama-3.1-8B"], 23 * GB, seq_len=length, micro_batch="1")
+    assert found.fits and found.work.rows == 1 and found.layer_offload == alone.layer_offload == offload
