@@ -149,9 +149,10 @@ def token_losses(model: Any, ids: Tensor) -> Tensor:
     """Negative log-likelihood of every token but the first of each window, fp32 [B, L - 1]."""
     losses = []
     for part in ids.split(TOGETHER):
-        logits = model(input_ids=part, use_cache=False).logits[:, :-1].float()
-        losses.append(torch.nn.functional.cross_entropy(logits.mT, part[:, 1:], reduction="none"))
-    return torch.cat(losses)
+        for logits, row in zip(model(input_ids=part, use_cache=False).logits, part, strict=True):
+            wide = logits[:-1].float()
+            losses.append(wide.logsumexp(1) - wide.gather(1, row[1:, None]).squeeze(1))
+    return torch.stack(losses)
 
 
 def row(name: str, original: dict[str, Tensor], nearest: dict[str, Tensor], made: dict[str, Tensor]) -> dict[str, Any]:

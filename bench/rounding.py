@@ -59,6 +59,7 @@ RECIPES = {
     "feedback, plain maxima, reviews": Recipe("reviews", searched=False),
     "feedback, reviews": Recipe("reviews"),
     "feedback": Recipe("mixed"),
+    "feedback, damping 0.1": Recipe("mixed", damping=0.1),
     "feedback + 0.3%": Recipe("mixed", sparse=True),
     "feedback + 0.3% + rank 4": Recipe("mixed", sparse=True, rank=4),
     "feedback + 0.3% + rank 8": Recipe("mixed", sparse=True, rank=8),

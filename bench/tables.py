@@ -146,6 +146,24 @@ def repair() -> str:
     return markdown(["start of the sparse part", "size", "perplexity", "share of the loss won back"], rows) + text
 
 
+def quantize() -> str:
+    """What better 4-bit bases and their repairs win back, domain by domain."""
+    record = read("quantize-cpu")
+    domains = list(record["tokens"])
+    rows = []
+    for row in record["rows"]:
+        won = [
+            "0%" if row["recipe"] == "nearest" else f"{100 * found['share']:.0f} ± {100 * found['error']:.0f}%"
+            for found in (row["won_back"][domain] for domain in domains)
+        ]
+        rows.append([row["recipe"], *won, *(f"{row['perplexity'][domain]:.2f}" for domain in domains)])
+    headings = ["4-bit form", *domains, *(f"perplexity, {domain}" for domain in domains)]
+    sixteen = ", ".join(f"{domain} {value:.2f}" for domain, value in record["perplexity_16_bit"].items())
+    text = f"\n{record['model']}; {min(record['tokens'].values()):,} held-out tokens of each domain, standard errors; "
+    text += f"{record['calibration_windows']} calibration windows of {record['window']}. In 16 bits: {sixteen}.\n"
+    return markdown(headings, rows) + text
+
+
 def recipes() -> str:
     """What ``qrosa plan`` says of every recipe, from the comments that a test holds to it."""
     rows = []
@@ -345,6 +363,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-layer": cpu_layer,
     "training": training,
     "repair": repair,
+    "quantize": quantize,
     "selection": selection,
     "recipes": recipes,
     "plan": plan,
