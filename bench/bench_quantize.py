@@ -1,7 +1,7 @@
 """How near 4 bits come to 16 in the same bytes, on text that no calibration saw.
 
     python bench/bench_quantize.py                                  # every recipe; an hour and more on two busy cores
-    python bench/bench_quantize.py --recipes "feedback;feedback + 0.3%" --windows 16
+    python bench/bench_quantize.py --recipes "tokens weighed;tokens weighed + 0.3%" --windows 16
 
 SmolLM2-135M-Instruct. For each recipe (bench/rounding.py) the share of the loss in log-likelihood that rounding to
 nearest costs and the recipe wins back, on newsgroup posts, tales and source code, with a standard error (jackknife over
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bench.assets import cache_folder, smollm2
 from bench.measure import report
-from bench.rounding import RECIPES, Recipe, make, make_nearest, positions_of, put_into, slug
+from bench.rounding import RECIPES, Recipe, importance_of, make, make_nearest, positions_of, put_into, slug
 from bench.texts import UNSEEN, cut, descriptions, reviews, token_rows
 from qrosa.base.base_files import BaseFiles
 from qrosa.base.load import load_base
@@ -92,7 +92,11 @@ class Bench:
             return
         alike = {other: RECIPES[other] for other in names if RECIPES[other].calibration == recipe.calibration}
         sparse = self._positions(next((found for found in alike.values() if found.sparse), recipe))
-        make(self.base_files, self._calibration(recipe.calibration), alike, sparse, self.folder)
+        ids, kind = self._calibration(recipe.calibration), recipe.calibration
+        importance: dict[str, Tensor] = {}
+        if any(found.weighed for found in alike.values()):
+            importance = importance_of(self.base_files, ids, self.folder / f"importance.{kind}.safetensors")
+        make(self.base_files, ids, alike, importance, sparse, self.folder)
 
     def measure(self, name: str) -> dict[str, Tensor]:
         """Domain -> loss of each token [windows, 255] under a recipe, or of the 16-bit model."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from qrosa.base.base_files import BaseFiles
 from qrosa.base.blocks import Block, BlockwiseModel, Run, rounded_products
 from qrosa.base.build import meta_model
 from qrosa.base.load import count_parameters, load_base, read_dense
+from qrosa.calibrate.importance import token_importance
 from qrosa.calibrate.matrices import Matrix, quantize_matrices
 from qrosa.config import AdapterConfig, MaskConfig
 from qrosa.files import read_tensors, write_tensors
@@ -41,6 +43,7 @@ class Recipe(NamedTuple):
     Attributes:
         calibration: Name of the rows; None rounds to nearest.
         searched: Block maxima are searched, not plain.
+        weighed: Tokens count by what an error in them costs, not all alike.
         sparse: 0.3% sparse values repair it.
         rank: Of its low-rank part.
         damping: Share of the moments' mean diagonal that is added to it.
@@ -48,23 +51,25 @@ class Recipe(NamedTuple):
 
     calibration: str | None
     searched: bool = True
+    weighed: bool = True
     sparse: bool = False
     rank: int = 0
     damping: float = DAMPING
 
 
 RECIPES = {
-    "nearest": Recipe(None),
-    "nearest + 0.3%": Recipe(None, sparse=True),
-    "feedback, plain maxima, reviews": Recipe("reviews", searched=False),
-    "feedback, reviews": Recipe("reviews"),
-    "feedback": Recipe("mixed"),
-    "feedback, damping 0.1": Recipe("mixed", damping=0.1),
-    "feedback + 0.3%": Recipe("mixed", sparse=True),
-    "feedback + 0.3% + rank 4": Recipe("mixed", sparse=True, rank=4),
-    "feedback + 0.3% + rank 8": Recipe("mixed", sparse=True, rank=8),
-    "feedback, own rows": Recipe("own"),
-    "feedback, own rows, + 0.3%": Recipe("own", sparse=True),
+    "nearest": Recipe(None, weighed=False),
+    "nearest + 0.3%": Recipe(None, weighed=False, sparse=True),
+    "feedback, plain maxima, reviews": Recipe("reviews", searched=False, weighed=False),
+    "feedback, reviews": Recipe("reviews", weighed=False),
+    "feedback, mixed rows": Recipe("mixed", weighed=False),
+    "tokens weighed": Recipe("mixed"),
+    "tokens weighed, damping 0.1": Recipe("mixed", damping=0.1),
+    "tokens weighed + 0.3%": Recipe("mixed", sparse=True),
+    "tokens weighed + 0.3% + rank 4": Recipe("mixed", sparse=True, rank=4),
+    "tokens weighed + 0.3% + rank 8": Recipe("mixed", sparse=True, rank=8),
+    "tokens weighed, own rows": Recipe("own"),
+    "tokens weighed, own rows, + 0.3%": Recipe("own", sparse=True),
 }
 
 
@@ -84,8 +89,22 @@ def positions_of(base_files: BaseFiles, ids: Tensor, path: Path) -> dict[str, Te
     return read_tensors(path)
 
 
+def importance_of(base_files: BaseFiles, ids: Tensor, path: Path) -> dict[str, Tensor]:
+    """What each calibration token counts, as ``qrosa quantize`` has it; kept at ``path``."""
+    if not path.is_file():
+        model, _ = load_base(base_files, dtype=torch.float32)
+        with rounded_products():
+            write_tensors(path, token_importance(model, ids, 0))
+    return read_tensors(path)
+
+
 def make(
-    base_files: BaseFiles, ids: Tensor, recipes: Mapping[str, Recipe], sparse: Mapping[str, Tensor], folder: Path
+    base_files: BaseFiles,
+    ids: Tensor,
+    recipes: Mapping[str, Recipe],
+    importance: Mapping[str, Tensor],
+    sparse: Mapping[str, Tensor],
+    folder: Path,
 ) -> None:
     """Make the recipes of one set of calibration rows.
 
@@ -93,6 +112,7 @@ def make(
         base_files: The 16-bit model.
         ids: The rows' windows int64 [B, L].
         recipes: Name -> recipe, all of this set.
+        importance: Path -> what each token counts [B, L], where tokens are weighed.
         sparse: Path -> flat positions of the sparse part.
         folder: Where each recipe's blocks are stored.
     """
@@ -102,16 +122,16 @@ def make(
 
     def visit(block: Block, run: Run) -> Tensor:
         missing = {name: recipe for name, recipe in recipes.items() if not _file(folder, name, block.index).is_file()}
-        if not missing:
-            with rounded_products():
-                return run()
         linears = block.linears()
-        moments = InputMoments(linears)
-        with moments.watch(), rounded_products():
+        kinds = {recipe.weighed for recipe in missing.values()}
+        moments = {weighed: InputMoments(linears, importance if weighed else None) for weighed in kinds}
+        with rounded_products(), ExitStack() as watching:
+            for found in moments.values():
+                watching.enter_context(found.watch())
             output = run()
         for name, recipe in missing.items():
-            _store(folder, name, block.index, _block(linears, moments, recipe, sparse))
-        print(f"block {block.index + 1} of {len(blockwise.blocks)}: {', '.join(missing)}", flush=True)
+            _store(folder, name, block.index, _block(linears, moments[recipe.weighed], recipe, sparse))
+        print(f"block {block.index + 1} of {len(blockwise.blocks)}: {', '.join(missing) or 'there'}", flush=True)
         return output
 
     blockwise.run(ids, visit)

@@ -1,8 +1,8 @@
 """From a 16-bit model to a 4-bit base with its repair, block by block.
 
-calibration rows -> positions of the sparse part (squared error times squared gradient, over the whole model, on the
-base rounded to nearest) -> one pass of the 16-bit model over the rows, each block quantised as it passes -> the
-checkpoint, the adapter beside it, perplexity on rows that were held out.
+calibration rows -> what each token counts, and positions of the sparse part (squared error times squared gradient, over
+the whole model), both by gradients on the base rounded to nearest -> one pass of the 16-bit model over the rows, each
+block quantised as it passes -> the checkpoint, the adapter beside it, perplexity on rows that were held out.
 
 Every block sees the 16-bit model's own activations, not those of the quantised blocks before it. So blocks do not wait
 for each other's results, a block that is done needs only a forward pass when work goes on, and the codes of one
@@ -30,6 +30,7 @@ from qrosa.base.build import empty_model
 from qrosa.base.load import count_parameters, load_base
 from qrosa.base.open import open_base
 from qrosa.calibrate.folder import ADAPTER_FOLDER, WorkFolder, check_output
+from qrosa.calibrate.importance import token_importance
 from qrosa.calibrate.matrices import quantize_matrices
 from qrosa.calibrate.planned import Planned, plan
 from qrosa.calibrate.rows import windows, written_by
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 Stage = Callable[[str, int, int], None]
 _SELECTION_ROWS = 32
 _ROWS_FILE, _POSITIONS_FILE = "rows.safetensors", "positions.safetensors"
+_IMPORTANCE_FILE = "importance.safetensors"
 _NEAREST_FILE, _ORIGINAL_FILE = "nearest.json", "original.json"
 
 
@@ -132,11 +134,11 @@ class _Job:
 
     def go(self) -> dict[str, Any]:
         """Everything in order; returns the report."""
-        ids, nearest, positions = self._on_nearest()
+        ids, nearest, importance, positions = self._on_nearest()
         calibration, held_out = ids[: -self._held_out(ids)], ids[-self._held_out(ids) :]
         blockwise = BlockwiseModel(self.base_files, self.device, self.config.micro_batch)
         sixteen = self._loss_16_bit(blockwise, held_out)
-        self._quantize_blocks(blockwise, calibration, positions)
+        self._quantize_blocks(blockwise, calibration, importance, positions)
         self.folder.complete_model(self.base_files, self._dense(blockwise.outside))
         del blockwise
         bare, repaired = self._write_adapter(held_out)
@@ -157,11 +159,15 @@ class _Job:
         """Windows at the end of the rows that no calibration sees; at most half."""
         return min(self.config.held_out, len(ids) // 2)
 
-    def _on_nearest(self) -> tuple[Tensor, float, dict[str, Tensor]]:
-        """Read off the base rounded to nearest: the rows, its loss, the sparse positions; each is kept once known."""
-        rows, loss, positions = (self.folder.part(name) for name in (_ROWS_FILE, _NEAREST_FILE, _POSITIONS_FILE))
+    def _on_nearest(self) -> tuple[Tensor, float, dict[str, Tensor], dict[str, Tensor]]:
+        """Read off the base rounded to nearest: the rows, its loss, what tokens count, the sparse positions.
+
+        Each is kept once known.
+        """
+        names = (_ROWS_FILE, _NEAREST_FILE, _IMPORTANCE_FILE, _POSITIONS_FILE)
+        rows, loss, importance, positions = (self.folder.part(name) for name in names)
         model: PreTrainedModel | None = None
-        if not all(file.is_file() for file in (rows, loss, positions)):
+        if not all(file.is_file() for file in (rows, loss, importance, positions)):
             model, tokenizer = load_base(
                 self.base_files, self.device, self._compute_dtype(), lambda n, of: self.stage("load", n, of)
             )
@@ -170,9 +176,12 @@ class _Job:
             ids = read_tensors(rows)["ids"]
             if not loss.is_file():
                 write_json(loss, {"loss": self._loss(model, ids[-self._held_out(ids) :])})
+            if not importance.is_file():
+                write_tensors(importance, self._importance(model, ids[: -self._held_out(ids)]))
             if not positions.is_file():
                 write_tensors(positions, self._positions(model, ids[: -self._held_out(ids)]))
-        return read_tensors(rows)["ids"], float(read_json(loss)["loss"]), read_tensors(positions)
+        known = float(read_json(loss)["loss"])
+        return read_tensors(rows)["ids"], known, read_tensors(importance), read_tensors(positions)
 
     def _windows(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """Calibration and held-out windows int64 [B, L], given or written."""
@@ -182,6 +191,11 @@ class _Job:
         with rounded_products():
             ids = written_by(model, tokenizer, count, length, seed, lambda n, of: self.stage("write rows", n, of))
         return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))]
+
+    def _importance(self, model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+        """What each calibration token counts, by matrix, fp32 [B, L]."""
+        with rounded_products():
+            return token_importance(model, ids, self.config.seed, lambda n, of: self.stage("weigh tokens", n, of))
 
     def _positions(self, model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
         """Flat positions of the sparse part by matrix; empty without one."""
@@ -211,7 +225,9 @@ class _Job:
             write_json(known, {"loss": -float(log_probs.double().mean())})
         return float(read_json(known)["loss"])
 
-    def _quantize_blocks(self, blockwise: BlockwiseModel, ids: Tensor, positions: dict[str, Tensor]) -> None:
+    def _quantize_blocks(
+        self, blockwise: BlockwiseModel, ids: Tensor, importance: dict[str, Tensor], positions: dict[str, Tensor]
+    ) -> None:
         """The pass over the rows."""
         ranks = self.allocation.ranks if self.allocation else {}
 
@@ -220,7 +236,7 @@ class _Job:
                 with rounded_products():
                     return self._count("quantise", block, run())
             linears = block.linears()
-            moments = InputMoments(linears)
+            moments = InputMoments(linears, importance)
             with moments.watch(), rounded_products():
                 output = run()
             matrices = quantize_matrices(

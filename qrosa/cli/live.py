@@ -22,6 +22,7 @@ _STAGES = {
     "eval": "evaluating",
     "write rows": "writing calibration rows",
     "score": "scoring held-out rows",
+    "weigh tokens": "weighing calibration tokens",
     "choose positions": "choosing sparse positions",
     "quantise": "quantising",
 }

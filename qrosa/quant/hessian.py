@@ -74,13 +74,19 @@ class InputMoments:
 
     Which layers do shows in the first pass: they are handed the very same tensor.
 
+    Args:
+        layers: Path -> layer.
+        weights: Path -> what a token counts, fp32 [B, L] in the order in which rows pass; layers that are missing count
+            all tokens alike.
+
     Attributes:
         leader: Layer -> the first layer that reads the same input. Layers that never ran are missing.
         sums: Leader -> fp32 [K, K], on the layer's device.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor] | None = None) -> None:
         self.layers = layers
+        self.weights: Mapping[str, Tensor] = weights or {}
         self.leader: dict[str, str] = {}
         self.sums: dict[str, Tensor] = {}
 
@@ -95,6 +101,7 @@ class InputMoments:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """While inside, each forward pass adds to the sums."""
+        seen: dict[str, int] = {}
         first_inputs: dict[str, Tensor] = {}  # kept alive, so that no later tensor can take a first one's place
 
         def hook(name: str, x: Tensor) -> None:
@@ -104,6 +111,11 @@ class InputMoments:
                 first_inputs.setdefault(self.leader[name], x)
             if self.leader[name] == name:
                 rows = x.detach().flatten(0, -2).float()
+                if name in self.weights:
+                    start = seen.get(name, 0)
+                    seen[name] = start + len(x)
+                    weights = self.weights[name][start : seen[name]].to(rows.device)
+                    rows = rows * weights.sqrt().view(-1, 1)
                 if name not in self.sums:
                     self.sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
                 self.sums[name].addmm_(rows.mT, rows)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from bench.rounding import RECIPES, Recipe, make, make_nearest, put_into
+from bench.rounding import RECIPES, Recipe, importance_of, make, make_nearest, put_into
 from qrosa.adapters.inject import quantized_linears
 from qrosa.base.adapter_io import load_run_or_model
 from qrosa.base.load import load_base
@@ -35,7 +35,9 @@ def test_a_recipe_is_what_quantize_makes(tiny_model_dir: Any, tmp_path: Path) ->
     deltas = {path: layer.sparse_delta() for path, layer in layers.items()}
     positions = {path: delta.positions() for path, delta in deltas.items() if delta is not None}
     ids = windows(ROWS, 12, 48, 0)[:8]  # the product shuffles its rows and holds the last ones out
-    make(open_base(source), ids, {"r": Recipe("mixed", sparse=True, rank=2)}, positions, tmp_path)
+    base_files = open_base(source)
+    importance = importance_of(base_files, ids, tmp_path / "importance.safetensors")
+    make(base_files, ids, {"r": Recipe("mixed", sparse=True, rank=2)}, importance, positions, tmp_path)
     found = weights(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), "r", tmp_path)
     for path, layer in layers.items():
         expected = layer.effective_weight()
@@ -59,12 +61,12 @@ def test_what_is_made_is_not_made_again(tiny_model_dir: Any, tmp_path: Path) -> 
     base_files = open_base(str(tiny_model_dir("llama")))
     ids = torch.tensor(ROWS)
     recipes = {name: RECIPES[name] for name in ("feedback, plain maxima, reviews", "feedback, reviews")}
-    make(base_files, ids, recipes, {}, tmp_path)
+    make(base_files, ids, recipes, {}, {}, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 2 * 2
     plain, searched = (read_tensors(file) for file in (files[0], files[2]))
     assert plain.keys() == searched.keys() and not torch.equal(*(next(iter(m.values())) for m in (plain, searched)))
     stamps = [file.stat().st_mtime_ns for file in files]
     files[3].unlink()
-    make(base_files, ids, recipes, {}, tmp_path)
+    make(base_files, ids, recipes, {}, {}, tmp_path)
     assert [file.stat().st_mtime_ns for file in files[:3]] == stamps[:3] and files[3].is_file()

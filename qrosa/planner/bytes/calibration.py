@@ -17,6 +17,7 @@ from qrosa.planner.bytes.components import unquantised_bytes
 
 # What a base is calibrated with unless something else is asked for; ``qrosa finetune`` asks for nothing else.
 WINDOWS, WINDOW, MICRO_BATCH = 128, 256, 8
+IMPORTANCE_ROWS = 2  # windows that are weighed in one backward pass
 SCORE_TOKENS = 4096  # whose loss is measured at once, of qrosa.eval.perplexity
 _DOUBLE = 8
 _FACTOR_MATRICES = 3  # fp64 [K, K] at once: the factor, the identity and the inverse

@@ -12,7 +12,14 @@ from qrosa.optim.kinds import OPTIMIZERS
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.bytes import zero as deepspeed
 from qrosa.planner.bytes.activations import FULL, HALF
-from qrosa.planner.bytes.calibration import MICRO_BATCH, SCORE_TOKENS, WINDOW, WINDOWS, calibration_bytes
+from qrosa.planner.bytes.calibration import (
+    IMPORTANCE_ROWS,
+    MICRO_BATCH,
+    SCORE_TOKENS,
+    WINDOW,
+    WINDOWS,
+    calibration_bytes,
+)
 from qrosa.planner.bytes.host import CPU_RUNTIME, EXPORT_BUFFER, kept_bytes, process_bytes
 from qrosa.planner.bytes.peaks import (
     Components,
@@ -117,7 +124,7 @@ def _is_paged(work: Workload) -> bool:
 
 
 def _quantise(work: Workload) -> PhaseMemory:
-    """The run's base is made: losses before and after on the 4-bit model, the pass over the 16-bit one between them."""
+    """The run's base is made: on the 4-bit model tokens are weighed and losses measured, the 16-bit one passes once."""
     passing = calibration_bytes(
         work.shape, WINDOWS, WINDOW, MICRO_BATCH, sparse=False, low_rank=False, on_card=not work.on_cpu
     )
@@ -125,7 +132,10 @@ def _quantise(work: Workload) -> PhaseMemory:
     moments = [Moment("rounding a block", lasting, {name: passing[name] for name in ("block", "workspace")})]
     held = {"base": parts.base_bytes(work.shape), "unquantised": passing["unquantised"]}
     widen = 2 if work.on_cpu else 1  # computed in fp32 there
-    for moment in forward_moments(work, micro_batch(work, SCORE_TOKENS, 0), held):
+    weighed = replace(work, checkpointing=False, offload_activations=False)
+    windows = micro_batch(weighed, IMPORTANCE_ROWS * WINDOW, IMPORTANCE_ROWS)
+    whole = backward_moments(weighed, windows, held, 0, work.shape.dims.layers)
+    for moment in [*forward_moments(work, micro_batch(work, SCORE_TOKENS, 0), held), *whole]:
         moments.append(replace(moment, passing={name: widen * size for name, size in moment.passing.items()}))
     largest = max(parts.largest(work.shape.linears), *work.shape.unquantised.values())
     disk = parts.base_bytes(work.shape) + parts.unquantised_bytes(work.shape)

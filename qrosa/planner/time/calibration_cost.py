@@ -1,8 +1,8 @@
 """What quantising with error feedback asks of a device, by count, and the seconds that this takes.
 
-The pass of the windows over the 16-bit model, the second moments of the inputs, their factors, the feedback and the
-figures of the report are products. Between them lies what no product does: a column is rounded at a time, a few small
-operations each, and every block of 64 tries its maxima.
+What tokens count, the pass of the windows over the 16-bit model, the second moments of the inputs, their factors, the
+feedback and the figures of the report are products. Between them lies what no product does: a column is rounded at a
+time, a few small operations each, and every block of 64 tries its maxima.
 
 Not counted: reading the model from its disk, and what comes before the pass (rows that the model writes itself, the
 choice of sparse positions) and after it (the losses).
@@ -31,7 +31,7 @@ class Calibration:
     """What a model's quantisation asks for.
 
     Attributes:
-        passed: Operations of the 16-bit model's pass.
+        passed: Operations of the 16-bit model's pass, and of the pass forward and back that weighs tokens.
         moments: Operations of the second moments, whose operands may be rounded to 16 bits, or on a card to TF32.
         single: Operations in fp32: feedback, figures.
         double: Operations in fp64: the moments' factors.
@@ -66,11 +66,13 @@ def calibration_cost(shape: ModelShape, windows: int, length: int) -> Calibratio
     passed = moments = single = double = columns = moved = 0
     for group in input_groups(shape):
         width, values = group[0].in_features, sum(linear.size for linear in group)
-        passed += 2 * tokens * values
+        passed += (2 + 4) * tokens * values  # the pass; forward and the inputs' gradients
         moments += 2 * tokens * width**2
         single += values * width  # each column's error to all later ones
         single += 3 * 2 * values * width  # the outputs' squares of the weight and of two errors
         double += width**3 // 3 + width**3  # Cholesky factor; the inverse by solving for the identity
         columns += width
         moved += FULL * _SEARCHED * _CANDIDATES * values
+    head = 2 * 3 * tokens * shape.dims.hidden * shape.dims.vocab  # tokens drawn; their likelihood, forward and back
+    passed += head // layers
     return Calibration(*(layers * count for count in (passed, moments, single, double, columns, moved)))
