@@ -29,12 +29,14 @@ from bench.measure import report
 from bench.rounding import RECIPES, Recipe, importance_of, make, make_nearest, positions_of, put_into, slug
 from bench.texts import UNSEEN, cut, descriptions, reviews, token_rows
 from qrosa.base.base_files import BaseFiles
+from qrosa.base.blocks import rounded_products
 from qrosa.base.load import load_base
 from qrosa.base.open import open_base
 from qrosa.calibrate.rows import windows, written_by
 from qrosa.files import read_tensors, write_tensors
 
 LENGTH = 256
+HELD_OUT = 16  # windows that `qrosa quantize` holds out by default: rows are drawn with them
 STRETCH = 51
 TOGETHER = 8  # windows whose logits exist at once
 ORIGINAL = "original"
@@ -126,18 +128,11 @@ class Bench:
         return read_tensors(path)["ids"]
 
     def _read_rows(self, kind: str) -> Tensor:
-        tokens = self.rows * LENGTH
         if kind == "own":
             model, tokenizer = load_base(self.base_files, dtype=torch.float32)
-            return written_by(model, tokenizer, self.rows, LENGTH, 0)
-        half = tokens // 2
-        read = {
-            "reviews": lambda: token_rows(reviews(), self.tokenizer, tokens),
-            "mixed": lambda: (
-                token_rows(reviews(), self.tokenizer, half) + token_rows(descriptions(), self.tokenizer, half)
-            ),
-        }
-        return windows(read[kind](), self.rows, LENGTH, 0)
+            with rounded_products():
+                return written_by(model, tokenizer, self.rows, LENGTH, 0)
+        return windows(mixed_rows(self.tokenizer, self.rows), self.rows + HELD_OUT, LENGTH, 0)[: self.rows]
 
     def _load(self, name: str) -> Any:
         from transformers import AutoModelForCausalLM
@@ -146,6 +141,12 @@ class Bench:
         if name != ORIGINAL:
             put_into(model, name, self.folder)
         return model
+
+
+def mixed_rows(tokenizer: Any, count: int) -> list[list[int]]:
+    """Token rows for ``count`` calibration windows and those held out: half film reviews, half package descriptions."""
+    half = (count + HELD_OUT) * LENGTH // 2
+    return token_rows(reviews(), tokenizer, half) + token_rows(descriptions(), tokenizer, half)
 
 
 @torch.no_grad()

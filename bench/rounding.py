@@ -60,14 +60,13 @@ class Recipe(NamedTuple):
 RECIPES = {
     "nearest": Recipe(None, weighed=False),
     "nearest + 0.3%": Recipe(None, weighed=False, sparse=True),
-    "feedback, plain maxima, reviews": Recipe("reviews", searched=False, weighed=False),
-    "feedback, reviews": Recipe("reviews", weighed=False),
-    "feedback, mixed rows": Recipe("mixed", weighed=False),
+    "feedback, plain maxima": Recipe("mixed", searched=False, weighed=False),
+    "feedback": Recipe("mixed", weighed=False),
     "tokens weighed": Recipe("mixed"),
-    "tokens weighed, damping 0.1": Recipe("mixed", damping=0.1),
     "tokens weighed + 0.3%": Recipe("mixed", sparse=True),
     "tokens weighed + 0.3% + rank 4": Recipe("mixed", sparse=True, rank=4),
     "tokens weighed + 0.3% + rank 8": Recipe("mixed", sparse=True, rank=8),
+    "tokens weighed, damping 0.1": Recipe("mixed", damping=0.1),
     "tokens weighed, own rows": Recipe("own"),
     "tokens weighed, own rows, + 0.3%": Recipe("own", sparse=True),
 }
@@ -82,9 +81,8 @@ def positions_of(base_files: BaseFiles, ids: Tensor, path: Path) -> dict[str, Te
         masks = MaskConfig(mask_score="curvature", mask_scope="global", mask_samples=SELECTION_ROWS)
         spread = torch.linspace(0, len(ids) - 1, min(SELECTION_ROWS, len(ids))).long()
         samples = [Sample(row, row) for row in ids[spread].tolist()]
-        found = choose_positions(
-            model, samples, config=masks, nnz=allocation.nnz, seed=0, base_files=base_files, progress=None
-        )
+        with rounded_products():
+            found = choose_positions(model, samples, config=masks, nnz=allocation.nnz, seed=0, base_files=base_files)
         write_tensors(path, found)
     return read_tensors(path)
 

@@ -60,7 +60,7 @@ def test_to_nearest_with_exact_values_where_they_are_sparse(tiny_model_dir: Any,
 def test_what_is_made_is_not_made_again(tiny_model_dir: Any, tmp_path: Path) -> None:
     base_files = open_base(str(tiny_model_dir("llama")))
     ids = torch.tensor(ROWS)
-    recipes = {name: RECIPES[name] for name in ("feedback, plain maxima, reviews", "feedback, reviews")}
+    recipes = {name: RECIPES[name] for name in ("feedback, plain maxima", "feedback")}
     make(base_files, ids, recipes, {}, {}, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == 2 * 2
