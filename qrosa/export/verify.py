@@ -4,9 +4,9 @@ The export runs as its users run it, through plain transformers in its own dtype
 bits cost, in weights and in arithmetic, is in the figures (on a processor that is slow in 16 bits transformers computes
 in fp32, and what the weights lost is in them). The trained model runs through qrosa, 4-bit base and all, with fp32
 activations: computed in bf16 it would differ from itself by more than a faithful export does. One runs after the other:
-of the trained model the rows' hidden states and the head are kept, from which its logits can be made again, and the rest
-is let go before the export is loaded. The peak is one model and a head. Where the 16-bit model that the base was made of
-is at hand, it runs last, and the export is compared with it too: what 4 bits and the training changed together.
+of the trained model the rows' hidden states and the head are kept, from which its logits can be made again, and the
+rest is let go before the export is loaded. The peak is one model and a head. Where the 16-bit model that the base was
+made of is at hand, it runs last, and the export is compared with it too: what 4 bits and the training changed together.
 
 Agreement and KL are over every predicted token of the rows, prompts included, since a drift shows wherever the model
 predicts; the losses are over the supervised tokens, as everywhere else.
