@@ -62,11 +62,11 @@ class AdapterConfig:
         "quantisation error, weighted by the activations (svd).",
         choices=LOW_RANK_INITS,
     )
-    rank_by: str = setting(
-        "order",
+    rank_by: str | None = setting(
+        None,
         "Where the budget's ranks go once no more fit everywhere: cheapest matrices first, from the last layer down "
         "(order), or largest squared gradients per parameter first (sensitivity), measured on --mask-samples training "
-        "rows before training.",
+        "rows before training.  [default: sensitivity where the budget leaves matrices without a rank, else order]",
         choices=RANK_ORDERS,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from qrosa.adapters.rank_order import with_rank_order
 from qrosa.base.shape import ModelShape
 from qrosa.config import AdapterConfig, DataConfig, Groups, MaskConfig, TrainConfig
 from qrosa.data.length import row_length
@@ -107,7 +108,7 @@ def make_request(
     cap, host_cap = _caps(groups.train, here, device, vram, sharing, elsewhere=machines is not None)
     return Request(
         shape,
-        groups.adapter,
+        with_rank_order(groups.adapter, shape.linears, shape.base_parameters),
         groups.masks,
         dataclasses.replace(groups.data, seq_len=row_length(groups.data.seq_len, shape.dims.max_positions)),
         train,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qrosa.adapters.budget import Allocation, allocate
+from qrosa.adapters.rank_order import with_rank_order
 from qrosa.base.shape import ModelShape
 from qrosa.base.shape_source import read_shape
 from qrosa.base.speech import Speech
@@ -141,6 +142,8 @@ def prepare(
         )
     shape = read_shape(config.model)
     here = _here(config) if not dry_run else read_here()
+    adapter = with_rank_order(config.adapter, shape.linears, shape.base_parameters)
+    config = dataclasses.replace(config, adapter=adapter)
     allocation = allocate(config.adapter, shape.linears, shape.base_parameters)
     tokenizer = base_files.tokenizer()
     if config.data.chat_template is not None:

@@ -116,7 +116,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         checkpoints=train.keep,
         sparse_init=request.adapter.sparse_init,
         low_rank_init=request.adapter.low_rank_init,
-        rank_by=request.adapter.rank_by,
+        rank_by=request.adapter.rank_by or "order",
         row_tokens=request.rows.tokens,
         zero=request.zero,
         processes=request.processes,
