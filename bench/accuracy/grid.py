@@ -2,8 +2,8 @@
 
 A cell is one training run and its score. The stages:
 
-    trial       where the budget goes, at ``RATE`` and batch size 8, on the validation splits of two tasks;
-                ``METHODS`` follows it
+    trial       where the budget goes, at ``RATE``, batch size 8 and dropout 0.05 (once the default), on the validation
+                splits of two tasks; ``METHODS`` follows it
     zero-shot   the 4-bit base as it is
     primary     budget 0.3%, every task and method at ``RATE``, all of seed 0 before any of seed 1: a grid broken off
                 is whole for the seeds that are done
@@ -89,7 +89,7 @@ class Cell:
 def trials() -> Iterator[Cell]:
     """Where the budget goes."""
     for task, share, order in TRIALS:
-        settings = {"sparse_share": share, "rank_by": order, "batch_size": 8, **rates(RATE)}
+        settings = {"sparse_share": share, "rank_by": order, "batch_size": 8, "dropout": 0.05, **rates(RATE)}
         yield Cell("trial", task, "both" if share else "low-rank", 0, "validation", settings)
 
 

@@ -117,7 +117,7 @@ def in_child(cell: Cell) -> dict[str, Any]:
 
     import qrosa.train.run
 
-    TASKS[cell.task].splits()  # read once, for all children
+    TASKS[cell.task].check()  # reads the splits, once for all children
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     assert qrosa.train.run.finetune
     fork = multiprocessing.get_context("fork")

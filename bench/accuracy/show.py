@@ -7,6 +7,7 @@ A seed of a task counts once all methods have run on it; what is missing is alwa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -16,7 +17,7 @@ from bench.accuracy.grid import METHODS, SEEDS, TITLES, Cell
 from bench.accuracy.run import RESULTS, STAGES, cells_of
 from bench.accuracy.statistics import average_ranks, row_differences, sign_flip_p, standard_error
 from bench.accuracy.table import Table, unpacked
-from bench.accuracy.tasks import TASKS
+from bench.accuracy.tasks import PINNED, TASKS
 
 Row = Mapping[str, str]
 PLOT = Path(__file__).resolve().parent.parent.parent / "docs" / "accuracy.svg"
@@ -74,6 +75,18 @@ def state(found: Grid) -> str:
     primary = list(grid.primary())
     seeds = [f"seed {s}: {found.done([c for c in primary if c.seed == s])} of {len(primary) // 3}" for s in SEEDS]
     return markdown(["stage", "runs done", "missing"], rows) + f"\nOf the primary grid, {', '.join(seeds)}.\n"
+
+
+def splits(found: Grid) -> str:
+    """What the tasks' splits hold."""
+    pinned, rows = json.loads(PINNED.read_text(encoding="utf-8")), []
+    for name, task in TASKS.items():
+        told = pinned[name]
+        counts = [str(told["rows"][split]) for split in ("train", "validation", "test")]
+        most = "" if told["commonest"] is None else f"{told['commonest']:.3f}"
+        rows.append([task.title, *counts, str(told["repeats"]), most])
+    headings = ["task", "train", "validation", "test", "repeats passed over", "commonest answer, test"]
+    return markdown(headings, rows)
 
 
 def trial(found: Grid) -> str:
@@ -230,6 +243,7 @@ def _dot(x: float, y: float, method: str) -> str:
 
 TABLES = {
     "accuracy-state": state,
+    "accuracy-splits": splits,
     "accuracy-trial": trial,
     "accuracy-search": search,
     "accuracy-primary": primary,

@@ -1,21 +1,26 @@
 """The twelve tasks: where their examples come from, how they are asked, and how many train, validate and test.
 
-The quicker ones come first.
+The quicker ones come first. What the splits hold is pinned by ``splits.json``, which ``python -m bench.accuracy.tasks``
+writes: a package, a prompt or a rule that changes them is noticed before anything is trained on others.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.accuracy import sources
 from bench.accuracy.sources import Example
 from bench.accuracy.splits import Splits, divide
 
 PROMPTS = Path(__file__).parent / "prompts"
+PINNED = Path(__file__).parent / "splits.json"
 CHAT_TEMPLATE = PROMPTS / "chat_template.jinja"
 SIZES = {"test": 300, "validation": 240, "train": 300}
 
@@ -57,10 +62,37 @@ class Task:
             return []
         return sorted({example.answer for rows in self.splits().examples.values() for example in rows})
 
-    def write(self, split: str, path: Path) -> None:
-        """Write one split as prompt and completion, a JSON object a line."""
+    def lines(self, split: str) -> str:
+        """One split as prompt and completion, a JSON object a line."""
         rows = [{"prompt": self.prompt(e), "completion": e.answer} for e in self.splits().examples[split]]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    def write(self, split: str, path: Path) -> None:
+        """Write one split's lines."""
+        path.write_text(self.lines(split), encoding="utf-8")
+
+    def described(self) -> dict[str, Any]:
+        """What the splits hold: rows, repeats passed over, the commonest answer's share of the test rows, digests."""
+        splits = self.splits()
+        answers = Counter(example.answer for example in splits.examples["test"])
+        return {
+            "rows": {name: len(rows) for name, rows in splits.examples.items()},
+            "repeats": splits.repeats,
+            "commonest": None if self.generated else max(answers.values()) / answers.total(),
+            "sha256": {name: hashlib.sha256(self.lines(name).encode()).hexdigest() for name in splits.examples},
+        }
+
+    def check(self) -> None:
+        """Compare the splits with those that are pinned.
+
+        Raises:
+            RuntimeError: They differ.
+        """
+        pinned = json.loads(PINNED.read_text(encoding="utf-8"))[self.name]
+        found = self.described()
+        if found != pinned:
+            changed = [split for split, digest in found["sha256"].items() if digest != pinned["sha256"][split]]
+            raise RuntimeError(f"the splits of {self.name} are not the pinned ones: {', '.join(changed) or 'counts'}")
 
 
 TASKS = {
@@ -98,3 +130,13 @@ def _divided(name: str) -> Splits:
     task = TASKS[name]
     tested = task.shift() if task.shift is not None else None
     return divide(task.read(), task.sizes, near=task.near, tested=tested)
+
+
+def main() -> None:
+    """Write what the splits hold."""
+    told = {name: task.described() for name, task in TASKS.items()}
+    PINNED.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

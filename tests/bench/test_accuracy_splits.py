@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
+
+import pytest
 
 from bench.accuracy.sources import Example
 from bench.accuracy.splits import NEAR, SHARES, alike, divide, runs, split_of
-from bench.accuracy.tasks import PROMPTS, TASKS
+from bench.accuracy.tasks import PINNED, PROMPTS, TASKS
 
 WORDS = [f"word{index}" for index in range(400)]
 
@@ -84,6 +88,17 @@ def test_another_source_is_all_test() -> None:
     found = divide(many(), {**SIZES, "test": 50}, tested=far).examples
     assert {row.text for row in found["test"]} == {row.text for row in far}
     assert len(found["train"]) == SIZES["train"]
+
+
+def test_splits_are_the_pinned_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    task = TASKS["rt"]
+    task.check()
+    changed = json.loads(PINNED.read_text(encoding="utf-8"))
+    changed["rt"]["sha256"]["test"] = "0" * 64
+    (tmp_path / "splits.json").write_text(json.dumps(changed))
+    monkeypatch.setattr("bench.accuracy.tasks.PINNED", tmp_path / "splits.json")
+    with pytest.raises(RuntimeError, match="rt are not the pinned ones: test"):
+        task.check()
 
 
 def test_there_are_twelve_tasks_and_each_has_a_prompt() -> None:
