@@ -33,7 +33,7 @@ Examples:
   qrosa quantize --model ./model --output base --density 0.3% --calibration rows.jsonl
   qrosa quantize --model ./model --output base --density 0.3% --rank 8 --json
   qrosa quantize --model ./8b --output base --dry-run --gpu rtx4090   # what it takes there
-  qrosa eval base --data test.jsonl            # with the repair; base/ alone loads in transformers too
+  qrosa eval base --data test.jsonl            # with the repair
 """
 _WHOLE_ROWS = 1 << 20  # tokens: no row is cut
 
@@ -75,7 +75,10 @@ def command(
 
     Writes a checkpoint that transformers and bitsandbytes load as any other in 4 bits. With --density or --rank an
     adapter lies beside it that takes back more of what 4 bits lost; eval, generate and export take the folder like a
-    run. The report compares perplexity on held-out windows with 16 bits and with rounding to nearest.
+    run. Such a base is only good with its adapter: the sparse part holds its largest weights, which 4 bits then no
+    longer do. For one that is to be loaded alone, leave both out.
+
+    The report compares perplexity on held-out windows with 16 bits and with rounding to nearest.
 
     Interrupted, the same command goes on after the last whole block.
     """
@@ -158,4 +161,6 @@ def _show(console: Console, output: str, report: Mapping[str, Any]) -> None:
     held_out, calibration = (f"{report[part]['tokens']:,}" for part in ("held_out", "calibration"))
     took = f"{report['seconds']:.0f} s"
     console.print(f"on {held_out} held-out tokens; calibrated on {calibration}; {took}", markup=False)
+    if "repaired" in report["perplexity"]:
+        console.print("the base is made for its repair: use them together, or quantise without --density and --rank")
     console.print(f"4-bit model: {output}  (errors by matrix: {output}/report.html)", markup=False)

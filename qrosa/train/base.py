@@ -39,17 +39,23 @@ def given_base(folder: str, original: BaseFiles) -> BaseFiles:
     """Open the base that --base names.
 
     Raises:
-        InputError: It is not in 4 bits, or was not made of this model.
+        InputError: It is not in 4 bits, was not made of this model, or was made for a repair beside it.
     """
     base_files = open_base(folder)
     if base_files.kind != "nf4":
         raise InputError(f"--base {folder} is not in 4 bits", "give what 'qrosa quantize' made, or leave --base out")
     report = Path(folder).expanduser() / REPORT_FILE
-    made_of = read_json(report).get("base") if report.is_file() else None
-    if made_of != original.fingerprint():
+    made = read_json(report) if report.is_file() else {}
+    if made.get("base") != original.fingerprint():
         raise InputError(
             f"--base {folder} was not made of {original.source} by 'qrosa quantize'",
             "give the model that it was made of as --model, or the 4-bit model itself as --model without --base",
+        )
+    settings = made.get("settings", {})
+    if settings.get("density") or settings.get("rank"):
+        raise InputError(
+            f"--base {folder} was made for the repair beside it, which a run does not take over",
+            "quantise again without --density and --rank: the run has a sparse and a low-rank part of its own",
         )
     return base_files
 

@@ -38,6 +38,10 @@ def test_prints_a_table(tiny_model_dir: Any, calibration: str, tmp_path: Path) -
     done = run("--model", str(tiny_model_dir()), "--output", str(tmp_path / "base"), *flags)
     assert done.exit_code == 0, done.output
     assert "4 bits, to nearest" in done.stdout and "with the repair" not in done.stdout
+    assert "use them together" not in done.stdout
+    flags = (*flags, "--density", "1%", "--force")
+    done = run("--model", str(tiny_model_dir()), "--output", str(tmp_path / "base"), *flags)
+    assert "with the repair" in done.stdout and "use them together" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,14 @@ def test_a_base_of_another_model_is_refused(config, tmp_path, tiny_model_dir):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_base_that_lacks_what_its_repair_holds_is_refused(config, tmp_path):
+    made = config(base=str(tmp_path / "repaired"))
+    quantize(QuantizeConfig(made.model, made.train.base, density=0.02, rows=6, length=32, held_out=2), ROWS)
+    with pytest.raises(InputError, match="made for the repair beside it"):
+        finetune(made)
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_bases_contradict_each_other(config):
     with pytest.raises(InputError, match="contradict"):
         config(base="somewhere", base_rounding="feedback")
