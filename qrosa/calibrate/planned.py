@@ -11,11 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qrosa.adapters.budget import allocate
 from qrosa.base.shape import ModelShape
 from qrosa.base.shape_source import read_shape
 from qrosa.calibrate.settings import QuantizeConfig
+from qrosa.config import make_groups
 from qrosa.planner.bytes.calibration import calibration_bytes
+from qrosa.planner.bytes.phases import weighing_bytes
 from qrosa.planner.cards import Card
+from qrosa.planner.hardware import Here
+from qrosa.planner.request import make_request
+from qrosa.planner.search.candidates import candidates
 from qrosa.planner.time.calibration_cost import Calibration, calibration_cost
 
 _SIDE = 512  # of the matrices that are timed
@@ -32,16 +38,29 @@ class Planned:
     Attributes:
         shape: The base.
         bytes: On the device at the peak of the pass over the blocks, by component, and their ``total``.
+        weighing: On the device at the peak of the pass before, on the 4-bit model, that weighs tokens.
         cost: Operations and columns.
     """
 
     shape: ModelShape
     bytes: dict[str, int]
+    weighing: int
     cost: Calibration
+
+    @property
+    def peak(self) -> int:
+        """The larger of the two."""
+        return max(self.bytes["total"], self.weighing)
 
     def to_json(self, seconds: float | None = None) -> dict[str, Any]:
         """For a report or a program."""
-        made = {"bytes": self.bytes, "operations": self.cost.operations, "columns": self.cost.columns}
+        made = {
+            "bytes": self.bytes,
+            "weighing": self.weighing,
+            "peak": self.peak,
+            "operations": self.cost.operations,
+            "columns": self.cost.columns,
+        }
         return made | ({} if seconds is None else {"seconds": seconds})
 
     def seconds_on(self, card: Card) -> float:
@@ -73,7 +92,12 @@ def plan(config: QuantizeConfig, *, on_card: bool) -> Planned:
         low_rank=config.rank > 0,
         on_card=on_card,
     )
-    return Planned(shape, size, calibration_cost(shape, config.rows, config.length))
+    # A budget and the rest of a run's settings change nothing here: the model is weighed bare.
+    groups = make_groups({"density": "1%", "seq_len": config.length, "base_rounding": "feedback"})
+    request = make_request(shape, groups, Here(None, 1 << 62), device="cuda" if on_card else "cpu")
+    work = next(candidates(request, allocate(groups.adapter, shape.linears, shape.base_parameters)))
+    weighing = weighing_bytes(work, config.length)
+    return Planned(shape, size, weighing, calibration_cost(shape, config.rows, config.length))
 
 
 def _rates() -> tuple[float, float, float, float]:

@@ -124,10 +124,9 @@ class _Job:
         planned = plan(self.config, on_card=self.device.type == "cuda")
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
-            total = planned.bytes["total"]
-            if total > free:
+            if planned.peak > free:
                 raise DoesNotFitError(
-                    f"quantising takes {bytes_text(total)} of device memory, and {bytes_text(free)} is free",
+                    f"quantising takes {bytes_text(planned.peak)} of device memory, and {bytes_text(free)} is free",
                     "give fewer --rows or a smaller --seq-len, or --device cpu",
                 )
         return planned

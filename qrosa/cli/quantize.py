@@ -130,10 +130,11 @@ def _say_plan(config: QuantizeConfig, gpu: str | None, device: str | None, *, as
         table.add_row(component, bytes_text(size), style="bold" if component == "total" else None)
     console.print(table)
     took = "" if seconds is None else f", some {seconds:,.0f} s"
+    console.print(f"before it, to weigh tokens: {bytes_text(planned.weighing)}", markup=False)
     console.print(f"{planned.cost.operations:.2e} operations, {planned.cost.columns:,} columns in turn{took}")
     if card:
-        word = "fits" if planned.bytes["total"] <= card.memory else "does not fit"
-        console.print(f"{word}: {bytes_text(planned.bytes['total'])} of {bytes_text(card.memory)}")
+        word = "fits" if planned.peak <= card.memory else "does not fit"
+        console.print(f"{word}: {bytes_text(planned.peak)} of {bytes_text(card.memory)}")
     console.print("not in the time: reading the model, rows that it writes, sparse positions, the losses")
 
 

@@ -132,14 +132,27 @@ def _quantise(work: Workload) -> PhaseMemory:
     moments = [Moment("rounding a block", lasting, {name: passing[name] for name in ("block", "workspace")})]
     held = {"base": parts.base_bytes(work.shape), "unquantised": passing["unquantised"]}
     widen = 2 if work.on_cpu else 1  # computed in fp32 there
-    weighed = replace(work, checkpointing=False, offload_activations=False)
-    windows = micro_batch(weighed, IMPORTANCE_ROWS * WINDOW, IMPORTANCE_ROWS)
-    whole = backward_moments(weighed, windows, held, 0, work.shape.dims.layers)
-    for moment in [*forward_moments(work, micro_batch(work, SCORE_TOKENS, 0), held), *whole]:
+    for moment in forward_moments(work, micro_batch(work, SCORE_TOKENS, 0), held):
         moments.append(replace(moment, passing={name: widen * size for name, size in moment.passing.items()}))
+    moments += _weighing(work, WINDOW)
     largest = max(parts.largest(work.shape.linears), *work.shape.unquantised.values())
     disk = parts.base_bytes(work.shape) + parts.unquantised_bytes(work.shape)
     return _peak(work, moments, {"staging": work.shape.stored_bytes * largest}, disk)
+
+
+def _weighing(work: Workload, length: int) -> list[Moment]:
+    """Forward and back through the 4-bit model, every activation kept."""
+    widen = 2 if work.on_cpu else 1
+    held = {"base": parts.base_bytes(work.shape), "unquantised": widen * parts.unquantised_bytes(work.shape)}
+    whole = replace(work, checkpointing=False, offload_activations=False)
+    windows = micro_batch(whole, IMPORTANCE_ROWS * length, IMPORTANCE_ROWS)
+    found = backward_moments(whole, windows, held, 0, work.shape.dims.layers)
+    return [replace(m, passing={name: widen * size for name, size in m.passing.items()}) for m in found]
+
+
+def weighing_bytes(work: Workload, length: int) -> int:
+    """On the device at the peak, beside what a process takes anyway, while calibration windows' tokens are weighed."""
+    return max(sum(moment.components(work).values()) for moment in _weighing(work, length))
 
 
 def _load(work: Workload) -> PhaseMemory:
