@@ -66,6 +66,7 @@ class Facts:
         dtype: That of the written weights.
         merged_into: ``nf4``, ``original``, or empty for an adapter that was not merged.
         form: ``safetensors`` or ``gguf``, of what was merged.
+        made_of: The 16-bit model that ``qrosa quantize`` made the base of, a path or a hub id; None for other bases.
     """
 
     base: str
@@ -79,6 +80,7 @@ class Facts:
     dtype: str
     merged_into: str
     form: str = "safetensors"
+    made_of: str | None = None
 
     @property
     def bare(self) -> bool:
@@ -102,7 +104,7 @@ def render_card(facts: Facts, drift: Drift | None = None) -> str:
     header = [] if local else [f"base_model: {name}"]
     library = "peft" if not facts.merged_into else "gguf" if facts.form == "gguf" else "transformers"
     rows = [
-        ("Base", f"{name}, {_KINDS.get(facts.kind, facts.kind)}"),
+        ("Base", f"{name}, {_kind(facts)}"),
         ("Base fingerprint", f"`{facts.fingerprint[:16]}`"),
     ]
     if not facts.bare:
@@ -122,6 +124,13 @@ def render_card(facts: Facts, drift: Drift | None = None) -> str:
         lines += ["## Drift", "", *_drift_lines(drift), ""]
     lines += ["The licence of the base model applies.", ""]
     return "\n".join(lines)
+
+
+def _kind(facts: Facts) -> str:
+    if facts.made_of is None:
+        return _KINDS.get(facts.kind, facts.kind)
+    name = Path(facts.made_of).name if Path(facts.made_of).is_absolute() else facts.made_of
+    return f"made by `qrosa quantize` of {name}: NF4 with double quantisation, rounded with error feedback"
 
 
 def _usage(facts: Facts) -> str:

@@ -157,12 +157,8 @@ def original_folder(opened: OpenedAdapter) -> Path | None:
 
     A base of ``qrosa quantize`` names it in its report.
     """
-    base_files = opened.base_files
-    if isinstance(base_files, SafetensorsBase) and base_files.kind == "nf4":
-        report = base_files.folder / "report.json"
-        made = read_json(report) if report.is_file() else {}
-        if "base" not in made or "model" not in made:
-            return None
+    base_files, made = opened.base_files, _made(opened)
+    if made is not None:
         try:
             base_files = open_base(str(made["model"]))
         except InputError:
@@ -172,10 +168,21 @@ def original_folder(opened: OpenedAdapter) -> Path | None:
     return base_files.folder if isinstance(base_files, SafetensorsBase) and base_files.kind == "dense" else None
 
 
+def _made(opened: OpenedAdapter) -> Mapping[str, Any] | None:
+    """The report of a base that ``qrosa quantize`` made; None for other bases."""
+    base_files = opened.base_files
+    if not isinstance(base_files, SafetensorsBase) or base_files.kind != "nf4":
+        return None
+    report = base_files.folder / "report.json"
+    made = read_json(report) if report.is_file() else {}
+    return made if "base" in made and "model" in made else None
+
+
 def card_facts(opened: OpenedAdapter, *, dtype: str, base: str, form: str = "safetensors") -> Facts:
     """What the model card tells about how the export was made."""
     config = opened.config
     ranks = [int(module.get("rank", 0)) for module in config["modules"].values()]
+    made = _made(opened)
     return Facts(
         base=str(config["base"].get("source", "")),
         fingerprint=opened.base_files.fingerprint(),
@@ -188,6 +195,7 @@ def card_facts(opened: OpenedAdapter, *, dtype: str, base: str, form: str = "saf
         dtype=dtype,
         merged_into=base,
         form=form,
+        made_of=None if made is None else str(made["model"]),
     )
 
 

@@ -64,8 +64,12 @@ def test_the_folder_is_evaluated_and_exported_like_a_run(tiny_model_dir: Any, ca
     assert run("--model", str(tiny_model_dir()), "--output", base, *flags).exit_code == 0
     scored = CliRunner().invoke(cli, ["eval", base, "--data", calibration, "--train-on", "all", "--json"])
     assert scored.exit_code == 0, scored.output
-    exported = CliRunner().invoke(cli, ["export", base, "--output", str(merged)])
+    arguments = ["export", base, "--output", str(merged), "--verify", "--data", calibration, "--json"]
+    exported = CliRunner().invoke(cli, arguments)
     assert exported.exit_code == 0, exported.output
+    assert json.loads(exported.stdout)["verify"]["original"]["mean_kl"] > 0
+    card = (merged / "README.md").read_text()
+    assert f"made by `qrosa quantize` of {tiny_model_dir().name}" in card and "16-bit model before training" in card
     again = CliRunner().invoke(cli, ["eval", str(merged), "--data", calibration, "--train-on", "all", "--json"])
     assert json.loads(again.stdout)["loss"] == pytest.approx(json.loads(scored.stdout)["loss"], rel=0.05)
 
