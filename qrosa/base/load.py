@@ -6,6 +6,7 @@ matrix. All parameters are frozen; adapters are added afterwards.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -19,11 +20,13 @@ from qrosa.base.build import empty_model, saved_buffers
 from qrosa.base.open import open_base
 from qrosa.base.saving import SavesAdapter
 from qrosa.errors import StorageError
+from qrosa.heap import look
 from qrosa.quant.nf4 import NF4Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_READING = 8  # bytes of a value while it is read: in the file's pages, as it is stored, and converted
 Progress = Callable[[int, int], None]
 Place = Callable[[str, NF4Weight], NF4Weight]
 Stored = Callable[[str, NF4Weight], NF4Weight | None]
@@ -159,6 +162,7 @@ def _fill(
             weight.absmax_code = shared_code
         layer.weight = place(path, weight) if place else weight
     for done, name in enumerate(dense):
+        look(_READING * math.prod(base_files.shape(name)))
         set_parameter(model, name, read_dense(base_files, name).to(device, dtype))
         if progress:
             progress(len(layers) + done + 1, len(layers) + len(dense))

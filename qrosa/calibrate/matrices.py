@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qrosa.heap import look
 from qrosa.quant.feedback import round_with_feedback
 from qrosa.quant.hessian import Factor, InputMoments, factor
 from qrosa.quant.low_rank import best_low_rank
@@ -65,6 +66,7 @@ def quantize_matrices(
     """
     made: dict[str, Matrix] = {}
     for group in moments.groups():
+        look()
         sums = moments.sums.pop(group[0])
         factored = factor(sums, damping)
         weights = {path: linears[path].weight.detach().float() for path in group}

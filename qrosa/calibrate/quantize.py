@@ -43,6 +43,7 @@ from qrosa.files import read_json, read_tensors, write_json, write_tensors
 from qrosa.masks.select import choose_positions
 from qrosa.masks.selection_rows import Sample
 from qrosa.model.head import token_log_probs
+from qrosa.model.heap import look_at_layers
 from qrosa.quant.hessian import InputMoments
 from qrosa.quantities import bytes_text
 
@@ -170,6 +171,8 @@ class _Job:
             model, tokenizer = load_base(
                 self.base_files, self.device, self._compute_dtype(), lambda n, of: self.stage("load", n, of)
             )
+            if self.device.type == "cpu":
+                look_at_layers(model)
             if not rows.is_file():
                 write_tensors(rows, {"ids": self._windows(model, tokenizer)})
             ids = read_tensors(rows)["ids"]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qrosa.adapters.inject import quantized_linears
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.base_files import BaseFiles
+from qrosa.heap import look
 from qrosa.masks.observe import Advance
 from qrosa.masks.residual import checkpoint_of, has_original, residual
 from qrosa.masks.selection_rows import Sample, quiet, read_samples
@@ -65,6 +66,7 @@ def set_masks(
         else:
             notices = [_NOTICE.format(source=_source(model), part="the sparse part", start="zero")]
     for done, (path, layer) in enumerate(layers.items(), 1):
+        look()
         chosen = positions.get(path)
         if chosen is None or not chosen.numel():
             layer.set_sparse(None)
@@ -113,6 +115,7 @@ def init_low_rank(
     layers = {path: layer for path, layer in quantized_linears(model).items() if layer.rank}
     weights = input_rms(model, layers, read_samples(samples, limit))
     for done, (path, layer) in enumerate(layers.items(), 1):
+        look()
         error = residual(base_files, path, layer.weight.to(layer.device))
         delta = layer.sparse_delta()
         if delta is not None:

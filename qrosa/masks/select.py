@@ -22,6 +22,7 @@ from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.base_files import BaseFiles
 from qrosa.config import MaskConfig
 from qrosa.errors import InputError, TrainingError
+from qrosa.heap import look
 from qrosa.masks.candidates import MatrixCandidates, ModelCandidates, ReadError
 from qrosa.masks.exact import exact_statistics
 from qrosa.masks.observe import Advance
@@ -162,6 +163,7 @@ def _pick(
     for path, positions, statistic in collected:
         if not statistic.numel():
             continue
+        look()
         extremes = [abs(float(value)) for value in statistic.aminmax()]
         if not all(map(math.isfinite, extremes)):
             raise TrainingError(f"the mask score of {path} is not finite", "check the rows and the base for NaN")

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from qrosa.adapters.linear import QRosaLinear
+from qrosa.heap import look
 from qrosa.masks.candidates import MatrixCandidates
 from qrosa.masks.observe import Advance, Receiver, observe, run_backward
 from qrosa.masks.selection_rows import Sample, SampleLoss, sample_loss
@@ -54,6 +55,7 @@ def streamed_statistics(
 
     def receiver(path: str) -> Receiver:
         def receive(dy: Tensor, x: Tensor) -> None:
+            look()
             take_in = candidates.look if seen < dense_samples else candidates.add
             take_in(path, dy, x)
 

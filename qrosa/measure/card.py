@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qrosa.ops.card_attention import CardAttention
+from qrosa.planner.bytes.activations import flash_backward_bytes
 
 CARD_GRANULE = 512  # torch's CUDA allocator hands out multiples of this
 _aten = torch.ops.aten
@@ -47,31 +47,23 @@ def card_kernels() -> Iterator[None]:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what stood there before comes back
 
 
-def hidden_bytes(func: Any, args: tuple[Any, ...]) -> int:
+def hidden_bytes(func: Any, args: tuple[Any, ...], split: bool = False) -> int:
     """Bytes that an operator's kernel allocates and frees inside, on a card.
 
-    Log-sum-exp: the shifted input, exponentiated in place. Flash attention's backward: dQ summed in fp32, the row sums
-    of dO * O, and dK and dV for every query head where keys are grouped. The efficient kernel's backward: dQ in fp32 in
-    whole tiles, and the row sums.
+    Log-sum-exp: the shifted input, exponentiated in place. Flash attention's backward: see ``flash_backward_bytes``;
+    ``split`` where it is strictly deterministic. The efficient kernel's backward: dQ in fp32 in whole tiles, and the
+    row sums.
     """
     if func is _aten.logsumexp.default:
         return int(args[0].nbytes)
     if func is _aten._scaled_dot_product_flash_attention_backward.default:
-        return _flash_backward_bytes(args[1], args[2])
+        rows, heads, length, width = args[1].shape
+        return flash_backward_bytes(rows, length, heads, args[2].shape[1], width, split)
     if func is _aten._scaled_dot_product_efficient_attention_backward.default:
         rows, heads, length, width = args[1].shape
         tile = _round_up(length, _ROUND) * _round_up(width, _ROUND // 2)
         return int(_FULL * rows * heads * (tile + _round_up(length, _ROUND)))
     return 0
-
-
-def _flash_backward_bytes(query: Tensor, key: Tensor) -> int:
-    rows, heads, length, width = query.shape
-    long, wide = _round_up(length, _ROUND), _round_up(width, 32)
-    summed = _FULL * rows * heads * long * (wide + 1)
-    grouped = key.shape[1] != heads
-    expanded = 2 * query.element_size() * rows * heads * key.shape[2] * width if grouped else 0
-    return int(summed + expanded)
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -32,10 +32,12 @@ from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.encode import EncodedRow
 from qrosa.errors import DoesNotFitError, InputError
 from qrosa.eval.perplexity import evaluate_loss
+from qrosa.heap import look_at_each
 from qrosa.masks.random_masks import random_positions
 from qrosa.masks.repair import set_masks
 from qrosa.masks.select import choose_positions
 from qrosa.model.card import held_to, measure_overhead, with_index
+from qrosa.model.heap import look_at_layers
 from qrosa.model.place import load_planned
 from qrosa.ops.determinism import deterministic, fix_workspace
 from qrosa.optim.adamw import AdapterOptimizer
@@ -172,7 +174,7 @@ class _Probing:
     def __init__(self, base_files: BaseFiles, made: Plan, seed: int, stage: Callable[[str, int, int], None]) -> None:
         self.base_files, self.made, self.work, self.seed, self.stage = base_files, made, made.work, seed, stage
         self.device = with_index(made.work.device)
-        self.meter = MemoryMeter(self.device, planned=made.planned)
+        self.meter = MemoryMeter(self.device, plan=made)
         self.failed: str | None = None
         self.rows = worst_rows(made.work, self.vocabulary, seed)
         self.times: dict[str, float] = {}
@@ -217,7 +219,10 @@ class _Probing:
         request = self.made.request
         disk = parse_offload(request.train.offload).disk
         with self._phase("load"):
-            model = load_planned(self.base_files, self.work, self.device, disk, lambda n, of: self.stage("load", n, of))
+            progress = look_at_each(lambda n, of: self.stage("load", n, of))
+            model = load_planned(self.base_files, self.work, self.device, disk, progress)
+            if self.device.type == "cpu":
+                look_at_layers(model)
             attach_adapter(model, request.adapter, self.seed, self.work.allocation)
         low_rank = adapter_parameters(model).low_rank
         if self.work.zero is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -84,7 +85,8 @@ class Trace:
             layer.weight.absmax_code = table
         cast(nn.Module, model).to("meta")
         granule = 1 if work.on_cpu else CARD_GRANULE
-        return cls(model, work, StorageTracker("meta", granule=granule, hidden=hidden_bytes))
+        hidden = partial(hidden_bytes, split=work.deterministic)
+        return cls(model, work, StorageTracker("meta", granule=granule, hidden=hidden))
 
     def run(self, rows: list[list[int]], *, select: bool) -> dict[str, Peak]:
         """All phases in a run's order: adapter, selection, sparse part, a training step, evaluation."""

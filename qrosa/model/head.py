@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from qrosa.adapters.inject import quantized_linears
+from qrosa.heap import look
 
 CHUNK_TOKENS = 256
+_LOGIT_BYTES = 8  # of a logit, beside the chunk's before: fp32, and its exponential or what it was rounded from
 
 
 @contextmanager
@@ -125,6 +127,7 @@ def token_log_probs(model: nn.Module, hidden: Tensor, targets: Tensor, chunk_tok
     """
     head, parts = Head.of(model), []
     for start in range(0, hidden.shape[0], chunk_tokens):
+        look(_LOGIT_BYTES * min(chunk_tokens, hidden.shape[0]) * cast(Tensor, head.layer.weight).shape[0])
         logits = head.logits(hidden[start : start + chunk_tokens])
         picked = logits.gather(1, targets[start : start + chunk_tokens, None]).squeeze(1)
         parts.append(picked - torch.logsumexp(logits, dim=-1))

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from qrosa.data.encode import IGNORE
 from qrosa.errors import InputError
+from qrosa.heap import look
 from qrosa.model.head import CHUNK_TOKENS, logit_rule
 from qrosa.ops import products
 
+_LOGIT_BYTES = 8  # of a logit in fp32 and what it comes from or goes to, bf16 or capped
 _CACHED_ROWS = 8  # on the CPU: rows of logits that stay in the L2 cache through the passes of a softmax
 
 
@@ -53,6 +55,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
+            look(_LOGIT_BYTES * min(chunk_tokens, hidden.shape[0]) * weight.shape[0])
             loss, d_logits = _chunk(hidden[rows], labels[rows], weight, bias, softcap, scale, gradient is not None)
             total += loss
             if gradient is not None and d_logits is not None:

@@ -18,9 +18,11 @@ from qrosa.base.adapter_io import attach_adapter, load_adapter, save_adapter, se
 from qrosa.config import RunConfig, to_flat
 from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.files import write_json, write_text
+from qrosa.heap import look_at_each
 from qrosa.masks.repair import init_low_rank, set_masks
 from qrosa.masks.select import choose_positions
 from qrosa.model.card import held_to, with_index
+from qrosa.model.heap import look_at_layers
 from qrosa.model.place import load_planned
 from qrosa.ops.determinism import deterministic, fix_workspace
 from qrosa.optim.adamw import AdapterOptimizer
@@ -87,7 +89,7 @@ def finetune(
                 lock.acquire()  # before anything is read: another process may be about to change it
             prepared = prepare(config, resume=resume, force=force, locked=resume)
             accelerator.wait_for_everyone()  # no process makes the folder before every one has found it free
-            meter = MemoryMeter(with_index(accelerator.device), planned=prepared.plan.planned)
+            meter = MemoryMeter(with_index(accelerator.device), plan=prepared.plan)
             if config.train.base_rounding == "feedback":
                 with meter.phase("quantise"):
                     base = feedback_base(prepared.config, prepared.train.rows, accelerator, listeners)
@@ -122,6 +124,8 @@ class _Run:
             self.callbacks.on_notice(text)
         with self.meter.phase("load"):
             base = self._load()
+        if self.device.type == "cpu":
+            look_at_layers(base)
         if self.config.adapter.rank_by == "sensitivity":
             self._give_out_ranks(base, checkpoint)
         with self.meter.phase("load"):
@@ -181,7 +185,7 @@ class _Run:
             self.prepared.plan.work,
             self.device,
             parse_offload(self.config.train.offload).disk,
-            self.callbacks.phase("load"),
+            look_at_each(self.callbacks.phase("load")),
         )
 
     def _give_out_ranks(self, base: PreTrainedModel, checkpoint: Checkpoint | None) -> None:

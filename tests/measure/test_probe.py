@@ -113,7 +113,7 @@ def test_running_out_of_memory_names_the_phase(
 
 @needs_cpu
 def test_more_than_the_cap_exits_with_3(tiny_model_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qrosa.record.meter.resident", lambda field: 2**50)
+    monkeypatch.setattr("qrosa.heap.resident", lambda field: 2**50)
     result = CliRunner().invoke(
         cli, ["plan", "--model", str(tiny_model_dir("llama")), "--budget", "2%", "--probe", "--json"]
     )

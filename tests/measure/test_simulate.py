@@ -203,3 +203,19 @@ def test_products_in_fp32(smollm2: Path, attention: str, changes: dict[str, Any]
     for phase, peak in simulate(str(smollm2), work).phases.items():
         assert peak.total == pytest.approx(real[phase].total, rel=WITHIN)
         assert 0.99 * real[phase].total <= planned[phase].tensor_total <= (1 + WITHIN) * real[phase].total
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_strict_determinism_has_its_price_in_the_plan(tmp_path: Path, heads: tuple[int, int]) -> None:
+    """Flash attention sums dQ in as many parts as the card's multiprocessors make of one row."""
+    config = {"model_type": "llama", "vocab_size": 512, "num_hidden_layers": 4, "max_position_embeddings": 4096}
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": heads[0], "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes | {"num_key_value_heads": heads[1]}))
+    found = {}
+    for strict in (True, False):
+        work = workload(tmp_path, device="cuda", attention="sdpa", length=1024, tokens=1024, deterministic=strict)
+        simulated, planned = simulate(str(tmp_path), work).phases["train"], phases(work)["train"]
+        assert 0.99 * simulated.total <= planned.tensor_total <= (1 + WITHIN) * simulated.total
+        found[strict] = simulated.total
+    # 43 parts of [4, 1024, 64] in fp32 instead of one, less what is free by then of the peak without them.
+    assert found[True] - found[False] > 20 * 4 * 4 * 1024 * 64

@@ -1,22 +1,37 @@
-"""A run on the CPU gives its heap back when a step begins near the planned bytes, and only then."""
+"""A phase on the CPU is held to its plan while it runs, and begins without what the one before left in the heap."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from qrosa.record import meter as peak
+from qrosa import heap
 from qrosa.record.meter import MemoryMeter
+from tests.planner.search.test_solve import GB, SMOL, made
 
 
-@pytest.mark.parametrize(("resident", "times"), [(100, 1), (89, 1), (91, 3)])
-def test_the_heap_is_given_back_near_the_plan(monkeypatch: pytest.MonkeyPatch, resident: int, times: int) -> None:
-    given = []
-    monkeypatch.setattr(peak, "resident", lambda field: resident)
-    monkeypatch.setattr(peak, "give_back_free_memory", lambda: given.append(True))
-    meter = MemoryMeter(torch.device("cpu"), planned={"train": 100} if resident != 100 else {"eval": 1})
-    for _ in range(3):
+def test_phases_are_held_to_their_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    plan = made(SMOL, 16 * GB, device="cpu", seq_len=256)
+    planned = plan.planned
+    now = {"resident": 0}
+    monkeypatch.setattr(heap, "resident_now", lambda: now["resident"])
+    monkeypatch.setattr(heap, "resident", lambda field: now["resident"])
+    monkeypatch.setattr(heap, "give_back", lambda: given.append("given"))
+    meter = MemoryMeter(torch.device("cpu"), plan=plan)
+    for _ in range(2):
         with meter.phase("train"):
-            pass
-    assert len(given) == times  # once because the phase is new
-    assert meter.peaks == {"train": resident} and meter.reserved == {}
+            assert heap.bounded()
+            now["resident"] = planned["train"] - plan.phases["train"].coming
+            heap.look()
+    assert len(given) == 1  # the phase is new
+    with meter.phase("train"):
+        now["resident"] += 1
+        heap.look()
+    assert len(given) == 2 and not heap.bounded()
+    assert meter.peaks == {"train": now["resident"]} and meter.reserved == {}
+
+
+def test_without_a_plan_nothing_is_held() -> None:
+    with MemoryMeter(torch.device("cpu")).phase("load"):
+        assert not heap.bounded()

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from qrosa.errors import StorageError
-from qrosa.record.meter import MemoryMeter, resident
+from qrosa.heap import resident
+from qrosa.record.meter import MemoryMeter
 from qrosa.report.charts import Series, bar_pairs, heat_map, line_chart, nice_ticks, thin_out
 from qrosa.train.interrupt import Interrupts
 

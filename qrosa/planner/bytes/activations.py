@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from qrosa.base.dimensions import Dimensions, LayerCount
 
 HALF, FULL = 2, 4  # bytes of bf16 and fp32
+_TILE = 128  # rows of a tile in flash attention's backward
+_MULTIPROCESSORS = 170  # of an RTX 5090, the most of any card in qrosa.planner.cards: fewer split less
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class MicroBatch:
         rows: Most rows; one row alone needs no attention mask,
         windowed: unless it is longer than the window of sliding attention.
         wide: Products are taken in fp32: attention widens what it reads, and so does a projection while it runs.
+        split: On a card, gradients of attention are summed in an order that is always the same.
     """
 
     tokens: int
@@ -32,6 +35,7 @@ class MicroBatch:
     rows: int
     windowed: bool = False
     wide: bool = False
+    split: bool = False
 
     @property
     def product(self) -> int:
@@ -173,6 +177,8 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keep
         moments.append(3 * stream - 2 * inner + 2 * down)
     if attention == "eager":
         moments.append(_score_workspace(dims, batch))
+    elif batch.split:
+        moments.append(_flash_workspace(dims, batch))
     if dims.counted is not None:
         moments.append(dims.counted.saved(batch.tokens, batch.length))
     return max(moments) + _widened(dims, batch, backward=True)
@@ -186,6 +192,32 @@ def _widened(dims: Dimensions, batch: MicroBatch, *, backward: bool) -> int:
     if not batch.wide:
         return 0
     return FULL * batch.tokens * (dims.hidden + (3 if backward else 1) * dims.intermediate)
+
+
+def flash_backward_bytes(rows: int, length: int, heads: int, kv_heads: int, width: int, split: bool) -> int:
+    """What flash attention's backward allocates inside, bf16 [rows, heads, length, width] (torch's ``flash_api.cpp``).
+
+    dQ summed in fp32 in whole tiles; strictly deterministic once for every part that the card's multiprocessors take of
+    it. The row sums of dO * O; dK and dV for every query head where keys are grouped.
+    """
+    long, wide = -(-length // _TILE) * _TILE, -(-width // 32) * 32
+    parts = -(-_MULTIPROCESSORS // (rows * heads)) if split else 1
+    summed = FULL * rows * heads * long * (parts * wide + 1)
+    return summed + (2 * HALF * rows * heads * length * width if heads != kv_heads else 0)
+
+
+def _flash_workspace(dims: Dimensions, batch: MicroBatch) -> int:
+    """Flash attention's backward in the fewest rows, which are split most; its three gradients, dO and the stream's.
+
+    Free by then: the feed-forward block, the norm and the input that belong to it.
+    """
+    rows = max(1, batch.tokens // batch.length)
+    inside = flash_backward_bytes(rows, batch.length, dims.heads, dims.kv_heads, dims.head_dim, True)
+    stream, query = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.query_width
+    gradients = stream + 2 * query + 2 * HALF * batch.tokens * dims.key_width
+    freed = dims.switches.inner_saved * HALF * batch.tokens * dims.intermediate
+    freed += (dims.switches.wide_norms - 1) * _norm_bytes(dims, batch) + stream
+    return inside + gradients - freed
 
 
 def _score_workspace(dims: Dimensions, batch: MicroBatch) -> int:

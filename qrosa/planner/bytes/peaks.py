@@ -29,8 +29,9 @@ MIB = 2**20
 # Estimates, not formulas; everything else here is arithmetic.
 NCCL = 512 * MIB  # buffers that several processes, or DeepSpeed alone, talk through: an upper guess, not measured
 # What torch's allocator reserves over its tensors, with expandable segments: of what comes and goes, or of all where
-# that is more; and the pages at the ends of its two pools. From a model of the allocator, not yet from a card.
-ALLOCATOR_SLACK, ALLOCATOR_SHARE, ALLOCATOR_PAGES = 0.03, 0.02, 100 * MIB
+# that is more, most where layers are recomputed; and the pages at the ends of its two pools. From a model of the
+# allocator (bench/replay.py), not yet from a card.
+ALLOCATOR_SLACK, ALLOCATOR_SHARE, RECOMPUTING_SHARE, ALLOCATOR_PAGES = 0.03, 0.02, 0.04, 100 * MIB
 LIVE_BOUNDARIES = 2  # with activation offload: the one in use, and the one on its way out or back
 EVAL_CHUNK = 256  # positions whose logits exist at once in evaluation
 
@@ -49,6 +50,7 @@ class PhaseMemory:
         disk: Bytes on disk that the phase writes.
         moment: When the peak comes, in words.
         passing: Bytes on the device that come and go around the peak.
+        coming: On the CPU, bytes that may come from one look at the heap to the next (``qrosa.heap``).
     """
 
     device: Components
@@ -56,6 +58,7 @@ class PhaseMemory:
     disk: int = 0
     moment: str = ""
     passing: int = 0
+    coming: int = 0
 
     @property
     def device_total(self) -> int:
@@ -84,14 +87,20 @@ class Moment:
     def components(self, work: Workload) -> Components:
         """All components with the device's own costs; those of 0 bytes are left out."""
         tensors = {**self.lasting, **self.passing}
-        made = {**tensors, **_overhead(work), "allocator_slack": 0 if work.on_cpu else self._slack()}
+        made = {**tensors, **_overhead(work), "allocator_slack": 0 if work.on_cpu else self._slack(work.checkpointing)}
         return {name: size for name, size in made.items() if size}
 
-    def _slack(self) -> int:
+    def _slack(self, recomputing: bool) -> int:
         """What the allocator reserves beside the moment's tensors."""
         passing = sum(self.passing.values())
-        share = max(ALLOCATOR_SLACK * passing, ALLOCATOR_SHARE * (passing + sum(self.lasting.values())))
+        of_all = allocator_share(recomputing) * (passing + sum(self.lasting.values()))
+        share = max(ALLOCATOR_SLACK * passing, of_all)
         return round(share) + ALLOCATOR_PAGES
+
+
+def allocator_share(recomputing: bool) -> float:
+    """What the allocator reserves beside all tensors, as a share of them."""
+    return RECOMPUTING_SHARE if recomputing else ALLOCATOR_SHARE
 
 
 def _overhead(work: Workload) -> Components:
@@ -109,7 +118,8 @@ def _overhead(work: Workload) -> Components:
 def micro_batch(work: Workload, tokens: int, rows: int) -> MicroBatch:
     """A micro-batch of a run's longest rows."""
     window = work.shape.dims.sliding_window
-    return MicroBatch(tokens, work.length, rows, 0 < window <= work.length, work.widens)
+    split = work.deterministic and not work.on_cpu
+    return MicroBatch(tokens, work.length, rows, 0 < window <= work.length, work.widens, split)
 
 
 def boundary_bytes(work: Workload, tokens: int) -> int:

@@ -20,7 +20,8 @@ from qrosa.planner.bytes.calibration import (
     WINDOWS,
     calibration_bytes,
 )
-from qrosa.planner.bytes.host import CPU_RUNTIME, EXPORT_BUFFER, kept_bytes, process_bytes
+from qrosa.planner.bytes.host import CPU_RUNTIME, EXPORT_BUFFER, process_bytes
+from qrosa.planner.bytes.kept import layer_bytes, with_kept_heap
 from qrosa.planner.bytes.peaks import (
     Components,
     Moment,
@@ -29,7 +30,6 @@ from qrosa.planner.bytes.peaks import (
     boundary_bytes,
     forward_moments,
     micro_batch,
-    recomputed_bytes,
     scratch_bytes,
 )
 from qrosa.planner.workload import Workload
@@ -43,13 +43,13 @@ def phases(work: Workload) -> dict[str, PhaseMemory]:
     if work.allocation.nnz_total or work.rank_by == "sensitivity":
         found["select"] = _selecting(work)
     found |= {"train": _train(work), "eval": _eval(work), "save": _save(work), "export": _export(work)}
-    return _with_kept_heap(work, found) if work.on_cpu else found
+    return with_kept_heap(work, found) if work.on_cpu else found
 
 
 def selection(work: Workload) -> PhaseMemory:
     """The phase ``select`` alone; searches ask for it often."""
     found = {"select": _selecting(work)}
-    return (_with_kept_heap(work, found) if work.on_cpu else found)["select"]
+    return (with_kept_heap(work, found) if work.on_cpu else found)["select"]
 
 
 def _selecting(work: Workload) -> PhaseMemory:
@@ -60,22 +60,11 @@ def _selecting(work: Workload) -> PhaseMemory:
     return max(found, key=lambda memory: memory.device_total + memory.host_total)
 
 
-def _with_kept_heap(work: Workload, found: dict[str, PhaseMemory]) -> dict[str, PhaseMemory]:
-    """Phases on the CPU with what the heap keeps in each; export is a process of its own and frees little."""
-    longest = {"select": micro_batch(work, work.length, 1), "train": micro_batch(work, work.tokens, work.rows)}
-    kept = {}
-    for name, memory in found.items():
-        of = "train" if name == "eval" else name
-        recomputed = recomputed_bytes(work, longest[of]) if work.checkpointing and of in longest else 0
-        heap = {"kept_heap": kept_bytes(name, found[of].passing, recomputed)}
-        if name != "export":
-            kept[name] = replace(memory, host=memory.host | heap)
-    return found | kept
-
-
-def _peak(work: Workload, moments: list[Moment], host: Components | None = None, disk: int = 0) -> PhaseMemory:
+def _peak(
+    work: Workload, moments: list[Moment], host: Components | None = None, disk: int = 0, *, loading: bool = False
+) -> PhaseMemory:
     highest = max(moments, key=lambda moment: sum(moment.components(work).values()))
-    made = process_bytes(work) | (host or {})
+    made = process_bytes(work, loading=loading) | (host or {})
     kept = {component: size for component, size in made.items() if size}
     return PhaseMemory(highest.components(work), kept, disk, highest.name, sum(highest.passing.values()))
 
@@ -137,7 +126,9 @@ def _quantise(work: Workload) -> PhaseMemory:
     moments += _weighing(work, WINDOW)
     largest = max(parts.largest(work.shape.linears), *work.shape.unquantised.values())
     disk = parts.base_bytes(work.shape) + parts.unquantised_bytes(work.shape)
-    return _peak(work, moments, {"staging": work.shape.stored_bytes * largest}, disk)
+    layer = widen * layer_bytes(work, micro_batch(work, IMPORTANCE_ROWS * WINDOW, IMPORTANCE_ROWS))
+    memory = _peak(work, moments, {"staging": work.shape.stored_bytes * largest}, disk)
+    return replace(memory, coming=max(passing["workspace"], layer))
 
 
 def _weighing(work: Workload, length: int) -> list[Moment]:
@@ -169,7 +160,7 @@ def _load(work: Workload) -> PhaseMemory:
     ]
     moments += _svd_moments(work)
     # Bytes of the checkpoint's memory-mapped file count as this process's while a tensor is copied out of it.
-    return _peak(work, moments, {"staging": staging})
+    return _peak(work, moments, {"staging": staging}, loading=True)
 
 
 def _svd_moments(work: Workload) -> list[Moment]:

@@ -17,7 +17,7 @@ from qrosa.adapters.budget import Allocation, allocate
 from qrosa.masks.passes import STATISTIC_BYTES
 from qrosa.masks.sizes import CANDIDATE_FACTOR, LEAST_CANDIDATES, MOST_CANDIDATES
 from qrosa.planner.bytes import components as parts
-from qrosa.planner.bytes.peaks import ALLOCATOR_SHARE
+from qrosa.planner.bytes.peaks import allocator_share
 from qrosa.planner.bytes.phases import phases, selection
 from qrosa.planner.cards import LARGEST, Machines, smallest_card
 from qrosa.planner.plan import Choice, Plan, Timed
@@ -108,7 +108,7 @@ def _with_resident_blocks(work: Workload, request: Request) -> Workload:
     selecting = _streaming(work, request, most=CANDIDATE_FACTOR) if _may_stream(work, request) else work
     memory = phases(dataclasses.replace(selecting, mask_group_bytes=0))
     room = request.cap - max(phase.device_total for phase in memory.values())
-    each = (1 + ALLOCATOR_SHARE) * parts.block_bytes(work.shape)
+    each = (1 + allocator_share(work.checkpointing)) * parts.block_bytes(work.shape)
     blocks = max(0, min(room // each, work.shape.dims.layers))
     return dataclasses.replace(work, resident_blocks=int(blocks))
 

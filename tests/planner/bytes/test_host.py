@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from bench.bench_host_memory import PROBES
+from bench.bench_host_memory import SETTINGS, made_model
 from bench.real_models import write_config
 from qrosa.cli.main import cli
 from qrosa.errors import DoesNotFitError
 from qrosa.planner.bytes import components as parts
-from qrosa.planner.bytes.host import ROW_BYTES
+from qrosa.planner.bytes.host import READING_ROWS, ROW_BYTES
+from qrosa.planner.bytes.kept import KEPT_HEAP
 from qrosa.planner.cards import Machines, find_card
 from qrosa.planner.hardware import Here, read_here
 from qrosa.planner.search.alternatives import alternatives, require_fit
@@ -121,7 +122,10 @@ def test_on_the_cpu_host_memory_is_the_cap() -> None:
 
 def test_rows_are_counted() -> None:
     bare, full = (made(SMOL, 8 * GB, device="cpu", seq_len=256, row_tokens=tokens) for tokens in (0, 10**7))
-    assert full.phases["train"].host["rows"] == ROW_BYTES * 10**7 and "rows" not in bare.phases["train"].host
+    assert (
+        full.phases["train"].host["rows"] == ROW_BYTES * 10**7 + READING_ROWS
+        and "rows" not in bare.phases["train"].host
+    )
 
 
 def test_rows_take_what_is_counted(smollm2: Path, tmp_path: Path) -> None:
@@ -158,25 +162,46 @@ def test_the_command_line(tmp_path: Path) -> None:
 MEASURED = json.loads((Path(__file__).parents[3] / "bench" / "results" / "host-memory-cpu.json").read_text())["rows"]
 
 
+# What loading leaves in the heap differs by 90 MiB from one run to the next, of the same model.
+LOOSE = dict.fromkeys(("select", "train", "eval", "save"), 1.15) | {"load": 1.2}
+
+
+PROBES = dict.fromkeys(row["setting"] for row in MEASURED if not SETTINGS[row["setting"]].rows)
+
+
 @pytest.mark.parametrize("name", PROBES)
-def test_a_plan_of_now_is_a_bound_over_what_was_seen(smollm2: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resident bytes of whole processes, as the benchmark measured them on a processor with matrix tiles."""
-    monkeypatch.setattr("qrosa.planner.hardware.widens_products", lambda: False)
+def test_a_plan_of_now_is_a_bound_over_what_was_seen(
+    smollm2: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Resident bytes of whole processes, as the benchmark measured them; and a bound that says something."""
+    setting = SETTINGS[name]
+    monkeypatch.setattr("qrosa.planner.hardware.widens_products", lambda: setting.isa == "avx2")
     from qrosa.cli.plan import make_plan
 
-    flags = PROBES[name].replace("--", "").replace("-", "_").split()
-    planned = make_plan(str(smollm2), dict(zip(flags[::2], flags[1::2], strict=True)), device="cpu").planned
+    model = smollm2 if setting.model == "smollm2" else made_model(setting.model, tmp_path)
+    flags = setting.flags.replace("--", "").replace("-", "_").split()
+    planned = make_plan(str(model), dict(zip(flags[::2], flags[1::2], strict=True)), device="cpu").planned
     seen = {row["phase"]: row["measured"] for row in MEASURED if row["setting"] == name}
     assert {"load", "train", "eval"} <= set(seen)
     for phase, measured in seen.items():
-        assert planned[phase] >= 0.99 * measured, phase
+        assert measured <= planned[phase] <= LOOSE[phase] * measured, phase
 
 
-def test_evaluation_finds_the_heap_that_training_left() -> None:
+def test_half_of_the_settings_test_what_was_fitted_to_the_others() -> None:
+    fitted = sum(setting.fitted for setting in SETTINGS.values())
+    assert 0.4 <= fitted / len(SETTINGS) <= 0.5
+    used = {row["setting"]: row["fitted"] for row in MEASURED}
+    assert len(PROBES) >= 5 and 0.3 <= sum(used.values()) / len(used) <= 0.7
+    assert all(0 <= row["percent"] <= 100 * (LOOSE[row["phase"]] - 1) for row in MEASURED)
+
+
+def test_the_heap_is_left_what_comes_between_two_looks() -> None:
+    """More for larger micro-batches, nothing on a card, and nothing for export, which is not held to it."""
     small, large = (made(SMOL, 16 * GB, device="cpu", seq_len=256, micro_batch=rows).phases for rows in ("1", "4"))
-    assert large["eval"].device == small["eval"].device
-    assert large["eval"].host["kept_heap"] > small["eval"].host["kept_heap"]
-    assert large["train"].host["kept_heap"] > large["eval"].host["kept_heap"] - large["train"].passing
-    recompute = made(SMOL, 16 * GB, device="cpu", seq_len=256, micro_batch="4", checkpointing="on").phases["train"]
-    assert recompute.host["kept_heap"] > recompute.passing
+    for phase in ("train", "eval", "select", "save", "load"):
+        assert large[phase].host["kept_heap"] >= KEPT_HEAP, phase
+    assert large["train"].host["kept_heap"] > small["train"].host["kept_heap"]
+    assert large["train"].coming > 3 * small["train"].coming
+    assert large["select"].coming == small["select"].coming  # rows pass one by one
+    assert "kept_heap" not in large["export"].host
     assert "kept_heap" not in made(SMOL, 16 * GB, seq_len=256).phases["train"].host
