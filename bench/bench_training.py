@@ -4,16 +4,20 @@ Same model (SmolLM2-135M), same rows, same micro-batch, length, rank, dropout an
 take turns, so that a slow moment of a shared machine hits both. The peer is used as its documentation shows it:
 transformers loads the base in 4 bits, PEFT adds LoRA to all linear layers, transformers' own loss, torch's AdamW.
 qrosa runs twice: at rank 16 without a sparse part, and with one of 0.6% density. Generation is greedy, one prompt,
-transformers' ``generate``.
+transformers' ``generate``. The last row is a step as a run takes it: 16 film reviews of different lengths, loss on
+their completions, qrosa's micro-batches against one padded batch.
 
-    python bench/bench_training.py            # writes bench/results/training-cpu.json
+    python bench/bench_training.py                     # writes bench/results/training-cpu.json
+    python bench/bench_training.py --without-tiles     # training-without-tiles-cpu.json: as a processor without AMX
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,19 +28,26 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from bench.assets import smollm2
+from bench.demo import write_rows
 from bench.measure import report
 from qrosa.adapters.inject import adapter_parameters, quantized_linears
 from qrosa.base.adapter_io import attach_adapter
 from qrosa.base.load import load_base
+from qrosa.base.open import open_tokenizer
 from qrosa.config import AdapterConfig
-from qrosa.data.batching import MicroBatch
+from qrosa.data.batching import Limits, MicroBatch, micro_batches, step_rows, supervised_tokens
+from qrosa.data.dataset import load_rows
+from qrosa.data.encode import EncodedRow
 from qrosa.eval.generate import continue_ids
 from qrosa.model.modes import set_attention, set_checkpointing
 from qrosa.optim.adamw import AdapterOptimizer
+from qrosa.planner.search.candidates import WANTED_TOKENS
 from qrosa.processor import widens_products
 from qrosa.sparse.csr import CsrDelta
 from qrosa.train.loss import model_loss
+from qrosa.train.step import StepRunner
 
+WITHOUT_TILES = {"QROSA_CPU_ISA": "avx512bf16", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 RANK, DENSITY, DROPOUT = 16, 0.006, 0.05
 
 
@@ -113,6 +124,29 @@ def peer_step(model: Any, batch: MicroBatch) -> Callable[[], object]:
     return step
 
 
+def reviews(folder: Path, rows: int) -> list[EncodedRow]:
+    """The first step's rows of a run on film reviews."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path, _ = write_rows(Path(scratch), 200, 10)
+        encoded = load_rows([str(path)], open_tokenizer(str(folder)), seq_len=256, train_on="completion").rows
+        return [encoded[number] for number in step_rows(len(encoded), rows, 0, 42)]
+
+
+def our_reviews(model: Any, rows: list[EncodedRow]) -> Callable[[], object]:
+    """A step over rows of different lengths, as ``qrosa finetune`` takes it."""
+    optimizer = AdapterOptimizer(*adapter_parameters(model))
+    limits = Limits(len(rows), WANTED_TOKENS["cpu"])
+    runner = StepRunner(model, optimizer, limits=limits, pad_id=2, seed=0, device=torch.device("cpu"))
+    normaliser = sum(supervised_tokens(row) for row in rows)
+
+    def step() -> None:
+        runner.gradients(rows, 0, normaliser)
+        optimizer.clip(1.0)
+        optimizer.step(lr=1e-4, sparse_lr=1e-4)
+
+    return step
+
+
 def generation(model: Any, tokens: int) -> Callable[[], object]:
     """Greedy generation of ``tokens`` tokens after 32: by transformers, or by the engine if the model is its own."""
     from transformers import GenerationConfig
@@ -160,6 +194,13 @@ def speeds(rounds: int, rows: int, lengths: list[int], new_tokens: int) -> list[
         if not checkpointing:
             answers = {name: generation(model.eval(), new_tokens) for name, model in models.items()}
             found.append(_row(f"generating {new_tokens} tokens", measure(answers, rounds), new_tokens))
+            chosen = reviews(folder, 16)
+            (padded,) = micro_batches(chosen, max_rows=16, max_tokens=2**20, pad_id=2)
+            steps = {
+                name: peer_step(model.train(), padded) if name == "peft" else our_reviews(model.train(), chosen)
+                for name, model in models.items()
+            }
+            found.append(_row("training, 16 film reviews", measure(steps, rounds), padded.tokens))
     return found
 
 
@@ -181,9 +222,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--lengths", default="128,256")
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--without-tiles", action="store_true", help="hold every library to AVX-512 with bf16")
     arguments = parser.parse_args()
+    if arguments.without_tiles and any(os.environ.get(name) != value for name, value in WITHOUT_TILES.items()):
+        # Libraries read these once, when they are loaded.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **WITHOUT_TILES})
     lengths = [int(length) for length in arguments.lengths.split(",")]
-    report("training", speeds(arguments.rounds, arguments.rows, lengths, arguments.new_tokens))
+    name = "training-without-tiles" if arguments.without_tiles else "training"
+    report(name, speeds(arguments.rounds, arguments.rows, lengths, arguments.new_tokens))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def cpu_layer() -> str:
     return markdown(headings, rows) + place_of("linear-cpu")
 
 
-def training() -> str:
+def training(record: str = "training-cpu") -> str:
     """Whole steps and generation of a real model against the peer."""
     rows = [
         [
@@ -115,7 +115,7 @@ def training() -> str:
             f"{row['low_rank_over_peft']:.2f} x",
             f"{row['sparse_step_over_low_rank_step']:.3f}",
         ]
-        for row in read("training-cpu")["rows"]
+        for row in read(record)["rows"]
     ]
     headings = [
         "SmolLM2-135M, tokens/s",
@@ -125,7 +125,12 @@ def training() -> str:
         "speed-up",
         "step with / without sparse",
     ]
-    return markdown(headings, rows) + place_of("training-cpu")
+    return markdown(headings, rows) + place_of(record)
+
+
+def training_without_tiles() -> str:
+    """The same with every library held to AVX-512."""
+    return training("training-without-tiles-cpu")
 
 
 def repair() -> str:
@@ -377,6 +382,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-ops": cpu_ops,
     "cpu-layer": cpu_layer,
     "training": training,
+    "training-without-tiles": training_without_tiles,
     "repair": repair,
     "quantize": quantize,
     "selection": selection,
