@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,11 @@ def test_status_names_a_library_or_a_reason() -> None:
         assert device in ("cpu", "cuda")
         assert bool(entry["library"]) != bool(entry["note"])
     assert ops.status()["cpu"]["isa"] in ("portable", "avx2", "avx512")
+
+
+@pytest.mark.skipif(not ops.status()["cpu"]["library"], reason="no compiled library")
+def test_the_library_loads_under_an_older_glibc() -> None:
+    """2.28, as PyTorch's own wheels do: each symbol's version stands in the file by name."""
+    library = Path(ops.status()["cpu"]["library"]).read_bytes()
+    asked = {int(minor) for minor in re.findall(rb"GLIBC_2\.(\d+)", library)}
+    assert asked and max(asked) <= 28
