@@ -10,6 +10,7 @@
 
 #include "csr.h"
 #include "nf4.h"
+#include "norm.h"
 
 namespace qrosa {
 
@@ -91,6 +92,38 @@ inline CsrView optional_csr_view(const OptionalTensor& row_ptr, const OptionalTe
   STD_TORCH_CHECK(present == col.has_value() && present == values.has_value(),
                   "row_ptr, col and values come together or not at all");
   return present ? csr_view(*row_ptr, *col, values, rows, columns, like) : CsrView{};
+}
+
+// x [..., d] with its weight [d]; the caller adds what is written and, for backward, read.
+inline NormWork norm_work(const Tensor& x, const Tensor& weight, double offset) {
+  STD_TORCH_CHECK(x.dim() >= 1 && is_kernel_float(x.scalar_type()), "x must be bf16, fp16 or fp32 [..., d]");
+  check_dense(x, "x");
+  NormWork work{};
+  work.width = x.size(x.dim() - 1);
+  work.rows = work.width > 0 ? x.numel() / work.width : 0;
+  work.x = x.data_ptr();
+  work.weight = checked_data<void>(weight, x.scalar_type(), work.width, x, "weight");
+  work.offset = static_cast<float>(offset);
+  return work;
+}
+
+// gate and up [T, f] of one type, rows a stride apart.
+inline GateWork gate_work(const Tensor& gate, const Tensor& up, bool gelu) {
+  STD_TORCH_CHECK(gate.dim() == 2 && up.dim() == 2 && gate.size(0) == up.size(0) && gate.size(1) == up.size(1),
+                  "gate and up must be matrices of one shape");
+  STD_TORCH_CHECK(is_kernel_float(gate.scalar_type()), "gate must be bf16, fp16 or fp32");
+  STD_TORCH_CHECK(gate.scalar_type() == up.scalar_type(), "gate and up differ in dtype");
+  STD_TORCH_CHECK(gate.numel() == 0 || (gate.stride(1) == 1 && up.stride(1) == 1), "rows of gate and up must be dense");
+  check_same_device(up, gate, "up");
+  GateWork work{};
+  work.gate = gate.data_ptr();
+  work.up = up.data_ptr();
+  work.rows = gate.size(0);
+  work.columns = gate.size(1);
+  work.gate_stride = gate.stride(0);
+  work.up_stride = up.stride(0);
+  work.gelu = gelu;
+  return work;
 }
 
 }  // namespace qrosa

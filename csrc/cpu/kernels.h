@@ -10,6 +10,7 @@
 #include "../csr.h"
 #include "../dropout.h"
 #include "../nf4.h"
+#include "../norm.h"
 
 namespace qrosa {
 
@@ -101,6 +102,10 @@ struct Kernels {
   // out[i] = keep(i) ? x[i] * scale : 0 for i in [begin, end).
   void (*dropout)(Float type, const void* x, void* out, int64_t begin, int64_t end, DropoutKeys keys,
                   uint32_t threshold, float scale);
+
+  // Rows [begin, end) of what norm.h says.
+  void (*rms_norm)(Float type, const NormWork& work, int64_t begin, int64_t end);
+  void (*gate)(Float type, const GateWork& work, int64_t begin, int64_t end);
 
   // Products that never write the dense weight; null where the processor has no matrix tiles.
   int64_t (*matmul_units)(const MatmulWork& work);

@@ -2,6 +2,8 @@
 #include "dequant_add.h"
 #include "dequant_spmm.h"
 #include "dropout_kernel.h"
+#include "gate.h"
+#include "rms_norm.h"
 #include "score_accumulate.h"
 #include "sddmm.h"
 #include "table.h"

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
+#include <tuple>
 #include <vector>
 
 #include "binding.h"
@@ -202,6 +203,61 @@ Tensor dropout(const Tensor& x, double p, int64_t seed) {
   return out;
 }
 
+void run_norm(const Tensor& x, const NormWork& work) {
+  const Kernels& use = kernels();
+  const Float type = float_type(x);
+  torch::stable::parallel_for(0, work.rows, grain_rows(work.width),
+                              [&](int64_t begin, int64_t end) { use.rms_norm(type, work, begin, end); });
+}
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset, bool rounds) {
+  NormWork work = norm_work(x, weight, offset);
+  Tensor y = torch::stable::empty_like(x);
+  Tensor rstd = torch::stable::new_empty(x, {work.rows}, ScalarType::Float);
+  work.eps = static_cast<float>(eps);
+  work.rounds = rounds;
+  work.out = y.mutable_data_ptr();
+  work.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  run_norm(x, work);
+  return {y, rstd};
+}
+
+Tensor rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd, double offset) {
+  NormWork work = norm_work(x, weight, offset);
+  work.dy = checked_data<void>(dy, x.scalar_type(), x.numel(), x, "dy");
+  work.rstd = const_cast<float*>(checked_data<float>(rstd, ScalarType::Float, work.rows, x, "rstd"));
+  Tensor dx = torch::stable::empty_like(x);
+  work.out = dx.mutable_data_ptr();
+  run_norm(x, work);
+  return dx;
+}
+
+void run_gate(const Tensor& gate, const GateWork& work) {
+  const Kernels& use = kernels();
+  const Float type = float_type(gate);
+  torch::stable::parallel_for(0, work.rows, grain_rows(work.columns),
+                              [&](int64_t begin, int64_t end) { use.gate(type, work, begin, end); });
+}
+
+Tensor gate(const Tensor& gate, const Tensor& up, bool gelu) {
+  GateWork work = gate_work(gate, up, gelu);
+  Tensor y = torch::stable::new_empty(gate, {work.rows, work.columns});
+  work.out = y.mutable_data_ptr();
+  run_gate(gate, work);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& dy, const Tensor& gate, const Tensor& up, bool gelu) {
+  GateWork work = gate_work(gate, up, gelu);
+  work.dy = checked_data<void>(dy, gate.scalar_type(), gate.numel(), gate, "dy");
+  Tensor dgate = torch::stable::new_empty(gate, {work.rows, work.columns});
+  Tensor dup = torch::stable::new_empty(gate, {work.rows, work.columns});
+  work.out = dgate.mutable_data_ptr();
+  work.dup = dup.mutable_data_ptr();
+  run_gate(gate, work);
+  return {dgate, dup};
+}
+
 // Forces an instruction set when `request` names one (0 portable ... 4 AMX); returns the one in use.
 int64_t cpu_isa(int64_t request) {
   STD_TORCH_CHECK(request >= -1 && request <= 4, "no such instruction set: ", request);
@@ -218,6 +274,10 @@ STABLE_TORCH_LIBRARY_IMPL(qrosa, CPU, library) {
   library.impl("decode_planned", TORCH_BOX(&decode_planned));
   library.impl("score_accumulate", TORCH_BOX(&score_accumulate));
   library.impl("dropout", TORCH_BOX(&dropout));
+  library.impl("rms_norm", TORCH_BOX(&rms_norm));
+  library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  library.impl("gate", TORCH_BOX(&gate));
+  library.impl("gate_backward", TORCH_BOX(&gate_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qrosa, CompositeExplicitAutograd, library) { library.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }

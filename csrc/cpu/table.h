@@ -4,7 +4,8 @@
 // clang-format off
 #define QROSA_COMMON_KERNELS(isa, score_tile)                                                          \
   isa::dequant_rows, isa::packed_words, isa::pack_columns, isa::sddmm_rows, isa::decode_workspace,     \
-  isa::decode_tile, isa::decode_prepare, isa::decode_rows, isa::score_tile, isa::score_add, isa::dropout
+  isa::decode_tile, isa::decode_prepare, isa::decode_rows, isa::score_tile, isa::score_add, isa::dropout, \
+  isa::rms_norm, isa::gate
 
 #define QROSA_KERNELS(isa)                                                                             \
   {QROSA_COMMON_KERNELS(isa, score_tile), nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}

@@ -9,6 +9,7 @@
 #include "../csr.h"
 #include "../dropout.h"
 #include "../nf4.h"
+#include "../norm.h"
 #include "../sddmm_plan.h"
 
 namespace qrosa {
@@ -56,6 +57,10 @@ cudaError_t launch_score_accumulate(const Pair& pair, float* stat, bool square, 
 
 cudaError_t launch_dropout(Float type, const void* x, void* out, int64_t count, DropoutKeys keys, uint32_t threshold,
                            float scale, cudaStream_t stream);
+
+// Forward where work.dy is null, else backward (csrc/norm.h).
+cudaError_t launch_rms_norm(Float type, const NormWork& work, cudaStream_t stream);
+cudaError_t launch_gate(Float type, const GateWork& work, cudaStream_t stream);
 
 inline bool is_aligned(const void* pointer, int64_t bytes = 16) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;

@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <string>
+#include <tuple>
 
 #include "../checks.h"
 #include "launch.h"
@@ -157,6 +158,51 @@ Tensor dropout(const Tensor& x, double p, int64_t seed) {
   return out;
 }
 
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset, bool rounds) {
+  NormWork work = norm_work(x, weight, offset);
+  const DeviceGuard guard(x.get_device_index());
+  Tensor y = torch::stable::empty_like(x);
+  Tensor rstd = torch::stable::new_empty(x, {work.rows}, ScalarType::Float);
+  work.eps = static_cast<float>(eps);
+  work.rounds = rounds;
+  work.out = y.mutable_data_ptr();
+  work.rstd = static_cast<float*>(rstd.mutable_data_ptr());
+  if (work.rows > 0) check_launch(launch_rms_norm(float_type(x), work, current_stream(x)), "rms_norm");
+  return {y, rstd};
+}
+
+Tensor rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd, double offset) {
+  NormWork work = norm_work(x, weight, offset);
+  work.dy = checked_data<void>(dy, x.scalar_type(), x.numel(), x, "dy");
+  work.rstd = const_cast<float*>(checked_data<float>(rstd, ScalarType::Float, work.rows, x, "rstd"));
+  const DeviceGuard guard(x.get_device_index());
+  Tensor dx = torch::stable::empty_like(x);
+  work.out = dx.mutable_data_ptr();
+  if (work.rows > 0) check_launch(launch_rms_norm(float_type(x), work, current_stream(x)), "rms_norm_backward");
+  return dx;
+}
+
+Tensor gate(const Tensor& gate, const Tensor& up, bool gelu) {
+  GateWork work = gate_work(gate, up, gelu);
+  const DeviceGuard guard(gate.get_device_index());
+  Tensor y = torch::stable::new_empty(gate, {work.rows, work.columns});
+  work.out = y.mutable_data_ptr();
+  if (y.numel() > 0) check_launch(launch_gate(float_type(gate), work, current_stream(gate)), "gate");
+  return y;
+}
+
+std::tuple<Tensor, Tensor> gate_backward(const Tensor& dy, const Tensor& gate, const Tensor& up, bool gelu) {
+  GateWork work = gate_work(gate, up, gelu);
+  work.dy = checked_data<void>(dy, gate.scalar_type(), gate.numel(), gate, "dy");
+  const DeviceGuard guard(gate.get_device_index());
+  Tensor dgate = torch::stable::new_empty(gate, {work.rows, work.columns});
+  Tensor dup = torch::stable::new_empty(gate, {work.rows, work.columns});
+  work.out = dgate.mutable_data_ptr();
+  work.dup = dup.mutable_data_ptr();
+  if (dgate.numel() > 0) check_launch(launch_gate(float_type(gate), work, current_stream(gate)), "gate_backward");
+  return {dgate, dup};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qrosa, CUDA, library) {
@@ -165,6 +211,10 @@ STABLE_TORCH_LIBRARY_IMPL(qrosa, CUDA, library) {
   library.impl("dequant_spmm", TORCH_BOX(&dequant_spmm));
   library.impl("score_accumulate", TORCH_BOX(&score_accumulate));
   library.impl("dropout", TORCH_BOX(&dropout));
+  library.impl("rms_norm", TORCH_BOX(&rms_norm));
+  library.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  library.impl("gate", TORCH_BOX(&gate));
+  library.impl("gate_backward", TORCH_BOX(&gate_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qrosa, CompositeExplicitAutograd, library) {

@@ -16,6 +16,7 @@ from qrosa.adapters.inject import replace_module, target_linears
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.dimensions import KNOWN_HINT, Dimensions, Shapes, experts_refused
 from qrosa.base.families import LLAMA_LIKE
+from qrosa.base.fuse import fuse_layers
 from qrosa.base.library_config import config_value
 from qrosa.base.structure import Structure
 from qrosa.errors import InputError, first_line
@@ -53,6 +54,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype = torch.bfloat16) -
         InputError: The architecture is not a causal language model, or has no suitable linear layers.
     """
     model = meta_model(config, dtype)
+    fuse_layers(model)
     for path, linear in target_linears(model).items():
         weight = NF4Weight.meta((linear.out_features, linear.in_features), dtype)
         replace_module(model, path, QRosaLinear(weight, linear.bias))

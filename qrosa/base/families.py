@@ -23,7 +23,6 @@ class Family:
         gguf: llama.cpp's name of the architecture, where it differs from ``model_type``.
         wide_norms: Norms over the residual stream in one layer.
         layer_norm: LayerNorm with a bias; else RMSNorm, computed in fp32.
-        offset_norm: The norm multiplies by 1 + weight, in fp32.
         parallel: Attention and feed-forward block read the output of one norm.
         head_norms: Norms on the queries and keys of each head, always.
         attention_bias: Biases on q, k and v, always.
@@ -33,8 +32,8 @@ class Family:
         fused_qkv: q, k and v are one matrix.
         fused_gate: Gate and up projection are one matrix.
         gated: gate, up and down projection; else two matrices, fc1 and fc2.
-        inner_saved: Tensors [T, f] that the feed-forward block saves for backward: gate, its activation, up and their
-            product; for GELU by its tanh formula its four steps and the result.
+        inner_saved: Tensors [T, f] that the feed-forward block saves for backward: gate, up, and the product that the
+            down projection reads; of an ungated one with GELU by its tanh formula its four steps and the result.
         partial_rotation: Only a part of each head is rotated, and joined to the rest again.
         softcap: Attention scores are capped where the config says so.
         two_masks: Layers with full and with sliding attention take turns, each kind with a mask of its own.
@@ -49,7 +48,6 @@ class Family:
     gguf: str | None = None
     wide_norms: int = 2
     layer_norm: bool = False
-    offset_norm: bool = False
     parallel: bool = False
     head_norms: bool = False
     attention_bias: bool = False
@@ -59,7 +57,7 @@ class Family:
     fused_qkv: bool = False
     fused_gate: bool = False
     gated: bool = True
-    inner_saved: int = 4
+    inner_saved: int = 3
     partial_rotation: bool = False
     softcap: bool = True
     two_masks: bool = False
@@ -114,7 +112,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 final_logit_softcapping=30.0,
             ),
             wide_norms=4,
-            offset_norm=True,
             two_masks=True,
             window=4096,
         ),
@@ -124,7 +121,6 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             ),
             gguf="gemma3",
             wide_norms=4,
-            offset_norm=True,
             head_norms=True,
             softcap=False,
             two_masks=True,

@@ -31,7 +31,10 @@ _fixes = {
     "cpu": "run `pip install --no-build-isolation -e .` (needs a C++17 compiler)",
     "cuda": "rebuild with nvcc on the PATH: `pip install --no-build-isolation -e .`",
 }
-_KERNELS = ("dequant_add", "sddmm", "dequant_spmm", "score_accumulate")
+_KERNELS = (
+    *("dequant_add", "sddmm", "dequant_spmm", "score_accumulate"),
+    *("rms_norm", "rms_norm_backward", "gate", "gate_backward"),
+)
 
 libraries: dict[str, Path | None] = {"cpu": None, "cuda": None}
 """The library that serves each device, if any."""
@@ -59,6 +62,10 @@ _COMPOSITIONS: dict[str, Callable[..., Any]] = {
     "sddmm": reference.sddmm,
     "dequant_spmm": _flat_dequant_spmm,
     "score_accumulate": reference.score_accumulate,
+    "rms_norm": reference.rms_norm,
+    "rms_norm_backward": reference.rms_norm_backward,
+    "gate": reference.gate,
+    "gate_backward": reference.gate_backward,
 }
 
 

@@ -8,12 +8,17 @@ gradient goes through dense strips. Everything is differentiable by PyTorch's ow
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from qrosa.ops.operands import NESTED_BLOCK, NF4_TABLE, CsrOperands, NF4Operands
 
 _STRIP_ROWS = 256
 """Rows of dY^T X held dense at a time."""
+
+GELU_SCALE, GELU_CUBE = 2.0 * (2.0 / math.pi) ** 0.5, 0.044715
+"""GELU by its tanh formula is g sigmoid(GELU_SCALE (g + GELU_CUBE g^3)), because (1 + tanh u) / 2 = sigmoid(2 u)."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -90,6 +95,57 @@ def score_accumulate(dy: torch.Tensor, x: torch.Tensor, stat: torch.Tensor, squa
         strip = dy[:, start : start + _STRIP_ROWS].to(dtype).t() @ wide_x
         target = stat[start : start + _STRIP_ROWS]
         target.addcmul_(strip, strip) if square else target.add_(strip)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, rounds: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(offset + weight) x rstd as [..., d] in x's dtype, and rstd = 1 / rms(x) of each row [T]. Weight [d].
+
+    ``rounds``: x rstd is rounded to x's dtype before the weight multiplies it.
+    """
+    dtype = compute_dtype(x.dtype)
+    wide = x.to(dtype)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    scaled = wide * rstd
+    if rounds:
+        scaled = scaled.to(x.dtype).to(dtype)
+    return (scaled * (offset + weight.to(dtype))).to(x.dtype).contiguous(), rstd.flatten()
+
+
+def rms_norm_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, offset: float
+) -> torch.Tensor:
+    """The gradient of x [..., d]: rstd (g - x rstd^2 mean(g x)) with g = (offset + weight) dy."""
+    dtype = compute_dtype(x.dtype)
+    wide, scale = x.to(dtype), rstd.view(*x.shape[:-1], 1)
+    gradient = dy.to(dtype) * (offset + weight.to(dtype))
+    share = (gradient * wide).mean(-1, keepdim=True) * scale.square()
+    return (scale * (gradient - wide * share)).to(x.dtype).contiguous()
+
+
+def gate(gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
+    """act(gate) up in their dtype, the activation rounded first; GELU by its tanh formula, or SiLU."""
+    dtype = compute_dtype(gate.dtype)
+    wide = gate.to(dtype)
+    active = torch.nn.functional.gelu(wide, approximate="tanh") if gelu else torch.nn.functional.silu(wide)
+    return (active.to(gate.dtype).to(dtype) * up.to(dtype)).to(gate.dtype).contiguous()
+
+
+def gate_backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, gelu: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up."""
+    dtype = compute_dtype(gate.dtype)
+    wide = gate.to(dtype)
+    cube = GELU_CUBE * wide * wide
+    scaled = GELU_SCALE * (wide + cube * wide) if gelu else wide
+    rise = GELU_SCALE * (1.0 + 3.0 * cube) if gelu else 1.0
+    share = torch.sigmoid(scaled)
+    slope = share + wide * rise * share * torch.sigmoid(-scaled)
+    gradient = dy.to(dtype)
+    dgate, dup = gradient * up.to(dtype) * slope, gradient * (wide * share)
+    return dgate.to(gate.dtype).contiguous(), dup.to(gate.dtype).contiguous()
 
 
 def linear(

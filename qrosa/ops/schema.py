@@ -240,6 +240,60 @@ def _(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+LIBRARY.define("rms_norm(Tensor x, Tensor weight, float eps, float offset, bool rounds) -> (Tensor y, Tensor rstd)")
+
+
+@_fake("rms_norm")
+def _(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, rounds: bool) -> tuple[torch.Tensor, ...]:
+    check_norm(x, weight)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty((x.numel() // max(1, x.shape[-1]),), dtype=dtype)
+
+
+LIBRARY.define("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, float offset) -> Tensor")
+
+
+@_fake("rms_norm_backward")
+def _(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, offset: float) -> torch.Tensor:
+    check_norm(x, weight)
+    torch._check(dy.shape == x.shape, lambda: f"dy must be {list(x.shape)}, got {list(dy.shape)}")
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def check_norm(x: torch.Tensor, weight: torch.Tensor) -> None:
+    """Checks what a norm is given: x [..., d] and a weight [d] of its type."""
+    torch._check(x.dim() >= 1 and x.dtype in _FLOATS, lambda: f"x must be bf16, fp16, fp32 or fp64, got {x.dtype}")
+    torch._check(weight.shape == x.shape[-1:], lambda: f"weight must be [{x.shape[-1]}], got {list(weight.shape)}")
+    torch._check(weight.dtype == x.dtype, lambda: f"weight is {weight.dtype}, x is {x.dtype}")
+
+
+LIBRARY.define("gate(Tensor gate, Tensor up, bool gelu) -> Tensor")
+
+
+@_fake("gate")
+def _(gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
+    check_gate(gate, up)
+    return gate.new_empty(gate.shape)
+
+
+LIBRARY.define("gate_backward(Tensor dy, Tensor gate, Tensor up, bool gelu) -> (Tensor dgate, Tensor dup)")
+
+
+@_fake("gate_backward")
+def _(dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    check_gate(gate, up)
+    torch._check(dy.shape == gate.shape, lambda: f"dy must be {list(gate.shape)}, got {list(dy.shape)}")
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+
+
+def check_gate(gate: torch.Tensor, up: torch.Tensor) -> None:
+    """Checks gate and up, matrices of one shape and type."""
+    _check_matrix("gate", gate)
+    torch._check(gate.shape == up.shape, lambda: f"gate is {list(gate.shape)}, up is {list(up.shape)}")
+    torch._check(gate.dtype == up.dtype, lambda: f"gate is {gate.dtype}, up is {up.dtype}")
+
+
 _LAYER = f"Tensor x, {_NF4}, int out_features, Tensor? bias, {_CSR}, {_LOW_RANK}"
 _LAYER_BACKWARD = f"Tensor dy, Tensor x, Tensor projected, {_NF4}, {_CSR}, {_LOW_RANK}, {_NEEDS}"
 

@@ -2,8 +2,9 @@
 
 T tokens in a micro-batch, rows of L; d, f, H as in the model; bf16 unless said. The lists follow the transformers
 modules with ``qrosa::linear`` in place of their projections: that op saves its input once (shared where several
-projections read the same tensor) and drop(X) A^T; norms save their fp32 input; a frozen weight saves nothing. A test
-holds the sum against the tensors that autograd really saves, family by family, to the byte.
+projections read the same tensor) and drop(X) A^T; ``qrosa::rms_norm`` its input and a scale a row, ``qrosa::gate`` gate
+and up; a frozen weight saves nothing. A test holds the sum against the tensors that autograd really saves, family by
+family, to the byte.
 """
 
 from __future__ import annotations
@@ -63,22 +64,19 @@ def saved_by_layer(dims: Dimensions, batch: MicroBatch, attention: str, rank_sum
         rank_sum: Sum of the ranks of the layer's low-rank parts.
 
     Returns:
-        ``norms``: each RMSNorm's fp32 input [T, d] and scale [T] (LayerNorm: bf16 input, fp32 mean and scale); the same
-        for norms on queries and keys; Gemma's 1 + weight in fp32.
+        ``norms``: each RMSNorm's input [T, d] and fp32 scale [T] (LayerNorm: mean and scale); the same for norms on
+        queries and keys.
         ``inputs``: X of the projections, [T, d] and [T, heads * head_dim]; for the down projection in ``feed_forward``.
         ``attention``: see below.
-        ``feed_forward``: gate, its activation, up, and their product, [T, f] each; Phi: GELU's four steps and result.
+        ``feed_forward``: gate, up, and their product, [T, f] each; Phi: GELU's four steps and result.
         ``projected``: drop(X) A^T [T, r].
     """
     if dims.counted is not None:
         return _counted(dims, dims.counted, batch, attention, rank_sum)
     tokens, heads, switches = batch.tokens, dims.heads + dims.kv_heads, dims.switches
-    width, scales = (HALF, 2 * FULL) if switches.layer_norm else (FULL, FULL)
-    norms = switches.wide_norms * tokens * (width * dims.hidden + scales)
+    norms = switches.wide_norms * _norm_bytes(dims, batch)
     if dims.head_norms:
-        norms += tokens * (width * (dims.query_width + dims.key_width) + scales * heads)
-    if switches.offset_norm:
-        norms += FULL * (switches.wide_norms * dims.hidden + (2 * dims.head_dim if dims.head_norms else 0))
+        norms += tokens * (HALF * (dims.query_width + dims.key_width) + _scale_bytes(dims) * heads)
     reads = 1 if switches.parallel else 2  # attention and feed-forward read one norm's output, or one each
     return {
         "norms": norms,
@@ -141,7 +139,7 @@ def mask_bytes(dims: Dimensions, batch: MicroBatch, attention: str) -> int:
 
 def first_norm_bytes(dims: Dimensions, batch: MicroBatch) -> int:
     """What the first layer's first norm does not save: its input are the frozen embeddings."""
-    return batch.tokens * (HALF * dims.hidden if dims.switches.layer_norm else FULL * (dims.hidden + 1))
+    return _norm_bytes(dims, batch)
 
 
 def rotary_bytes(dims: Dimensions, batch: MicroBatch) -> int:
@@ -158,8 +156,8 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keep
     up gives (by when its own value is free). *Gate and up*, where they are one matrix twice as large: when it is
     decoded in the forward pass, embeddings, layer input and residual [T, d] are there, and neither activation nor
     product. *Scores* of eager attention: their gradient in fp32 before and after the softmax, by when what came after
-    is free. Families with norms after their blocks have backed through the last one at entry, which took five fp32
-    [T, d] of its own. *Counted*, of a family without a formula: a gradient for each tensor that the layer saved.
+    is free. Families with norms after their blocks have backed through the last one at entry. *Counted*, of a family
+    without a formula: a gradient for each tensor that the layer saved.
 
     Args:
         dims: The decoder's sizes.
@@ -172,9 +170,9 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keep
     entry = stream + inner + max(down, inner)
     moments = [entry]
     if dims.switches.wide_norms == 4:
-        moments = [entry + stream - _norm_bytes(dims, batch), stream + 5 * FULL * batch.tokens * dims.hidden]
+        moments = [entry + stream - _norm_bytes(dims, batch)]
     if dims.switches.fused_gate:
-        moments.append(3 * stream - 2 * inner + 2 * down)
+        moments.append(3 * stream - inner + 2 * down)
     if attention == "eager":
         moments.append(_score_workspace(dims, batch))
     elif batch.split:
@@ -229,26 +227,32 @@ def _score_workspace(dims: Dimensions, batch: MicroBatch) -> int:
     stream, query = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.query_width
     inner = HALF * batch.tokens * dims.intermediate
     scores = batch.tokens * batch.length * dims.heads
-    freed = 4 * inner + (dims.switches.wide_norms - 1) * _norm_bytes(dims, batch) + stream + 2 * query + HALF * scores
+    freed = dims.switches.inner_saved * inner + (dims.switches.wide_norms - 1) * _norm_bytes(dims, batch)
+    freed += stream + 2 * query + HALF * scores
     return 2 * FULL * scores + stream + query - freed
 
 
 def _norm_bytes(dims: Dimensions, batch: MicroBatch) -> int:
-    """An RMSNorm's fp32 input [T, d] and scale [T]."""
-    return FULL * batch.tokens * (dims.hidden + 1)
+    """What a norm over the residual stream saves: its input [T, d], and a scale for each row."""
+    return batch.tokens * (HALF * dims.hidden + _scale_bytes(dims))
+
+
+def _scale_bytes(dims: Dimensions) -> int:
+    """fp32 a row that a norm saves: 1 / rms, or mean and scale."""
+    return (2 if dims.switches.layer_norm else 1) * FULL
 
 
 def norm_workspace(dims: Dimensions, batch: MicroBatch) -> int:
-    """The backward pass of a wide RMSNorm: its saved input and five tensors like it, fp32 [T, d]."""
-    return 6 * FULL * batch.tokens * dims.hidden
+    """The backward pass of a norm over the residual stream: what it saved, and the gradients of output and input."""
+    return _norm_bytes(dims, batch) + 2 * HALF * batch.tokens * dims.hidden
 
 
 def forward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps_scratch: bool) -> int:
     """What one layer holds at its peak when nothing is saved: a norm, the feed-forward block, or attention.
 
-    Beside the embeddings [T, d], which the model holds on to, and the layer's input. Norm: the residual in bf16, in
-    fp32 and squared. Feed-forward: the residual and its normed form [T, d], the activation and up [T, f], with the
-    dense weight or with their product; gate and up in one are twice as wide and stay until their product is there.
+    Beside the embeddings [T, d], which the model holds on to, and the layer's input. Norm: the residual and its normed
+    form. Feed-forward: those, gate and up [T, f], with the dense weight, twice as large where they are one, or with
+    their product.
     Attention: the normed input, queries, keys and values, repeated ones, the output; for the eager kind scores in bf16,
     fp32, and fp32 after the softmax.
     """
@@ -256,11 +260,11 @@ def forward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps
     query, key = batch.product * batch.tokens * dims.query_width, batch.product * batch.tokens * dims.key_width
     matrix = 0 if keeps_scratch else HALF * dims.hidden * dims.intermediate
     gate = 2 if dims.switches.fused_gate else 1
-    feed_forward = 2 * stream + 2 * inner + gate * max(matrix, inner) + _widened(dims, batch, backward=False)
+    feed_forward = 2 * stream + 2 * inner + max(gate * matrix, inner) + _widened(dims, batch, backward=False)
     attended = stream + 3 * query + 2 * key
     if attention == "eager":
         attended += (HALF + 2 * FULL) * batch.tokens * batch.length * dims.heads
     else:
         attended += query + batch.product * batch.mask_elements
     counted = 0 if dims.counted is None else dims.counted.saved(batch.tokens, batch.length)
-    return 2 * stream + max(5 * stream, feed_forward, attended, counted)
+    return 2 * stream + max(feed_forward, attended, counted)

@@ -242,14 +242,14 @@ def gram_bytes(shape: ModelShape, tokens: int) -> int:
 def loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int, wide: bool = False) -> int:
     """From the decoder's last layer to the loss, all tokens supervised in the worst case.
 
-    [T, d]: the final norm's fp32 input, its output, its supervised rows and their gradient. A chunk of c positions:
+    [T, d]: the final norm's input, its output, its supervised rows and their gradient. A chunk of c positions:
     logits [c, V] in bf16 and fp32 while they are converted, and so is their gradient; or capped and plain, both fp32.
     Where products are ``wide``, in fp32 from the start, beside hidden states and a block of the head in fp32.
     """
     chunk = min(chunk_tokens, tokens)
     each = 2 * FULL if dims.logit_softcap else FULL if wide else FULL + HALF
     widened = FULL * (chunk * dims.hidden + min(HEAD_BLOCK, dims.hidden * dims.vocab)) if wide else 0
-    return tokens * dims.hidden * (FULL + 3 * HALF) + each * chunk * dims.vocab + widened
+    return 4 * HALF * tokens * dims.hidden + each * chunk * dims.vocab + widened
 
 
 def eval_loss_bytes(dims: Dimensions, tokens: int, chunk_tokens: int) -> int:

@@ -185,8 +185,9 @@ def _saved(work: Workload, batch: MicroBatch, layers: int) -> tuple[int, int]:
 
 
 def recomputed_bytes(work: Workload, batch: MicroBatch) -> int:
-    """What the layer with the most low-rank parameters saves."""
-    return sum(saved_by_layer(work.shape.dims, batch, work.attention, max(_rank_sums(work).values())).values())
+    """What the layer with the most low-rank parameters saves beside its input, which is kept all the time."""
+    saved = sum(saved_by_layer(work.shape.dims, batch, work.attention, max(_rank_sums(work).values())).values())
+    return saved if work.shape.dims.counted is not None else saved - HALF * batch.tokens * work.shape.dims.hidden
 
 
 def _rank_sums(work: Workload) -> dict[int, int]:

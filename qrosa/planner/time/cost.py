@@ -23,10 +23,10 @@ from qrosa.planner.workload import Workload
 PRODUCT_SHARE = 0.8  # of the peak, in products with thousands of rows
 ATTENTION_SHARE = 0.5  # the same in fused attention, and in the gathered products of the sparse gradient
 BANDWIDTH_SHARE = 0.8
-# Bytes that one-by-one operations read and write for a token, by the width they run over. Two norms of eight fp32
-# passes and two sums over the residual stream; the rotation; the activation and its product; the low-rank part's
+# Bytes that one-by-one operations read and write for a token, by the width they run over. Two norms, which read and
+# write the residual stream once, and two sums; the rotation; gate and up in, their product out; the low-rank part's
 # reading of X, its mask, and the sum into Y.
-_STREAM, _ROTATION, _INNER, _LOW_RANK_X, _MASK, _LOW_RANK_Y = 76, 18, 10, 2, 4, 4
+_STREAM, _ROTATION, _INNER, _LOW_RANK_X, _MASK, _LOW_RANK_Y = 20, 18, 6, 2, 4, 4
 _SCORES = 24  # eager attention's passes over a score
 _LOGITS = 46  # the loss's passes over a logit
 _GATHER_WASTE = 16  # multiply-adds for one that is kept, where the sparse gradient gathers (csrc/cuda/sddmm_gather.cuh)

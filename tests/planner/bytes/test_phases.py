@@ -12,6 +12,7 @@ from qrosa.adapters.budget import allocate
 from qrosa.adapters.inject import replace_module, target_linears
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.dimensions import read_dimensions
+from qrosa.base.fuse import fuse_layers
 from qrosa.base.shape import ModelShape, from_config
 from qrosa.config import AdapterConfig
 from qrosa.planner.bytes import components as parts
@@ -75,6 +76,7 @@ def build(family: str, attention: str, layers: int, changes: dict[str, Any]) -> 
     config = AutoConfig.for_model(family, **(SMALL | {"num_hidden_layers": layers} | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
     model.requires_grad_(False)
+    fuse_layers(model)
     for path, linear in target_linears(model).items():
         replace_module(model, path, QRosaLinear.from_linear(linear, rank=RANK))
     return model.train()
