@@ -11,12 +11,12 @@ constexpr int kNormThreads = 256;
 constexpr int kNormWarps = kNormThreads / kWarpSize;
 constexpr int64_t kWarpRowBytes = 2048;  // up to so many bytes a row, a warp takes it
 
-// The sum of `value` over the threads of a row, the same for all of them and in a fixed order.
+// The sum of `value` over the threads of a row, the same for all of them and in a fixed order; `sums` is shared memory
+// for a number a warp.
 template <int kRowThreads>
-__device__ __forceinline__ float row_sum(float value) {
+__device__ __forceinline__ float row_sum(float value, float* sums) {
   value = warp_sum(value);
   if constexpr (kRowThreads > kWarpSize) {
-    __shared__ float sums[kNormWarps];
     if (threadIdx.x % kWarpSize == 0) sums[threadIdx.x / kWarpSize] = value;
     sync_block();
     value = 0.0f;
@@ -30,6 +30,7 @@ __device__ __forceinline__ float row_sum(float value) {
 template <typename T, int kRowThreads>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(NormWork work, bool vector) {
   constexpr int kCount = Piece<T>::kCount, kStep = kRowThreads * kCount;
+  __shared__ float sums[kNormWarps];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kNormThreads / kRowThreads) + threadIdx.x / kRowThreads;
   if (row >= work.rows) return;
   const int64_t first = threadIdx.x % kRowThreads * kCount;
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(NormWork work, b
 #pragma unroll
     for (int i = 0; i < kCount; ++i) squares += piece.at[i] * piece.at[i];
   }
-  const float mean = row_sum<kRowThreads>(squares) / static_cast<float>(work.width);
+  const float mean = row_sum<kRowThreads>(squares, sums) / static_cast<float>(work.width);
   const float rstd = 1.0f / sqrtf(mean + work.eps);
   if (first == 0) work.rstd[row] = rstd;
   for (int64_t begin = first; begin < work.width; begin += kStep) {
@@ -61,6 +62,7 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(NormWork work, b
 template <typename T, int kRowThreads>
 __global__ void __launch_bounds__(kNormThreads) rms_norm_backward_kernel(NormWork work, bool vector) {
   constexpr int kCount = Piece<T>::kCount, kStep = kRowThreads * kCount;
+  __shared__ float sums[kNormWarps];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kNormThreads / kRowThreads) + threadIdx.x / kRowThreads;
   if (row >= work.rows) return;
   const int64_t first = threadIdx.x % kRowThreads * kCount;
@@ -77,7 +79,7 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_backward_kernel(NormWor
     for (int i = 0; i < kCount; ++i) products += gradient.at[i] * (work.offset + factor.at[i]) * piece.at[i];
   }
   const float rstd = work.rstd[row];
-  const float share = row_sum<kRowThreads>(products) / static_cast<float>(work.width) * rstd * rstd;
+  const float share = row_sum<kRowThreads>(products, sums) / static_cast<float>(work.width) * rstd * rstd;
   for (int64_t begin = first; begin < work.width; begin += kStep) {
     Piece<T> piece = load_piece(x, begin, work.width, vector);
     const Piece<T> gradient = load_piece(dy, begin, work.width, vector);

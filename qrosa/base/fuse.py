@@ -133,8 +133,10 @@ def _takes_one(module: nn.Module) -> bool:
 
 def _has_more(module: nn.Module | None) -> bool:
     """Whether a part of a block is more than an activation: it has parameters, or drops elements."""
-    drops = isinstance(module, nn.Dropout) and module.p > 0
-    return module is not None and (drops or next(module.parameters(), None) is not None)
+    if module is None:
+        return False
+    drops = any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.modules())
+    return drops or next(module.parameters(), None) is not None
 
 
 def _identity(module: nn.Module) -> tuple[Any, ...]:

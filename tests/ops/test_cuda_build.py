@@ -29,6 +29,8 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the CUDA library is not
 KERNELS = {  # of each source file, with the number of types and sizes it is made for
     "dequant_add.cu": {"dequant_add_kernel": 3},
     "dropout.cu": {"dropout_kernel": 3},
+    "gate.cu": {"gate_kernel": 3, "gate_backward_kernel": 3},
+    "rms_norm.cu": {"rms_norm_kernel": 6, "rms_norm_backward_kernel": 6},
     "sddmm.cu": {
         "gather_index_kernel": 1,
         "gather_kernel": 2,
@@ -129,7 +131,8 @@ def test_the_library_loads_and_registers_every_op(tmp_path: Path) -> None:
         "import sys, torch, qrosa.ops\n"
         "torch.ops.load_library(sys.argv[1])\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "ops = ('dequant_add', 'sddmm', 'dequant_spmm', 'score_accumulate', 'dropout')\n"
+        "ops = ['dequant_add', 'sddmm', 'dequant_spmm', 'score_accumulate', 'dropout']\n"
+        "ops += ['rms_norm', 'rms_norm_backward', 'gate', 'gate_backward']\n"
         "print([op for op in ops if not has(f'qrosa::{op}', 'CUDA')])\n"
         "print([torch.ops.qrosa.sddmm_way(request) for request in (-1, 1, -1, 0)])\n"
     )

@@ -70,7 +70,7 @@ def test_launchers(tmp_path: Path, launchers: list[Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["dequant_add", "sddmm_gather", "tiles", "dequant_spmm", "folded", "dropout", "damaged"]
+    "name", ["dequant_add", "sddmm_gather", "tiles", "dequant_spmm", "folded", "dropout", "norms", "gates", "damaged"]
 )
 def test_kernels_on_a_model_of_a_block(kernels: Path, name: str) -> None:
     """Over odd shapes, forwards and backwards through the threads; ``damaged`` feeds indices that point anywhere."""

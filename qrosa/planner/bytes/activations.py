@@ -172,7 +172,7 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keep
     if dims.switches.wide_norms == 4:
         moments = [entry + stream - _norm_bytes(dims, batch)]
     if dims.switches.fused_gate:
-        moments.append(3 * stream - inner + 2 * down)
+        moments.append(stream - inner + 2 * down)
     if attention == "eager":
         moments.append(_score_workspace(dims, batch))
     elif batch.split:

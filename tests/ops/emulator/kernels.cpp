@@ -185,6 +185,95 @@ void dropout() {
   dropout_case<float>(1023, 0, int64_t{1} << 40);
 }
 
+// ---- norms and gates ------------------------------------------------------------------------------------------------
+
+template <typename T>
+Array<T> random_array(int64_t count, int64_t shift) {
+  Array<T> made(count, shift);
+  for (int64_t i = 0; i < count; ++i) made[i] = from_float<T>(random_value());
+  return made;
+}
+
+// `roundings` of the value to T, and errors of fp32 sums.
+template <typename T>
+void near(const char* what, T got, double expected, int roundings) {
+  const double unit = sizeof(T) == 4 ? 0.0 : std::is_same_v<T, Bf16> ? 1.0 / 256 : 1.0 / 2048;
+  if (!(std::fabs(to_float(got) - expected) <= roundings * unit * std::fabs(expected) * 1.02 + 3e-5)) wrong(what);
+}
+
+template <typename T>
+void norm_case(int64_t rows, int64_t width, float offset, int64_t shift = 0) {
+  Array<T> x = random_array<T>(rows * width, shift), dy = random_array<T>(rows * width, shift);
+  Array<T> weight = random_array<T>(width, shift), y(rows * width, shift), dx(rows * width, shift);
+  Array<float> rstd(rows);
+  NormWork work{x.data(), weight.data(), nullptr, rstd.data(), y.data(), rows, width, 1e-5f, offset, offset == 0.0f};
+  ran(launch_rms_norm(type_of<T>(), work, nullptr));
+  work.dy = dy.data();
+  work.out = dx.data();
+  ran(launch_rms_norm(type_of<T>(), work, nullptr));
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t start = row * width;
+    const auto factor = [&](int64_t i) { return offset + static_cast<double>(to_float(weight[i])); };
+    double squares = 0.0, products = 0.0;
+    for (int64_t i = 0; i < width; ++i) {
+      const double value = to_float(x[start + i]);
+      squares += value * value;
+      products += factor(i) * to_float(dy[start + i]) * value;
+    }
+    const double scale = 1.0 / std::sqrt(squares / width + 1e-5);
+    near("rstd", rstd[row], scale, 0);
+    for (int64_t i = 0; i < width; ++i) {
+      const double value = to_float(x[start + i]), gradient = factor(i) * to_float(dy[start + i]);
+      near("rms_norm", y[start + i], factor(i) * value * scale, 2);
+      near("rms_norm_backward", dx[start + i], scale * (gradient - value * scale * scale * products / width), 1);
+    }
+  }
+}
+
+void norms() {
+  norm_case<Bf16>(19, 128, 0.0f);  // a warp a row
+  norm_case<Fp16>(9, 1000, 1.0f);
+  norm_case<float>(3, 67, 0.0f);
+  norm_case<Bf16>(2, 1, 0.0f, 1);
+  norm_case<Bf16>(3, 4096, 1.0f);  // a block a row
+  norm_case<Fp16>(2, 1303, 0.0f);
+  norm_case<float>(2, 640, 0.0f, 1);
+}
+
+template <typename T>
+void gate_case(int64_t rows, int64_t columns, bool gelu, bool joined, int64_t shift = 0) {
+  const int64_t stride = joined ? 2 * columns : columns;
+  Array<T> gate = random_array<T>(rows * stride, shift), apart = random_array<T>(joined ? 0 : rows * columns, shift);
+  Array<T> dy = random_array<T>(rows * columns, shift);
+  Array<T> y(rows * columns, shift), dgate(rows * columns, shift), dup(rows * columns, shift);
+  T* up = joined ? gate.data() + columns : apart.data();
+  GateWork work{gate.data(), up, nullptr, y.data(), nullptr, rows, columns, stride, stride, gelu};
+  ran(launch_gate(type_of<T>(), work, nullptr));
+  work.dy = dy.data();
+  work.out = dgate.data();
+  work.dup = dup.data();
+  ran(launch_gate(type_of<T>(), work, nullptr));
+  for (int64_t i = 0; i < rows * columns; ++i) {
+    const int64_t from = i / columns * stride + i % columns;
+    const double g = to_float(gate[from]), factor = to_float(up[from]), gradient = to_float(dy[i]);
+    const double scale = gelu ? std::sqrt(8.0 / std::acos(-1.0)) : 1.0, cube = gelu ? 0.044715 : 0.0;
+    const double share = 1.0 / (1.0 + std::exp(-scale * (g + cube * g * g * g)));
+    const double slope = share + g * scale * (1.0 + 3.0 * cube * g * g) * share * (1.0 - share);
+    near("gate", y[i], g * share * factor, 2);
+    near("dgate", dgate[i], gradient * factor * slope, 1);
+    near("dup", dup[i], gradient * g * share, 1);
+  }
+}
+
+void gates() {
+  gate_case<Bf16>(5, 712, false, false);
+  gate_case<Fp16>(3, 67, true, false);
+  gate_case<float>(2, 130, true, true);
+  gate_case<Bf16>(7, 200, true, true);
+  gate_case<Fp16>(4, 33, false, true, 1);
+  gate_case<float>(1, 1, false, false, 1);
+}
+
 // ---- damaged indices: any result, no access outside -----------------------------------------------------------------
 
 void damage(Base& base, int round) {
@@ -231,6 +320,8 @@ int main(int count, char** arguments) {
                         {"dequant_spmm", qrosa::dequant_spmm},
                         {"folded", qrosa::folded},
                         {"dropout", qrosa::dropout},
+                        {"norms", qrosa::norms},
+                        {"gates", qrosa::gates},
                         {"damaged", qrosa::damaged}};
   for (const bool backwards : {false, true}) {
     qrosa::model::block.backwards = backwards;

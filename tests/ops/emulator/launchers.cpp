@@ -26,6 +26,21 @@ cudaError_t decode_weight(int64_t rows, int64_t columns) {
 
 cudaError_t drop(int64_t count) { return launch_dropout(Float::kBf16, memory, memory, count, {}, 0, 1.0f, nullptr); }
 
+cudaError_t normed(int64_t rows, int64_t width) {
+  NormWork work{};
+  work.rows = rows;
+  work.width = width;
+  return launch_rms_norm(Float::kBf16, work, nullptr);
+}
+
+cudaError_t gated(int64_t rows, int64_t columns, int64_t stride) {
+  GateWork work{};
+  work.rows = rows;
+  work.columns = columns;
+  work.gate_stride = work.up_stride = stride;
+  return launch_gate(Float::kBf16, work, nullptr);
+}
+
 Pair pair_of(Float type, int64_t tokens, int64_t rows, int64_t columns) {
   return {memory, memory, tokens, rows, columns, type};
 }
@@ -67,6 +82,8 @@ void huge_sizes() {
   }
   check(decode_weight(kMost, 4096) == cudaSuccess, "dequant_add of 2^43 elements");
   check(drop(int64_t{1} << 40) == cudaSuccess, "dropout of 2^40 elements");
+  check(normed(kMost, 64) == cudaSuccess && normed(kMost, 8192) == cudaSuccess, "a norm of many rows");
+  check(gated(kMost, 8192, 8192) == cudaSuccess && gated(kMost, 8192, 16384) == cudaSuccess, "a gate of many rows");
 }
 
 // A grid covers every piece along y, and folds only where it must.

@@ -54,6 +54,27 @@ _INSTRUCTIONS = {
     "spmm_tensor fp16 2": 75952,
     "gather fp16": 77266,
     "gather fp16 unaligned": 18127,
+    "norm bf16": 13572,
+    "norm bf16 wide": 17916,
+    "norm bf16 unaligned": 2042,
+    "norm bf16 wide unaligned": 12056,
+    "gate bf16": 9306,
+    "gate bf16 joined": 3327,
+    "gate bf16 unaligned": 1296,
+    "norm fp16": 9675,
+    "norm fp16 wide": 13572,
+    "norm fp16 unaligned": 1862,
+    "norm fp16 wide unaligned": 10980,
+    "gate fp16": 7962,
+    "gate fp16 joined": 3039,
+    "gate fp16 unaligned": 1235,
+    "norm fp32": 19710,
+    "norm fp32 wide": 11094,
+    "norm fp32 unaligned": 1100,
+    "norm fp32 wide unaligned": 9406,
+    "gate fp32": 8756,
+    "gate fp32 joined": 3030,
+    "gate fp32 unaligned": 1198,
 }
 
 _CONFLICTS = {
@@ -63,6 +84,7 @@ _CONFLICTS = {
     "score": 1.0,
     "tiles": 1.08,
     "gather": 1.03,
+    "norm": 1.0,
 }
 """Of aligned inputs, by kernel."""
 

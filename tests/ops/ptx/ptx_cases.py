@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from op_inputs import SUM_ERROR, close, delta, matrix, quantized
+from op_inputs import ROUNDING, SUM_ERROR, close, delta, matrix, quantized
 from ptx_session import Session, ceil_div, csr_view, flag, int32, int64, nf4_view, operands
 
 from qrosa.ops import CsrOperands, reference
@@ -165,6 +165,61 @@ def drop(session: Session, count: int, dtype: torch.dtype, shift: int = 0) -> No
     assert torch.equal(session.result(out, count, dtype), dropout(x, p, seed).flatten())
 
 
+def norm(session: Session, shape: Shape, dtype: torch.dtype, offset: float = 0.0, shift: int = 0) -> None:
+    """RMSNorm and its gradient, a row a warp or a row a block."""
+    (rows, width), rounds = shape, offset == 0.0
+    x, dy, weight = matrix(rows, width, dtype, 1), matrix(rows, width, dtype, 2), matrix(1, width, dtype, 3)[0]
+    inputs = [session.add(name, t, shift) for name, t in (("x", x), ("weight", weight), ("dy", dy))]
+    rstd = session.room("rstd", rows, FP32)
+    y, dx = (session.room(name, rows * width, dtype, shift) for name in ("y", "dx"))
+    threads = 32 if width * dtype.itemsize <= 2048 else 256
+    vector = flag(shift == 0 and width * dtype.itemsize % 16 == 0)
+    grid = (ceil_div(rows, 256 // threads), 1, 1)
+    for name, gradient, out in (("rms_norm", 0, y), ("rms_norm_backward", inputs[2], dx)):
+        work = struct.pack("<5Q2q2f?7x", *inputs[:2], gradient, rstd, out, rows, width, 1e-5, offset, rounds)
+        session.start(session.kernel(f"{name}_kernel", dtype, threads), grid, work, vector)
+    exact, scale = reference.rms_norm(x.double(), weight.double(), 1e-5, offset, False)
+    close(session.result(rstd, rows, FP32), scale, FP32, width)
+    _rounded_once(session.result(y, rows * width, dtype).view(shape), exact, dtype, 2 if rounds else 1, width)
+    expected = reference.rms_norm_backward(dy.double(), x.double(), weight.double(), scale, offset)
+    _rounded_once(session.result(dx, rows * width, dtype).view(shape), expected, dtype, 1, width)
+
+
+def _rounded_once(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, roundings: int, terms: int) -> None:
+    """So many roundings of a result that hangs on fp32 sums, whose errors are 2^-22 a term of size 8 at most."""
+    bound = ROUNDING[dtype] * (1.02 * roundings * exact.abs() + 2.0**-14) + 8.0 * SUM_ERROR * terms**0.5
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+def gated(session: Session, shape: Shape, dtype: torch.dtype, gelu: bool, joined: bool = False, shift: int = 0) -> None:
+    """act(gate) up and its gradients; ``joined``: both are halves of wider rows."""
+    rows, columns = shape
+    both = matrix(rows, 2 * columns, dtype, 1) * 3
+    dy = matrix(rows, columns, dtype, 2)
+    halves = [half.contiguous() for half in both.chunk(2, -1)]
+    if joined:
+        gate_at = session.add("both", both, shift)
+        places, stride = (gate_at, gate_at + columns * dtype.itemsize), 2 * columns
+    else:
+        places, stride = (
+            [session.add(name, half, shift) for name, half in zip(("gate", "up"), halves, strict=True)],
+            columns,
+        )
+    gradient = session.add("dy", dy, shift)
+    y, dgate, dup = (session.room(name, rows * columns, dtype, shift) for name in ("y", "dgate", "dup"))
+    of_rows, of_columns = (rows, columns) if joined else (1, rows * columns)
+    stride = stride if joined else of_columns
+    vector = flag(shift == 0 and columns * dtype.itemsize % 16 == 0)
+    grid = (ceil_div(of_columns, 256 * 16 // dtype.itemsize), of_rows, 1)
+    for name, given, outputs in (("gate", 0, (y, 0)), ("gate_backward", gradient, (dgate, dup))):
+        work = struct.pack("<5Q4q?7x", *places, given, *outputs, of_rows, of_columns, stride, stride, gelu)
+        session.start(session.kernel(f"{name}_kernel", dtype), grid, work, vector)
+    wide = [half.double() for half in halves]
+    expected = reference.gate(*wide, gelu), *reference.gate_backward(dy.double(), *wide, gelu)
+    for place, exact, roundings in zip((y, dgate, dup), expected, (2, 1, 1), strict=True):
+        _rounded_once(session.result(place, rows * columns, dtype).view(shape), exact, dtype, roundings, 64)
+
+
 def damaged(session: Session) -> None:
     """Row pointers and columns that point anywhere: any result, no access outside."""
     shape, random = (40, 96), torch.Generator().manual_seed(1)
@@ -197,6 +252,13 @@ def _cases() -> dict[str, Callable[..., None]]:
             dequant_add, shape=(7, 33), dtype=dtype, density=0.3, nested=False, shift=3
         )
         found[f"dropout {name}"] = partial(drop, count=4501, dtype=dtype)
+        found[f"norm {name}"] = partial(norm, shape=(9, 576), dtype=dtype, offset=1.0)
+        found[f"norm {name} wide"] = partial(norm, shape=(3, 2304), dtype=dtype)
+        found[f"norm {name} unaligned"] = partial(norm, shape=(2, 67), dtype=dtype, shift=1)
+        found[f"norm {name} wide unaligned"] = partial(norm, shape=(2, 1301), dtype=dtype, shift=1)
+        found[f"gate {name}"] = partial(gated, shape=(5, 712), dtype=dtype, gelu=False)
+        found[f"gate {name} joined"] = partial(gated, shape=(3, 200), dtype=dtype, gelu=True, joined=True)
+        found[f"gate {name} unaligned"] = partial(gated, shape=(3, 67), dtype=dtype, gelu=True, shift=1)
         found[f"dropout {name} unaligned"] = partial(drop, count=901, dtype=dtype, shift=1)
         for size, tokens, columns in ((1, 1, 2208), (2, 2, 96), (4, 3, 1056)):
             found[f"spmm_rows {name} {size}"] = partial(

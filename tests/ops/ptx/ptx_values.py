@@ -27,7 +27,8 @@ for _bits in (8, 16, 32, 64):
 _COMPARE = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater}
 _COMPARE |= {"ge": np.greater_equal}
 _BINARY = {"add": np.add, "sub": np.subtract, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
-_BINARY |= {"min": np.minimum, "max": np.maximum, "mul": np.multiply}
+_BINARY |= {"min": np.fmin, "max": np.fmax, "mul": np.multiply}
+_UNARY = {"rcp": lambda x: np.float32(1) / x, "sqrt": np.sqrt, "ex2": lambda x: np.exp2(x.astype(np.float64))}
 _WIDE = {"u16": np.uint32, "s16": np.int32, "u32": np.uint64, "s32": np.int64}
 
 
@@ -120,10 +121,14 @@ def compute(registers: Registers, one: Instruction) -> Step:
     sources = tuple(registers.source(operand, dtype) for operand in operands[1:])
     if name == "mad" and parts[1] == "lo":
         return _applied(write, lambda a, b, c: a * b + c, *sources)
+    if name in _UNARY:
+        return _applied(write, lambda a: _UNARY[name](a).astype(np.float32), *sources)
+    if name == "fma" and parts[1] == "rm":
+        return _applied(write, _fma_down, *sources)
     if name == "fma":  # exact in fp64 but for the last bit of a sum that cancels
         return _applied(write, lambda a, b, c: (a.astype(np.float64) * b + c).astype(np.float32), *sources)
     if name == "div":
-        return _applied(write, _divide, *sources)
+        return _applied(write, np.divide if kind == "f32" else _divide, *sources)
     if name in ("not", "neg"):
         return _applied(write, np.invert if name == "not" else np.negative, *sources)
     if name in _BINARY and not (name == "mul" and parts[1] == "hi"):
@@ -146,6 +151,13 @@ def _shift_right(values: NDArray, by: NDArray) -> NDArray:
     bits = 8 * values.dtype.itemsize
     shifted = values >> np.minimum(by, bits - 1).astype(values.dtype)
     return shifted if values.dtype.kind == "i" else np.where(by >= bits, np.zeros(1, values.dtype), shifted)
+
+
+def _fma_down(a: NDArray, b: NDArray, c: NDArray) -> NDArray:
+    """a b + c, rounded towards minus infinity."""
+    exact = a.astype(np.float64) * b + c
+    near = exact.astype(np.float32)
+    return np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
 
 
 def _divide(a: NDArray, b: NDArray) -> NDArray:
@@ -205,6 +217,9 @@ def _together(values: tuple[NDArray, ...], dtype: type) -> NDArray:
 
 def _cvt(registers: Registers, one: Instruction) -> Step:
     write, parts = registers.target(one.operands[0]), one.parts
+    if parts[1] == "sat":
+        values = registers.source(one.operands[1], np.float32)
+        return _applied(write, lambda value: np.nan_to_num(value, nan=0.0).clip(0, 1), values)
     if parts[-1] == "f32":  # cvt.rn.bf16x2.f32 d, a, b: a goes to the upper half
         rounded = bf16_bits if "bf16" in parts[2] else fp16_bits
         sources = [registers.source(operand, np.float32) for operand in one.operands[1:]]
