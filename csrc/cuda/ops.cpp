@@ -160,6 +160,7 @@ Tensor dropout(const Tensor& x, double p, int64_t seed) {
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset, bool rounds) {
   NormWork work = norm_work(x, weight, offset);
+  check_sizes("x", {work.width});
   const DeviceGuard guard(x.get_device_index());
   Tensor y = torch::stable::empty_like(x);
   Tensor rstd = torch::stable::new_empty(x, {work.rows}, ScalarType::Float);
@@ -173,6 +174,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
 
 Tensor rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd, double offset) {
   NormWork work = norm_work(x, weight, offset);
+  check_sizes("x", {work.width});
   work.dy = checked_data<void>(dy, x.scalar_type(), x.numel(), x, "dy");
   work.rstd = const_cast<float*>(checked_data<float>(rstd, ScalarType::Float, work.rows, x, "rstd"));
   const DeviceGuard guard(x.get_device_index());

@@ -14,8 +14,8 @@ struct Piece {
 
 // Elements [begin, begin + kCount) of a run of `count`, zeros beyond it. `vector`: the run is 16-byte aligned and holds
 // whole pieces.
-template <typename T>
-__device__ __forceinline__ Piece<T> load_piece(const T* run, int64_t begin, int64_t count, bool vector) {
+template <typename T, typename Index>
+__device__ __forceinline__ Piece<T> load_piece(const T* run, Index begin, Index count, bool vector) {
   constexpr int kCount = Piece<T>::kCount;
   __align__(16) T values[kCount];
   Piece<T> piece;
@@ -30,8 +30,8 @@ __device__ __forceinline__ Piece<T> load_piece(const T* run, int64_t begin, int6
   return piece;
 }
 
-template <typename T>
-__device__ __forceinline__ void store_piece(T* run, int64_t begin, int64_t count, bool vector, const Piece<T>& piece) {
+template <typename T, typename Index>
+__device__ __forceinline__ void store_piece(T* run, Index begin, Index count, bool vector, const Piece<T>& piece) {
   constexpr int kCount = Piece<T>::kCount;
   if (vector) {
     __align__(16) T values[kCount];

@@ -33,28 +33,28 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_kernel(NormWork work, b
   __shared__ float sums[kNormWarps];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kNormThreads / kRowThreads) + threadIdx.x / kRowThreads;
   if (row >= work.rows) return;
-  const int64_t first = threadIdx.x % kRowThreads * kCount;
+  const int width = static_cast<int>(work.width), first = static_cast<int>(threadIdx.x % kRowThreads) * kCount;
   const T* x = static_cast<const T*>(work.x) + row * work.width;
   const T* weight = static_cast<const T*>(work.weight);
   T* out = static_cast<T*>(work.out) + row * work.width;
   float squares = 0.0f;
-  for (int64_t begin = first; begin < work.width; begin += kStep) {
-    const Piece<T> piece = load_piece(x, begin, work.width, vector);
+  for (int begin = first; begin < width; begin += kStep) {
+    const Piece<T> piece = load_piece(x, begin, width, vector);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) squares += piece.at[i] * piece.at[i];
   }
-  const float mean = row_sum<kRowThreads>(squares, sums) / static_cast<float>(work.width);
+  const float mean = row_sum<kRowThreads>(squares, sums) / static_cast<float>(width);
   const float rstd = 1.0f / sqrtf(mean + work.eps);
   if (first == 0) work.rstd[row] = rstd;
-  for (int64_t begin = first; begin < work.width; begin += kStep) {
-    Piece<T> piece = load_piece(x, begin, work.width, vector);
-    const Piece<T> factor = load_piece(weight, begin, work.width, vector);
+  for (int begin = first; begin < width; begin += kStep) {
+    Piece<T> piece = load_piece(x, begin, width, vector);
+    const Piece<T> factor = load_piece(weight, begin, width, vector);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const float scaled = rounded_product(piece.at[i], rstd);
       piece.at[i] = (work.rounds ? to_float(from_float<T>(scaled)) : scaled) * (work.offset + factor.at[i]);
     }
-    store_piece(out, begin, work.width, vector, piece);
+    store_piece(out, begin, width, vector, piece);
   }
 }
 
@@ -65,30 +65,30 @@ __global__ void __launch_bounds__(kNormThreads) rms_norm_backward_kernel(NormWor
   __shared__ float sums[kNormWarps];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kNormThreads / kRowThreads) + threadIdx.x / kRowThreads;
   if (row >= work.rows) return;
-  const int64_t first = threadIdx.x % kRowThreads * kCount;
+  const int width = static_cast<int>(work.width), first = static_cast<int>(threadIdx.x % kRowThreads) * kCount;
   const T* x = static_cast<const T*>(work.x) + row * work.width;
   const T* dy = static_cast<const T*>(work.dy) + row * work.width;
   const T* weight = static_cast<const T*>(work.weight);
   T* out = static_cast<T*>(work.out) + row * work.width;
   float products = 0.0f;
-  for (int64_t begin = first; begin < work.width; begin += kStep) {
-    const Piece<T> piece = load_piece(x, begin, work.width, vector);
-    const Piece<T> gradient = load_piece(dy, begin, work.width, vector);
-    const Piece<T> factor = load_piece(weight, begin, work.width, vector);
+  for (int begin = first; begin < width; begin += kStep) {
+    const Piece<T> piece = load_piece(x, begin, width, vector);
+    const Piece<T> gradient = load_piece(dy, begin, width, vector);
+    const Piece<T> factor = load_piece(weight, begin, width, vector);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) products += gradient.at[i] * (work.offset + factor.at[i]) * piece.at[i];
   }
   const float rstd = work.rstd[row];
-  const float share = row_sum<kRowThreads>(products, sums) / static_cast<float>(work.width) * rstd * rstd;
-  for (int64_t begin = first; begin < work.width; begin += kStep) {
-    Piece<T> piece = load_piece(x, begin, work.width, vector);
-    const Piece<T> gradient = load_piece(dy, begin, work.width, vector);
-    const Piece<T> factor = load_piece(weight, begin, work.width, vector);
+  const float share = row_sum<kRowThreads>(products, sums) / static_cast<float>(width) * rstd * rstd;
+  for (int begin = first; begin < width; begin += kStep) {
+    Piece<T> piece = load_piece(x, begin, width, vector);
+    const Piece<T> gradient = load_piece(dy, begin, width, vector);
+    const Piece<T> factor = load_piece(weight, begin, width, vector);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       piece.at[i] = rstd * (gradient.at[i] * (work.offset + factor.at[i]) - piece.at[i] * share);
     }
-    store_piece(out, begin, work.width, vector, piece);
+    store_piece(out, begin, width, vector, piece);
   }
 }
 

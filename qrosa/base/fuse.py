@@ -104,7 +104,7 @@ def _activation_of_block(module: nn.Module, layers: dict[str, nn.Linear]) -> boo
         joined = "gate_up_proj" in layers
         halves = results["gate_up_proj"](wide).chunk(2, -1) if joined else ()
         both = halves or (results["gate_proj"](wide), results["up_proj"](wide))
-        return results["down_proj"](gate(*both, gelu))  # type: ignore[no-any-return]
+        return results["down_proj"](gate(both[0], both[1], gelu))  # type: ignore[no-any-return]
 
     for gelu in _ACTIVATIONS:
         if _same(given, lambda dtype, g=gelu: expected(dtype, g)):
@@ -140,10 +140,10 @@ def _has_more(module: nn.Module | None) -> bool:
 
 
 def _identity(module: nn.Module) -> tuple[Any, ...]:
-    """Modules with the same one do the same: their class, and the plain values that they hold."""
+    """Modules with the same one do the same: their class, and what they hold beside parameters and parts."""
     plain = (bool, int, float, str, type(None))
-    held = ((name, value) for name, value in vars(module).items() if isinstance(value, plain))
-    return type(module), *sorted(held, key=lambda item: item[0])
+    held = [(name, value) for name, value in sorted(vars(module).items()) if not name.startswith("_")]
+    return type(module), *((name, value if isinstance(value, plain) else id(value)) for name, value in held)
 
 
 def _twin(module: nn.Module) -> nn.Module:

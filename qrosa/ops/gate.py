@@ -6,6 +6,7 @@ that is saved, and backward computes the activation again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class _Gate(torch.autograd.Function):
         return _below_autograd(gate, up, gelu)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         return *torch.ops.qrosa.gate_backward(dy.contiguous(), *ctx.saved_tensors, ctx.gelu), None
 
 
@@ -53,8 +54,7 @@ def _below_autograd(*inputs: Any) -> Tensor:
 
 def _gate(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     wanted = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
-    run = _Gate.apply if wanted else _below_autograd
-    return run(gate, up, gelu)  # type: ignore[no-any-return, no-untyped-call]
+    return _Gate.apply(gate, up, gelu) if wanted else _below_autograd(gate, up, gelu)  # type: ignore[no-untyped-call]
 
 
 LIBRARY.impl("gate", _gate, "Autograd")
@@ -68,7 +68,11 @@ class GatedBlock(nn.Module):
         gelu: The activation is GELU by its tanh formula; else SiLU.
     """
 
-    def __init__(self, layers: dict[str, nn.Module], gelu: bool) -> None:
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def __init__(self, layers: Mapping[str, nn.Module], gelu: bool) -> None:
         super().__init__()
         for name, layer in layers.items():
             self.add_module(name, layer)
@@ -82,7 +86,10 @@ class GatedBlock(nn.Module):
 class JoinedGatedBlock(nn.Module):
     """The same where gate and up are one matrix, gate first: ``gate_up_proj`` and ``down_proj``."""
 
-    def __init__(self, layers: dict[str, nn.Module], gelu: bool) -> None:
+    gate_up_proj: nn.Module
+    down_proj: nn.Module
+
+    def __init__(self, layers: Mapping[str, nn.Module], gelu: bool) -> None:
         super().__init__()
         for name, layer in layers.items():
             self.add_module(name, layer)
@@ -90,4 +97,9 @@ class JoinedGatedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output [..., d] of x [..., d]."""
-        return self.down_proj(gate(*self.gate_up_proj(x).chunk(2, -1), self.gelu))  # type: ignore[no-any-return]
+        return self.down_proj(self._product(x))  # type: ignore[no-any-return]
+
+    def _product(self, x: Tensor) -> Tensor:
+        # Of its own, so that gate and up are free before the down projection runs.
+        first, second = self.gate_up_proj(x).chunk(2, -1)
+        return gate(first, second, self.gelu)

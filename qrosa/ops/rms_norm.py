@@ -38,7 +38,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds:
     if x.is_contiguous():
         return torch.ops.qrosa.rms_norm(x, weight, eps, offset, rounds)[0]  # type: ignore[no-any-return]
     # Heads are often transposed before they are normed: rows are taken as they lie.
-    order = sorted(range(x.dim()), key=lambda axis: (-x.stride(axis), axis))
+    strides = x.stride()
+    order = sorted(range(x.dim()), key=lambda axis: (-strides[axis], axis))
     rows = x.permute(order) if order[-1] == x.dim() - 1 else x
     y = torch.ops.qrosa.rms_norm(rows.contiguous(), weight, eps, offset, rounds)[0]
     if rows is x:

@@ -154,10 +154,10 @@ def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keep
     layer's output [T, d], of the projection's input [T, f], then the larger of the dense weight and another [T, f]:
     with dropout the low-rank part's term before its mask, or the second of the gradients that the product of gate and
     up gives (by when its own value is free). *Gate and up*, where they are one matrix twice as large: when it is
-    decoded in the forward pass, embeddings, layer input and residual [T, d] are there, and neither activation nor
-    product. *Scores* of eager attention: their gradient in fp32 before and after the softmax, by when what came after
-    is free. Families with norms after their blocks have backed through the last one at entry. *Counted*, of a family
-    without a formula: a gradient for each tensor that the layer saved.
+    decoded in the forward pass, the embeddings [T, d] are there, and no product. *Scores* of eager attention: their
+    gradient in fp32 before and after the softmax, by when what came after is free. Families with norms after their
+    blocks have backed through the last one at entry. *Counted*, of a family without a formula: a gradient for each
+    tensor that the layer saved.
 
     Args:
         dims: The decoder's sizes.

@@ -83,7 +83,8 @@ void huge_sizes() {
   check(decode_weight(kMost, 4096) == cudaSuccess, "dequant_add of 2^43 elements");
   check(drop(int64_t{1} << 40) == cudaSuccess, "dropout of 2^40 elements");
   check(normed(kMost, 64) == cudaSuccess && normed(kMost, 8192) == cudaSuccess, "a norm of many rows");
-  check(gated(kMost, 8192, 8192) == cudaSuccess && gated(kMost, 8192, 16384) == cudaSuccess, "a gate of many rows");
+  check(gated(int64_t{1} << 27, 8192, 8192) == cudaSuccess && gated(kMost, 8192, 16384) == cudaSuccess,
+        "a gate of many rows");
 }
 
 // A grid covers every piece along y, and folds only where it must.
