@@ -71,17 +71,18 @@ _COMPOSITIONS: dict[str, Callable[..., Any]] = {
 
 def _warned(device: str, name: str) -> Callable[..., Any]:
     def composition(*args: Any) -> Any:
-        _warn_once(device)
+        _warn_once(device, name)
         return _COMPOSITIONS[name](*args)
 
     return composition
 
 
-def _warn_once(device: str) -> None:
+def _warn_once(device: str, name: str) -> None:
     if device not in _warned_of:
         _warned_of.add(device)
+        reason = notes[device] or f"it is older than the package, without {name}"
         warnings.warn(
-            f"qrosa: no compiled library for {device} ({notes[device]}); plain PyTorch runs instead, slower and with "
+            f"qrosa: no compiled library for {device} ({reason}); plain PyTorch runs instead, slower and with "
             f"more memory. To fix it, {_fixes[device]}.",
             stacklevel=2,
         )
@@ -114,8 +115,8 @@ def _load(device: str, key: str) -> None:
             devices.serve(device)
         except (OSError, RuntimeError) as error:
             notes[device] = f"{path.name} does not load: {str(error).splitlines()[0]}"
-    if libraries[device] is None:
-        for name in _KERNELS:
+    for name in _KERNELS:  # those of a library that is missing, or older than the package
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"qrosa::{name}", key):
             schema.LIBRARY.impl(name, _warned(device, name), key)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,26 @@ for _ in range(2):
     output = run(code)
     assert output.count("no compiled library for cpu") == 1
     assert "pip install" in output
+
+
+def test_an_older_library_lacks_ops_and_says_so(tmp_path: Path) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    empty = tmp_path / "_C_cpu.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c++", "-", "-o", empty], input="", text=True, check=True)
+    code = f"""
+import pathlib, torch
+glob = pathlib.Path.glob
+pathlib.Path.glob = lambda self, pattern: [pathlib.Path({str(empty)!r})] if '_C_cpu' in pattern else glob(self, pattern)
+from qrosa.ops import library
+from qrosa.ops.rms_norm import rms_norm
+assert library.libraries['cpu'].name == '_C_cpu.so'
+for _ in range(2):
+    assert torch.equal(rms_norm(torch.ones(2, 8), torch.ones(8), 0.0), torch.ones(2, 8))
+"""
+    output = run(code)
+    assert output.count("no compiled library for cpu (it is older than the package, without rms_norm)") == 1
 
 
 def test_the_composition_serves_every_op_alike() -> None:
