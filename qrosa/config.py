@@ -29,6 +29,7 @@ RANK_ORDERS = ("order", "sensitivity")
 BASE_ROUNDINGS = ("nearest", "feedback")
 SCHEDULES = ("linear", "cosine", "constant")
 SPLITS = ("validation", "test")
+OBJECTIVES = ("sft", "dpo")
 LOGGERS = ("tensorboard", "wandb", "trackio")
 
 
@@ -189,7 +190,16 @@ class DataConfig:
 class TrainConfig:
     """How the training loop runs."""
 
-    batch_size: int = setting(32, "Sequences per optimizer step, over all micro-batches and cards.")
+    objective: str = setting(
+        "sft",
+        "What is learnt: the answers of the rows (sft), or which of two answers is preferred (dpo), from rows of "
+        "prompt, chosen and rejected; the reference is the base without the adapter.",
+        choices=OBJECTIVES,
+    )
+    beta: float = setting(0.1, "How strongly dpo holds the model to the base: its loss is of beta times the margin.")
+    batch_size: int = setting(
+        32, "Sequences (for dpo: pairs of them) per optimizer step, over all micro-batches and cards."
+    )
     micro_batch: str = setting("auto", "Sequences computed at once, or auto.", metavar="N|auto")
     epochs: float | None = setting(None, "Passes over the training rows.  [default: 1, unless --max-steps]")
     max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.")
@@ -260,7 +270,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_grad_norm", "keep", "timeout"):
+        for name in ("batch_size", "beta", "max_grad_norm", "keep", "timeout"):
             check_positive(name, getattr(self, name))
         for name in ("lr", "sparse_lr", "max_steps", "epochs", "eval_every", "save_every"):
             if getattr(self, name) is not None:
@@ -301,6 +311,11 @@ class TrainConfig:
                 f"{flag} runs {SHARED.words}, and --optimizer is {self.optimizer}",
                 f"leave --optimizer at {SHARED.name}, or leave {flag} out",
             )
+
+    @property
+    def step_rows(self) -> int:
+        """Sequences of an optimizer step."""
+        return self.batch_size * (2 if self.objective == "dpo" else 1)
 
 
 @dataclass(frozen=True)

@@ -162,8 +162,9 @@ def _show_setup(console: Console, prepared: Prepared) -> None:
         f"learnt; longest {report.longest}; {report.truncated} cut to --seq-len; {report.dropped} dropped",
         markup=False,
     )
+    what = "pairs" if prepared.train.group == 2 else "rows"
     warmup = f", the first {phases.warmup} before the masks are picked" if phases.sparse and phases.warmup else ""
-    console.print(f"{phases.total} steps of {prepared.config.train.batch_size} rows{warmup}", markup=False)
+    console.print(f"{phases.total} steps of {prepared.config.train.batch_size} {what}{warmup}", markup=False)
 
 
 def _show_rows(console: Console, prepared: Prepared) -> None:
@@ -185,7 +186,9 @@ def _say_done(console: Console, config: RunConfig, report: Mapping[str, Any]) ->
     loss, evaluation = report["loss"], report["eval"]
     console.print(f"loss {loss['first']:.4f} -> {loss['last']:.4f} in {report['steps']} steps", markup=False)
     if evaluation:
-        text = f"held-out loss {evaluation['loss']:.4f}, perplexity {evaluation['perplexity']:.3f}"
+        from qrosa.report.words import beside_loss
+
+        text = f"held-out loss {evaluation['loss']:.4f}, {beside_loss(evaluation)}"
         console.print(f"{text} on {evaluation['rows']} rows", markup=False)
     console.print(f"run: {config.output}  (curves: {config.output}/report.html)", markup=False)
     console.print(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrosa.quantities import bytes_text
 from qrosa.record.logs import StepRecord
+from qrosa.report.words import beside_loss
 from qrosa.train.callbacks import Callback
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class PlainProgress(Callback):
 
     def on_evaluation(self, step: int, result: Mapping[str, Any]) -> None:
         """Printed at once."""
-        self._print(f"after step {step}: held-out loss {result['loss']:.4f}, perplexity {result['perplexity']:.3f}")
+        self._print(f"after step {step}: held-out loss {result['loss']:.4f}, {beside_loss(result)}")
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)

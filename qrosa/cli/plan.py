@@ -43,7 +43,7 @@ _SETTINGS = (
     *("mask_score", "mask_scope", "mask_memory"),
     *("data", "seq_len", "train_on", "columns", "chat_template"),
     *("batch_size", "micro_batch", "optimizer", "checkpointing", "offload", "deepspeed", "keep", "vram", "host_memory"),
-    *("base_rounding",),
+    *("base_rounding", "objective"),
 )
 _EXAMPLES = """\b
 Examples:
@@ -113,12 +113,13 @@ def make_plan(source: str, values: dict[str, Any], machines: Machines | None = N
     groups, shape = make_groups(values), read_shape(source)
     rows = UNKNOWN_ROWS
     if groups.data.data:
-        rows = measure_rows(source, groups.data, row_length(groups.data.seq_len, shape.dims.max_positions))
+        longest = row_length(groups.data.seq_len, shape.dims.max_positions)
+        rows = measure_rows(source, groups.data, longest, pairs=groups.train.objective == "dpo")
     return solve(make_request(shape, groups, read_here(), rows=rows, device=device, machines=machines))
 
 
-def measure_rows(source: str, data: DataConfig, seq_len: int) -> Rows:
-    """Tokens of the longest training row, cut at ``seq_len``, and of all rows.
+def measure_rows(source: str, data: DataConfig, seq_len: int, *, pairs: bool = False) -> Rows:
+    """Tokens of the longest training row, cut at ``seq_len``, and of all rows, or of both rows of all pairs.
 
     Raises:
         InputError: No usable tokenizer or rows.
@@ -132,7 +133,9 @@ def measure_rows(source: str, data: DataConfig, seq_len: int) -> Rows:
     if data.chat_template is not None:
         tokenizer.chat_template = read_template(data.chat_template)
     with progress_console().status("measuring the rows"):
-        rows = load_rows(data.data, tokenizer, seq_len=seq_len, train_on=data.train_on, columns=data.columns)
+        rows = load_rows(
+            data.data, tokenizer, seq_len=seq_len, train_on=data.train_on, columns=data.columns, pairs=pairs
+        )
     return Rows(rows.report.longest, rows.report.tokens, rows.report.rows)
 
 

@@ -21,7 +21,9 @@ KINDS: dict[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected"),
 }
+PREFERENCE = "preference"
 SYSTEM = ("system", "system_prompt", "system_message")
 _BESIDE: dict[str, tuple[str, ...]] = {
     "messages": ("tools", *SYSTEM),
@@ -29,6 +31,7 @@ _BESIDE: dict[str, tuple[str, ...]] = {
     "alpaca": ("input", "history", *SYSTEM),
     "prompt-completion": ("tools", "history", *SYSTEM),
     "text": (),
+    "preference": ("tools", "history", *SYSTEM),
 }
 _USED = {kind: frozenset((*keys, *_BESIDE[kind])) for kind, keys in KINDS.items()}
 _TARGETS = frozenset().union(*_USED.values())

@@ -87,9 +87,21 @@ class Dataset:
 
     rows: Rows
     report: DataReport
+    group: int = 1
+    """Rows that belong together, one behind the other: 2 where each is a chosen and a rejected answer."""
+
+    @property
+    def examples(self) -> int:
+        """Rows, or pairs of them."""
+        return len(self.rows) // self.group
+
+    @property
+    def wanted(self) -> Rows:
+        """The rows that are to become likelier: all, or the chosen answers."""
+        return self.rows if self.group == 1 else self.rows.pick(range(0, len(self.rows), self.group))
 
     @classmethod
-    def from_rows(cls, rows: Iterable[EncodedRow], kind: str, dropped: int = 0) -> Dataset:
+    def from_rows(cls, rows: Iterable[EncodedRow], kind: str, dropped: int = 0, group: int = 1) -> Dataset:
         """A data set of these rows, counted."""
         kept = rows if isinstance(rows, Rows) else Rows.of(rows)
         truncated = skipped = 0
@@ -104,9 +116,9 @@ class Dataset:
             longest=int(kept.lengths.max(initial=0)),
             kind=kind,
             skipped_turns=skipped,
-            read=len(kept) + dropped,
+            read=len(kept) // group + dropped,
         )
-        return cls(kept, report)
+        return cls(kept, report, group)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -131,17 +143,20 @@ class Dataset:
         Raises:
             InputError: One of the two would have no row.
         """
-        held_out = max(1, round(share * len(self.rows)))
-        if not 0 < share < 1 or held_out >= len(self.rows):
-            message = f"holding out {share:.3g} of {len(self.rows)} rows leaves none on one side"
+        held_out = max(1, round(share * self.examples))
+        if not 0 < share < 1 or held_out >= self.examples:
+            message = f"holding out {share:.3g} of {self.examples} rows leaves none on one side"
             raise InputError(message, "use a share such as 5%, and more rows, or give --eval-data")
-        chosen = set(random.Random(seed).sample(range(len(self.rows)), held_out))
-        rest = self.rows.pick([index for index in range(len(self.rows)) if index not in chosen])
-        kept = self.rows.pick(sorted(chosen))
+        chosen = set(random.Random(seed).sample(range(self.examples), held_out))
+        rest = self.rows.pick([index for index in range(len(self.rows)) if index // self.group not in chosen])
+        kept = self.rows.pick([index for index in range(len(self.rows)) if index // self.group in chosen])
         whole = self.report
-        parts = Dataset.from_rows(rest, whole.kind, whole.dropped), Dataset.from_rows(kept, whole.kind)
+        parts = (
+            Dataset.from_rows(rest, whole.kind, whole.dropped, self.group),
+            Dataset.from_rows(kept, whole.kind, group=self.group),
+        )
         told = replace(parts[0].report, read=whole.read, files=whole.files, unused=whole.unused, ends=whole.ends)
-        return Dataset(parts[0].rows, told), parts[1]
+        return Dataset(parts[0].rows, told, self.group), parts[1]
 
 
 def load_rows(
@@ -155,6 +170,7 @@ def load_rows(
     columns: str | None = None,
     vocabulary: int | None = None,
     seed: int = 42,
+    pairs: bool = False,
 ) -> Dataset:
     """Read, encode and count the rows of files, folders or ``datasets`` ids.
 
@@ -169,17 +185,18 @@ def load_rows(
         columns: What the columns are called; see :class:`qrosa.data.columns.Columns`.
         vocabulary: Rows of the model's embedding, if they are known.
         seed: Of the choice of rows where a share is taken.
+        pairs: Read preferences: each becomes two rows, the chosen answer's and the rejected one's.
 
     Raises:
         InputError: A missing source, a malformed row, no rows, or no supervised token in any of them.
         StorageError: A file cannot be read.
     """
-    loader = Loader(tokenizer, seq_len, train_on, vocabulary)
+    loader = Loader(tokenizer, seq_len, train_on, vocabulary, pairs)
     sources = (source,) if isinstance(source, (str, Path)) else tuple(source)
     for number, one in enumerate(sources):
         loader.load(str(one), number=number, split=split, columns=columns, limit=limit, seed=seed)
     rows = loader.rows(", ".join(map(str, sources)))
-    counted = Dataset.from_rows(rows, ", ".join(loader.kinds), loader.dropped)
+    counted = Dataset.from_rows(rows, ", ".join(loader.kinds), loader.dropped, 2 if pairs else 1)
     report = replace(
         counted.report,
         read=loader.read,
@@ -187,4 +204,4 @@ def load_rows(
         unused=loader.notes.all(),
         ends=tuple(sorted(loader.encoder.ends)),
     )
-    return Dataset(rows, report)
+    return Dataset(rows, report, counted.group)

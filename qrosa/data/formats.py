@@ -5,6 +5,7 @@
     {"instruction": "...", "input": "...", "output": "..."}                      Alpaca      -> Completion
     {"prompt": "..." or messages, "completion": "..." or messages}                           -> Completion, Conversation
     {"text": "..."}                                                                          -> Text
+    {"prompt": "..." or messages, "chosen": "..." or messages, "rejected": ...}  preference  -> a pair of rows
 
 Where a row has the keys of two kinds, the first in this list counts; :mod:`qrosa.data.columns` says what becomes of the
 keys beside those of its kind. All rows of a source must be of one kind. A row that does not hold what its kind asks for
@@ -20,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qrosa.data.columns import KINDS, SYSTEM, Columns
+from qrosa.data.columns import KINDS, PREFERENCE, SYSTEM, Columns
 from qrosa.data.files import describe_type
 from qrosa.data.messages import Message, Turn, check_text, read_turn
 from qrosa.data.notes import Notes
@@ -89,10 +90,17 @@ class Text:
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it stands in its source, and where that is (``train.jsonl:12``)."""
+    """One row as it stands in its source, and where that is (``train.jsonl:12``).
+
+    Attributes:
+        fields: Its columns under qrosa's names.
+        where: Its place.
+        pairs: Preferences are wanted: a row that holds one is one, whatever else it holds.
+    """
 
     fields: Mapping[str, Any]
     where: str = "row"
+    pairs: bool = False
 
     @cached_property
     def kind(self) -> str:
@@ -101,7 +109,8 @@ class RawRow:
         Raises:
             InputError: The row's keys are of no kind.
         """
-        for kind, keys in KINDS.items():
+        wanted = {PREFERENCE: KINDS[PREFERENCE], **KINDS} if self.pairs else KINDS
+        for kind, keys in wanted.items():
             if all(self.fields.get(key) is not None for key in keys):
                 return kind
         for kind, keys in KINDS.items():
@@ -126,6 +135,22 @@ class RawRow:
         if kind == "prompt-completion":
             return self._prompt_completion()
         return Text(self._text("text"))
+
+    def pair(self) -> tuple[RawRow, RawRow]:
+        """A preference row's answers as rows of their own: the chosen one, then the rejected one.
+
+        Answers that are whole conversations, their prompt included, stay whole.
+        """
+        rest = {key: value for key, value in self.fields.items() if key not in ("chosen", "rejected")}
+        made = []
+        for key in ("chosen", "rejected"):
+            answer = self.fields[key]
+            first = answer[0] if isinstance(answer, list) and answer else None
+            whole = isinstance(first, Mapping) and str(first.get("role", "assistant")) != "assistant"
+            own = {"messages": answer} if whole else {"completion": answer}
+            kept = {name: value for name, value in rest.items() if name != "prompt"} if whole else rest
+            made.append(RawRow({**kept, **own}, self.where))
+        return made[0], made[1]
 
     def _alpaca(self) -> Completion:
         instruction, output = self._text("instruction"), self._text("output")
@@ -235,6 +260,7 @@ def read_rows(
     columns: Columns | None = None,
     notes: Notes | None = None,
     files: list[str] | None = None,
+    pairs: bool = False,
 ) -> Iterator[RawRow]:
     """The rows of a file, folder or ``datasets`` id, streamed; see :func:`qrosa.data.sources.read_records`.
 
@@ -246,6 +272,7 @@ def read_rows(
         columns: What the columns are called.
         notes: Takes what is passed over.
         files: Takes the names of the files that are read.
+        pairs: Rows that hold a preference are preferences, whatever else they hold.
 
     Raises:
         InputError: No such source, no rows in it, a malformed row, an unknown kind of row, or two kinds in one source.
@@ -255,7 +282,7 @@ def read_rows(
     first: RawRow | None = None
     first_kind = ""
     for fields, where in read_records(source, split=split, columns=columns.worth_reading, notes=notes, files=files):
-        row = RawRow(columns.rename(fields, where), where)
+        row = RawRow(columns.rename(fields, where), where, pairs)
         kind = row.kind
         if first is None:
             first, first_kind = row, kind

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from qrosa.data.columns import Columns
+from qrosa.data.columns import PREFERENCE, Columns
 from qrosa.data.encode import EncodedRow, Encoder
 from qrosa.data.formats import RawRow, read_rows
 from qrosa.data.notes import Notes
@@ -46,6 +46,7 @@ class Loader:
         seq_len: Most tokens a row.
         train_on: ``completion``, ``last`` or ``all``.
         vocabulary: Rows of the model's embedding, if they are known.
+        pairs: Read preferences: two rows for each, the chosen answer's and the rejected one's.
 
     Attributes:
         notes: What is not used as it stands in the data.
@@ -57,7 +58,12 @@ class Loader:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, seq_len: int, train_on: str, vocabulary: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int,
+        train_on: str,
+        vocabulary: int | None = None,
+        pairs: bool = False,
     ) -> None:
         self.notes = Notes()
         self.encoder = Encoder(tokenizer, seq_len=seq_len, train_on=train_on, notes=self.notes, vocabulary=vocabulary)
@@ -65,6 +71,7 @@ class Loader:
         self.kinds: list[str] = []
         self.read = 0
         self._seq_len = seq_len
+        self._pairs = pairs
         self._writer = RowWriter()
         self._kept = 0
         self._losses: Counter[_Loss] = Counter()
@@ -100,9 +107,12 @@ class Loader:
         """
         source = Source.parse(name)
         draw = Draw(source.share, (seed, number))
-        raws = read_rows(source.name, split=split, columns=Columns(columns), notes=self.notes, files=self.files)
+        raws = read_rows(
+            source.name, split=split, columns=Columns(columns), notes=self.notes, files=self.files, pairs=self._pairs
+        )
         for block in _blocks(islice(raws, limit)):
             self.read += len(block)
+            self._check_kind(block[0])
             if block[0].kind not in self.kinds:
                 self.kinds.append(block[0].kind)
             taken = block
@@ -112,6 +122,11 @@ class Loader:
                 why = f"a share of {source.share:g} is taken"
                 if left:
                     self.notes.add(f"rows of {source.name}", why, block[0].where, count=left)
+            if self._pairs:
+                halves = self.encoder.encode([half for row in taken for half in row.pair()])
+                for pair in zip(halves[::2], halves[1::2], strict=True):
+                    self._take(*pair)
+                continue
             for row in self.encoder.encode(taken):
                 self._take(row)
 
@@ -130,9 +145,25 @@ class Loader:
             raise InputError(f"{what}: {loss.why.format(seq_len=self._seq_len)}", loss.hint)
         return self._writer.close()
 
-    def _take(self, row: EncodedRow) -> None:
-        if row.supervised_tokens:
-            self._writer.append(row)
+    def _check_kind(self, raw: RawRow) -> None:
+        if self._pairs == (raw.kind == PREFERENCE):
+            return
+        if self._pairs:
+            raise InputError(
+                f"{raw.where} is a {raw.kind} row, and preferences are learnt from prompt, chosen and rejected",
+                "give rows of preferences; or --columns chosen=...,rejected=...; or leave --objective at sft",
+            )
+        raise InputError(
+            f"{raw.where} is a preference, and one answer alone is not what it says",
+            "to train on both: --objective dpo; on one: --columns prompt=prompt,completion=chosen",
+        )
+
+    def _take(self, *rows: EncodedRow) -> None:
+        """Keep a row, or both of a pair, where each can teach something."""
+        row = next((row for row in rows if not row.supervised_tokens), None)
+        if row is None:
+            for one in rows:
+                self._writer.append(one)
             self._kept += 1
             return
         loss = _CUT if row.truncated else _REWRITTEN if row.skipped_turns else _NO_ANSWER

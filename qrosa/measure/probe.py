@@ -32,6 +32,7 @@ from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.encode import EncodedRow
 from qrosa.errors import DoesNotFitError, InputError
 from qrosa.eval.perplexity import evaluate_loss
+from qrosa.eval.preferences import sum_preferences
 from qrosa.heap import look_at_each
 from qrosa.masks.random_masks import random_positions
 from qrosa.masks.repair import set_masks
@@ -49,8 +50,9 @@ from qrosa.planner.plan import Plan
 from qrosa.planner.workload import Workload
 from qrosa.quantities import parse_offload
 from qrosa.record.meter import MemoryMeter
+from qrosa.train.preferences import make_runner
 from qrosa.train.selection import sample_loss
-from qrosa.train.step import StepRunner, free_memory, is_out_of_memory
+from qrosa.train.step import free_memory, is_out_of_memory
 
 WARM_UP, MEASURED = 2, 3  # steps: until allocator and caches have settled, and those whose median counts
 PHASES = ("load", "select", "train", "eval")
@@ -266,7 +268,9 @@ class _Probing:
     def _train(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Steps of one micro-batch each."""
         work = self.work
-        runner = StepRunner(
+        rows = self.rows * 2 if work.preferences else self.rows  # pairs, in micro-batches of the same size
+        runner = make_runner(
+            self.made.request.train,
             model,
             optimizer,
             limits=Limits(work.rows, max(work.tokens, work.length)),
@@ -282,17 +286,17 @@ class _Probing:
             self.stage("train", step, WARM_UP + MEASURED)
             with self._phase("train"):
                 begun = self._now()
-                runner.gradients(self.rows, step, sum(map(supervised_tokens, self.rows)))
+                runner.gradients(rows, step, sum(map(supervised_tokens, rows)))
                 between = self._now()
                 optimizer.update(lr=0.0, sparse_lr=0.0, max_norm=self.made.request.train.max_grad_norm)
                 done = self._now()
-            backward.append(between - begun)
+            backward.append((between - begun) * len(self.rows) / len(rows))
             update.append(done - between)
         self._note_times(statistics.median(backward[WARM_UP:]), statistics.median(update[WARM_UP:]))
 
     def _note_times(self, backward: float, update: float) -> None:
         """Times of a micro-batch and an update, and of the whole step that they are parts of."""
-        batch = self.made.request.train.batch_size
+        batch = self.made.request.train.step_rows
         seconds = batch / len(self.rows) * backward + update
         self.times = {
             "micro_batch_seconds": backward,
@@ -305,7 +309,10 @@ class _Probing:
         tokens = max(self.work.eval_tokens, self.work.length)
         rows = worst_rows(dataclasses.replace(self.work, rows=tokens, tokens=tokens), self.vocabulary, self.seed)
         with self._phase("eval"):
-            evaluate_loss(model, rows, max_tokens=tokens)
+            if self.work.preferences:
+                sum_preferences(model, rows * 2, beta=1.0, max_tokens=tokens)
+            else:
+                evaluate_loss(model, rows, max_tokens=tokens)
 
     @property
     def vocabulary(self) -> int:

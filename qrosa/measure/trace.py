@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from qrosa.adapters.forms import form_named
 from qrosa.adapters.inject import adapter_parameters, inject_low_rank, quantized_linears
 from qrosa.base.build import empty_model
+from qrosa.config import TrainConfig
 from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.encode import EncodedRow
 from qrosa.eval.perplexity import evaluate_loss
+from qrosa.eval.preferences import sum_preferences
 from qrosa.masks.exact import accumulate
 from qrosa.masks.observe import observe, run_backward
 from qrosa.masks.selection_rows import Sample
@@ -35,8 +37,8 @@ from qrosa.planner.bytes import components as parts
 from qrosa.planner.workload import Workload
 from qrosa.quant.nf4 import NF4Weight
 from qrosa.sparse.csr import CsrDelta, column_dtype
+from qrosa.train.preferences import make_runner
 from qrosa.train.selection import sample_loss
-from qrosa.train.step import StepRunner
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -205,7 +207,10 @@ class Trace:
         work = self.work
         encoded = _encoded(rows)
         limits = Limits(len(rows), max(work.tokens, max(len(row) for row in rows)))
-        runner = StepRunner(
+        if work.preferences:
+            encoded = [*encoded, *encoded]  # pairs, in micro-batches of the same size
+        runner = make_runner(
+            TrainConfig(objective="dpo" if work.preferences else "sft"),
             self.model,
             optimizer,
             limits=limits,
@@ -232,7 +237,10 @@ class Trace:
         self.tracker.padded = len({len(row) for row in rows}) > 1
         self.tracker.stage = EVALUATION
         with self.tracker.phase() as found:
-            evaluate_loss(self.model, _encoded(rows), max_tokens=tokens)
+            if work.preferences:
+                sum_preferences(self.model, _encoded([*rows, *rows]), beta=1.0, max_tokens=tokens)
+            else:
+                evaluate_loss(self.model, _encoded(rows), max_tokens=tokens)
         return found[0]
 
 

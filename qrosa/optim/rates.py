@@ -12,6 +12,9 @@ about 1e-3 (``bench/accuracy``). The rule goes through both:
 - *steps*: with the inverse square root, from half to double the rate of 256 steps: short runs need larger steps to get
   anywhere, and long ones are not slowed down without bound.
 
+- *preferences*: a tenth. What pulls answers apart has no end of its own, and published settings for low-rank adapters
+  lie an order below those for answers; this is a start, nothing here has measured it.
+
 A rate that is given is taken as it is, and the other follows from it in the rule's proportion.
 """
 
@@ -24,6 +27,8 @@ WIDTH, STEPS, ALPHA = 4096, 256, 16.0
 LOW_RANK_RATE = 7e-4
 SPARSE_SHARE = 2 / 7
 """The sparse rate over the low-rank one, at ``ALPHA``."""
+PREFERENCE_SHARE = 0.1
+"""The rate for preferences over that for answers."""
 MOST = 2.0
 """Factor that the number of steps makes at most."""
 
@@ -50,6 +55,7 @@ def choose_rates(
     steps: int | None = None,
     low_rank: float | None = None,
     sparse: float | None = None,
+    preferences: bool = False,
 ) -> Rates:
     """Both learning rates.
 
@@ -59,6 +65,7 @@ def choose_rates(
         steps: Optimizer steps of the whole run; None where they are not known, which counts as ``STEPS``.
         low_rank: The low-rank part's rate, if it is given.
         sparse: The sparse part's rate, if it is given.
+        preferences: What is learnt is which of two answers is preferred.
     """
     told = [f"width {width}", f"alpha {alpha:g}", *([] if steps is None else [f"{steps} steps"])]
     share = SPARSE_SHARE * alpha / ALPHA
@@ -71,7 +78,10 @@ def choose_rates(
         chosen = _rounded(sparse / share)
         return Rates(chosen, sparse, f"learning rate by rule: {chosen:g} low-rank, from {sparse:g} sparse")
     length = 1.0 if steps is None else min(MOST, max(1 / MOST, math.sqrt(STEPS / steps)))
-    rate = LOW_RANK_RATE * math.sqrt(WIDTH / width) * length * ALPHA / alpha
+    told += ["preferences"] if preferences else []
+    rate = (
+        (PREFERENCE_SHARE if preferences else 1.0) * LOW_RANK_RATE * math.sqrt(WIDTH / width) * length * ALPHA / alpha
+    )
     found = Rates(_rounded(rate), _rounded(rate * share), "")
     reason = f"learning rates by rule: {found.low_rank:g} low-rank, {found.sparse:g} sparse ({', '.join(told)})"
     return Rates(found.low_rank, found.sparse, reason)

@@ -196,12 +196,12 @@ class Plan:
     @property
     def traffic(self) -> dict[str, int]:
         """What crosses PCIe in a step -> its bytes, on one card with all of the batch."""
-        return step_traffic(self.work, micro_batch_rows(self.work, self.request.train.batch_size))
+        return step_traffic(self.work, micro_batch_rows(self.work, self.request.train.step_rows))
 
     def estimate(self) -> Estimate | None:
         """The time of a training step, where a card is named."""
         machines = self.request.machines
-        return None if machines is None else estimate(self.work, self.request.train.batch_size, machines)
+        return None if machines is None else estimate(self.work, self.request.train.step_rows, machines)
 
     @property
     def tightest(self) -> tuple[str, int, int, str]:

@@ -52,7 +52,7 @@ def _token_reason(request: Request, work: Workload) -> str:
         return f"{work.rows} rows of {work.length} tokens, as asked"
     if work.tokens >= WANTED_TOKENS[work.device]:
         return "more tokens at once gain nothing on this device"
-    if work.tokens == work.length * request.train.batch_size:
+    if work.tokens == work.length * request.train.step_rows:
         return "the whole batch at once"
     return "the most that fits" if work.tokens > work.length else "one longest row at a time"
 

@@ -46,6 +46,7 @@ class Workload:
         overhead: What the process takes of a card beside tensors.
         feedback: The run makes its base with error feedback first.
         widens: Products of 16-bit floats are taken in fp32, as on a CPU that is slow at them.
+        preferences: Rows are scored with the adapter on and off before they are trained on.
     """
 
     shape: ModelShape
@@ -78,6 +79,7 @@ class Workload:
     overhead: Overhead = UNMEASURED
     feedback: bool = False
     widens: bool = False
+    preferences: bool = False
 
     @property
     def streamed(self) -> bool:

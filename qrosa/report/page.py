@@ -11,6 +11,7 @@ from qrosa.optim.schedule import learning_rate_factor, sparse_learning_rate_fact
 from qrosa.quantities import bytes_text
 from qrosa.report.charts import Series, bar_pairs, heat_map, line_chart
 from qrosa.report.facts import Facts, ModuleShare
+from qrosa.report.words import beside_loss
 
 _PHASE_ORDER = ("quantise", "load", "select", "train", "eval", "save", "export")
 
@@ -125,9 +126,7 @@ def _tiles(facts: Facts, report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("tokens a second", _count(report["tokens_per_s"])),
     ]
     if report["eval"]:
-        tiles.insert(
-            1, ("held-out loss (perplexity)", f"{report['eval']['loss']:.4f} ({report['eval']['perplexity']:.2f})")
-        )
+        tiles.insert(1, ("held-out loss", f"{report['eval']['loss']:.4f} ({beside_loss(report['eval'])})"))
     if report["micro_batch_changes"]:
         tiles.append(("micro-batch halved", f"{len(report['micro_batch_changes'])} times"))
     return tiles

@@ -16,6 +16,7 @@ from qrosa.record.folder import CARD_FILE, CARD_MARK, REPORT_HTML, REPORT_JSON, 
 from qrosa.record.logs import EVAL_FILE, METRICS_FILE, read_lines
 from qrosa.report.facts import Facts
 from qrosa.report.page import loss_text, page
+from qrosa.report.words import beside_loss
 
 
 def write_report(folder: Path, facts: Facts) -> dict[str, Any]:
@@ -64,8 +65,7 @@ def card(facts: Facts, report: Mapping[str, Any]) -> str:
     settings, base = facts.settings, facts.base
     evaluation = report["eval"]
     held_out = (
-        f"On {evaluation['rows']} held-out rows: loss {evaluation['loss']:.4f}, "
-        f"perplexity {evaluation['perplexity']:.3f}."
+        f"On {evaluation['rows']} held-out rows: loss {evaluation['loss']:.4f}, {beside_loss(evaluation)}."
         if evaluation
         else "No rows were held out, so nothing is known about rows that it was not trained on."
     )

@@ -1,4 +1,4 @@
-"""Evaluation while training: the held-out loss, with a micro-batch of its own that shrinks on its own.
+"""Evaluation while training: the loss of held-out rows or pairs, with a micro-batch of its own that shrinks on its own.
 
 Running out of memory here says nothing about training, so the training micro-batch stays as it is.
 """
@@ -6,7 +6,7 @@ Running out of memory here says nothing about training, so the training micro-ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from qrosa.data.store import row_lengths, with_supervised_tokens
 from qrosa.errors import DoesNotFitError
 from qrosa.eval.perplexity import evaluate_loss, loss_result
+from qrosa.eval.preferences import PreferenceSums, preference_result, sum_preferences
 from qrosa.train.callbacks import Advance
 from qrosa.train.step import free_memory, is_out_of_memory
 
@@ -30,9 +31,10 @@ def evaluate(
     max_tokens: int,
     pad_id: int,
     accelerator: Accelerator,
+    beta: float | None = None,
     progress: Advance | None = None,
 ) -> tuple[dict[str, Any], int]:
-    """Loss and perplexity of ``rows`` over all processes.
+    """Loss and perplexity of ``rows`` over all processes, or what `PreferenceResult` says of pairs.
 
     Args:
         model: The model; its mode is kept.
@@ -40,19 +42,24 @@ def evaluate(
         max_tokens: Tokens, padding included, to compute at once; halved when memory runs out.
         pad_id: Token to pad with.
         accelerator: The processes that share the rows.
+        beta: Factor on the margin of pairs; None where rows stand by themselves.
         progress: Called with (rows done, all rows of this process).
 
     Returns:
-        ``{"rows", "supervised_tokens", "loss", "perplexity"}`` and the ``max_tokens`` that did.
+        ``{"rows", "supervised_tokens", "loss", "perplexity"}``, or of pairs ``accuracy`` and ``margin`` in place of the
+        last, and the ``max_tokens`` that did.
 
     Raises:
         DoesNotFitError: A single row does not fit.
     """
-    mine = with_supervised_tokens(rows[accelerator.process_index :: accelerator.num_processes])
+    if beta is None:
+        mine = with_supervised_tokens(rows[accelerator.process_index :: accelerator.num_processes])
+    else:
+        mine = own_share(rows, 2, accelerator)
     longest = max(row_lengths(mine), default=1)
     while True:
         try:
-            total, count = _share(model, mine, max_tokens, pad_id, progress)
+            sums = _share(model, mine, max_tokens, pad_id, beta, progress)
             break
         except Exception as error:
             if not is_out_of_memory(error):
@@ -65,9 +72,17 @@ def evaluate(
             )
         max_tokens = max(longest, max_tokens // 2)
     if accelerator.num_processes > 1:
-        sums = torch.tensor([total, count], dtype=torch.float64, device=accelerator.device)
-        total, count = accelerator.reduce(sums).tolist()
-    return dict(loss_result(len(rows), int(count), total)), max_tokens
+        added = accelerator.reduce(torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device))
+        sums = dict(zip(sums, added.tolist(), strict=True))
+    if beta is not None:
+        return dict(preference_result(cast(PreferenceSums, sums))), max_tokens
+    return dict(loss_result(len(rows), int(sums["supervised_tokens"]), sums["loss"])), max_tokens
+
+
+def own_share(rows: Sequence[EncodedRow], group: int, accelerator: Accelerator) -> list[EncodedRow]:
+    """This process's share of rows of which ``group`` that follow each other belong together."""
+    process, processes = accelerator.process_index, accelerator.num_processes
+    return [row for index, row in enumerate(rows) if index // group % processes == process]
 
 
 def _share(
@@ -75,9 +90,15 @@ def _share(
     rows: Sequence[EncodedRow],
     max_tokens: int,
     pad_id: int,
+    beta: float | None,
     progress: Advance | None,
-) -> tuple[float, float]:
+) -> dict[str, float]:
+    """Sums that add up over processes."""
+    if beta is not None:
+        sums = sum_preferences(model, rows, beta=beta, max_tokens=max_tokens, pad_id=pad_id, progress=progress)
+        return cast(dict[str, float], sums)
     if not rows:
-        return 0.0, 0.0
+        return {"loss": 0.0, "supervised_tokens": 0.0}
     result = evaluate_loss(model, rows, max_tokens=max_tokens, pad_id=pad_id, progress=progress)
-    return result["loss"] * result["supervised_tokens"], result["supervised_tokens"]
+    count = float(result["supervised_tokens"])
+    return {"loss": result["loss"] * count, "supervised_tokens": count}

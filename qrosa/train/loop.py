@@ -32,9 +32,9 @@ from qrosa.record.meter import MemoryMeter
 from qrosa.record.state import RunState
 from qrosa.train import guard
 from qrosa.train.callbacks import Advance, Callbacks
-from qrosa.train.evaluate import evaluate
+from qrosa.train.evaluate import evaluate, own_share
 from qrosa.train.interrupt import Interrupts
-from qrosa.train.step import StepRunner
+from qrosa.train.preferences import make_runner
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,6 +54,7 @@ class LoopParts:
         optimizer: Owner of masters and gradients.
         rows: Training rows.
         heldout: Rows to evaluate on; may be empty.
+        group: Rows that belong together, one behind the other: 2 for pairs of a chosen and a rejected answer.
         pad_id: Token to pad with.
         state: What changes.
         accelerator: Device, and the other processes.
@@ -72,6 +73,7 @@ class LoopParts:
     optimizer: Optimizer
     rows: Sequence[EncodedRow]
     heldout: Sequence[EncodedRow]
+    group: int
     pad_id: int
     state: RunState
     accelerator: Accelerator
@@ -95,7 +97,8 @@ class TrainingLoop:
         self.callbacks = callbacks
         self.zero_gradients = guard.ZeroGradientGuard()
         self._saved = parts.state.step  # the step that the newest checkpoint is of; nothing is lost at step 0
-        self.runner = StepRunner(
+        self.runner = make_runner(
+            parts.config.train,
             parts.model,
             parts.optimizer,
             limits=parts.state.limits,
@@ -151,6 +154,7 @@ class TrainingLoop:
                 max_tokens=state.eval_tokens,
                 pad_id=parts.pad_id,
                 accelerator=parts.accelerator,
+                beta=None if parts.group == 1 else parts.config.train.beta,
                 progress=self.callbacks.phase("eval"),
             )
         if tokens != state.eval_tokens:
@@ -186,12 +190,15 @@ class TrainingLoop:
         parts, state, train = self.parts, self.parts.state, self.parts.config.train
         begun = time.perf_counter()
         step, phase = state.step, self._phase
-        rows = [parts.rows[i] for i in step_rows(len(parts.rows), train.batch_size, step, train.seed)]
+        group = parts.group
+        places = step_rows(len(parts.rows) // group, train.batch_size, step, train.seed)
+        rows = [parts.rows[place * group + member] for place in places for member in range(group)]
         supervised = sum(supervised_tokens(row) for row in rows)
         guard.check_supervised(supervised, step + 1)
         with parts.meter.phase("train"):
-            share = rows[parts.accelerator.process_index :: parts.accelerator.num_processes]
-            loss = self._sum(self.runner.gradients(share, step, supervised)) / supervised
+            share = own_share(rows, group, parts.accelerator)
+            count = supervised if group == 1 else len(places)
+            loss = self._sum(self.runner.gradients(share, step, count)) / count
             if self.zero_gradients.watches(parts.optimizer.parts):
                 self.zero_gradients.see(parts.optimizer.gradient_norms())
             lr, sparse_lr = self._learning_rates(step)

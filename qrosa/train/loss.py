@@ -50,13 +50,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         softcap: float | None,
         scale: float,
+        token_weights: Tensor | None,
     ) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             look(_LOGIT_BYTES * min(chunk_tokens, hidden.shape[0]) * weight.shape[0])
-            loss, d_logits = _chunk(hidden[rows], labels[rows], weight, bias, softcap, scale, gradient is not None)
+            weights = None if token_weights is None else token_weights[rows]
+            loss, d_logits = _chunk(
+                hidden[rows], labels[rows], weight, bias, softcap, scale, gradient is not None, weights
+            )
             total += loss
             if gradient is not None and d_logits is not None:
                 _to_hidden(d_logits, weight, gradient[rows])
@@ -68,7 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0].to(gradient.dtype), None, None, None, None, None, None
+        return gradient * outputs[0].to(gradient.dtype), None, None, None, None, None, None, None
 
 
 def _chunk(
@@ -79,6 +83,7 @@ def _chunk(
     softcap: float | None,
     scale: float,
     need_gradient: bool,
+    token_weights: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss sum (fp32 scalar) and gradient of the raw logits (fp32 [c, V]) of one chunk of c tokens."""
     if products.widens(hidden):
@@ -89,7 +94,8 @@ def _chunk(
     step = _CACHED_ROWS if hidden.device.type == "cpu" else max(len(labels), 1)
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)
-        loss += _to_gradient(logits[rows], labels[rows], softcap, scale, need_gradient)
+        weights = None if token_weights is None else token_weights[rows, None]
+        loss += _to_gradient(logits[rows], labels[rows], softcap, scale, need_gradient, weights)
     return loss, logits if need_gradient else None
 
 
@@ -101,8 +107,18 @@ def _to_hidden(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(d_logits.to(weight.dtype), weight, out=out)
 
 
-def _to_gradient(logits: Tensor, labels: Tensor, softcap: float | None, scale: float, need_gradient: bool) -> Tensor:
-    """Loss sum of some rows of raw logits [c, V]; they become their own gradient, or are spoilt without need."""
+def _to_gradient(
+    logits: Tensor,
+    labels: Tensor,
+    softcap: float | None,
+    scale: float,
+    need_gradient: bool,
+    token_weights: Tensor | None,
+) -> Tensor:
+    """Loss sum of some rows of raw logits [c, V]; they become their own gradient, or are spoilt without need.
+
+    Each row counts ``token_weights`` [c, 1] times.
+    """
     raw = logits
     if scale != 1.0:
         logits.mul_(scale)
@@ -113,12 +129,15 @@ def _to_gradient(logits: Tensor, labels: Tensor, softcap: float | None, scale: f
     top = logits.amax(dim=-1, keepdim=True)
     weights = logits.sub_(top).exp_()
     total = weights.sum(dim=-1, keepdim=True)
-    loss = (total.log() + top - picked).sum()
+    losses = total.log() + top - picked
+    loss = (losses if token_weights is None else losses * token_weights).sum()
     if not need_gradient:
         return loss
     gradient = weights.div_(total)
     # scatter_ of distinct positions: a scatter_add_ would be slow wherever determinism is asked for.
     gradient.scatter_(1, labels[:, None], gradient.gather(1, labels[:, None]) - 1.0)
+    if token_weights is not None:
+        gradient.mul_(token_weights)
     if softcap is not None:
         raw.square_().neg_().add_(1.0).mul_(gradient)  # d tanh = 1 - tanh^2
     if scale != 1.0:
@@ -134,6 +153,7 @@ def chunked_loss(
     chunk_tokens: int = CHUNK_TOKENS,
     softcap: float | None = None,
     scale: float = 1.0,
+    token_weights: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of the supervised positions.
 
@@ -144,6 +164,7 @@ def chunked_loss(
         chunk_tokens: Most positions whose logits exist at once.
         softcap: Gemma-2's cap: logits become ``softcap * tanh(logits / softcap)``.
         scale: Factor on the logits, before the cap.
+        token_weights: fp32 [T], what each position's loss counts; 1 where none are given.
 
     Returns:
         fp32 scalar; differentiable in ``hidden`` (first order).
@@ -156,22 +177,26 @@ def chunked_loss(
     supervised = (labels != IGNORE).nonzero().squeeze(1)
     if supervised.numel() < labels.numel():
         hidden, labels = hidden.index_select(0, supervised), labels.index_select(0, supervised)
+        token_weights = None if token_weights is None else token_weights.index_select(0, supervised)
     weight = head.weight
     if hidden.dtype != weight.dtype:
         hidden = hidden.to(weight.dtype)
     total = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, labels, weight, head.bias, chunk_tokens, softcap, scale
+        hidden, labels, weight, head.bias, chunk_tokens, softcap, scale, token_weights
     )
     return cast(Tensor, total)
 
 
-def model_loss(model: nn.Module, batch: TokenBatch, chunk_tokens: int = CHUNK_TOKENS) -> tuple[Tensor, int]:
+def model_loss(
+    model: nn.Module, batch: TokenBatch, chunk_tokens: int = CHUNK_TOKENS, row_weights: Tensor | None = None
+) -> tuple[Tensor, int]:
     """Loss sum of a micro-batch, and the number of tokens that it sums over.
 
     Args:
         model: A transformers causal language model, its decoder and head on the batch's device.
         batch: int64 [B, L] ``input_ids``, ``attention_mask`` and (unshifted) ``labels``.
         chunk_tokens: Most positions whose logits exist at once.
+        row_weights: fp32 [B], what each row's losses count; 1 where none are given.
 
     Returns:
         ``(fp32 scalar, count)``: the mean loss is their quotient.
@@ -182,6 +207,7 @@ def model_loss(model: nn.Module, batch: TokenBatch, chunk_tokens: int = CHUNK_TO
     # Labels move one to the left, and the last position predicts nothing: cutting it off hidden would copy [T, d].
     labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
     softcap, scale = logit_rule(hf.config)
+    token_weights = None if row_weights is None else row_weights[:, None].expand(labels.shape).reshape(-1)
     total = chunked_loss(
         hidden.reshape(-1, hidden.shape[-1]),
         labels.reshape(-1),
@@ -189,5 +215,6 @@ def model_loss(model: nn.Module, batch: TokenBatch, chunk_tokens: int = CHUNK_TO
         chunk_tokens=chunk_tokens,
         softcap=softcap,
         scale=scale,
+        token_weights=token_weights,
     )
     return total, int((labels != IGNORE).sum())

@@ -135,6 +135,7 @@ def prepare(
     named = open_base(config.model)
     original = None if named.kind == "nf4" else named
     base_files = named if config.train.base is None else given_base(config.train.base, named)
+    _check_objective(config)
     if original is None and config.train.base_rounding == "feedback":
         raise InputError(
             f"{config.model} is in 4 bits already, so --base-rounding has nothing to round",
@@ -151,7 +152,7 @@ def prepare(
     seq_len = row_length(config.data.seq_len, getattr(base_files.config, "max_position_embeddings", None))
     train, heldout = load_data(config, tokenizer, seq_len, getattr(base_files.config, "vocab_size", None))
     phases = warmup_and_total(
-        config, len(train), low_rank=allocation.low_rank_parameters > 0, sparse=allocation.nnz_total > 0
+        config, train.examples, low_rank=allocation.low_rank_parameters > 0, sparse=allocation.nnz_total > 0
     )
     reports = [rows.report for rows in (train, heldout) if rows]
     plan, cap = _plan(config, shape, allocation, reports, here)
@@ -167,9 +168,26 @@ def prepare(
         steps=phases.total,
         low_rank=config.train.lr,
         sparse=config.train.sparse_lr,
+        preferences=config.train.objective == "dpo",
     )
     config = _resolve(config, seq_len, phases, plan, rates)
     return Prepared(config, base_files, original, tokenizer, train, heldout, allocation, phases, plan, rates, cap, zero)
+
+
+def _check_objective(config: RunConfig) -> None:
+    """Refuse settings that preferences cannot be learnt with.
+
+    Raises:
+        InputError: There is one.
+    """
+    if config.train.objective != "dpo":
+        return
+    if config.adapter.dropout > 0:
+        raise InputError(
+            "--objective dpo compares log-probabilities, which --dropout makes random", "leave --dropout at 0"
+        )
+    if config.data.train_on == "all":
+        raise InputError("--objective dpo compares answers, and --train-on all adds prompts", "leave --train-on out")
 
 
 def _deepspeed(config: RunConfig, *, dry_run: bool) -> ZeroSettings | None:
@@ -232,6 +250,7 @@ def load_data(
             columns=data.columns,
             vocabulary=vocabulary,
             seed=config.train.seed,
+            pairs=config.train.objective == "dpo",
         )
 
     train = load(data.data, "train")

@@ -45,7 +45,7 @@ def measure_ranks(
     config = prepared.config
     sensitivity = measure_sensitivity(
         model,
-        selection_rows(prepared.train.rows, config.masks.mask_samples, config.train.seed),
+        selection_rows(prepared.train.wanted, config.masks.mask_samples, config.train.seed),
         loss=sample_loss(prepared.plan.work.loss_chunk_tokens),
         progress=callbacks.phase("ranks"),
     )

@@ -239,6 +239,7 @@ class _Run:
             optimizer=optimizer,
             rows=prepared.train.rows,
             heldout=prepared.heldout.rows if prepared.heldout else [],
+            group=prepared.train.group,
             pad_id=prepared.pad_id,
             state=state,
             accelerator=self.accelerator,
@@ -311,7 +312,7 @@ class _Run:
             parameter.copy_(value)
 
     def _selection_rows(self) -> list[Any]:
-        return selection_rows(self.prepared.train.rows, self.config.masks.mask_samples, self.config.train.seed)
+        return selection_rows(self.prepared.train.wanted, self.config.masks.mask_samples, self.config.train.seed)
 
     def _finish(self, parts: LoopParts) -> dict[str, Any]:
         """Save the adapter and write the report."""

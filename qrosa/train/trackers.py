@@ -106,5 +106,6 @@ class Trackers(Callback):
         self.accelerator.log(record.figures(), step=record.step)
 
     def on_evaluation(self, step: int, result: Mapping[str, Any]) -> None:
-        """Log loss and perplexity of the held-out rows."""
-        self.accelerator.log({"eval_loss": result["loss"], "eval_perplexity": result["perplexity"]}, step=step)
+        """Log what was measured on the held-out rows."""
+        counts = ("rows", "supervised_tokens")
+        self.accelerator.log({f"eval_{name}": value for name, value in result.items() if name not in counts}, step=step)

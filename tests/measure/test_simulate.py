@@ -219,3 +219,12 @@ def test_strict_determinism_has_its_price_in_the_plan(tmp_path: Path, heads: tup
         found[strict] = simulated.total
     # 43 parts of [4, 1024, 64] in fp32 instead of one, less what is free by then of the peak without them.
     assert found[True] - found[False] > 20 * 4 * 4 * 1024 * 64
+
+
+def test_preferences_allocate_what_is_simulated(tiny_model_dir: Callable[..., Path]) -> None:
+    source = tiny_model_dir("llama")
+    work = workload(source, length=96, rows=2, tokens=192, eval_tokens=192, dropout=0.0, preferences=True)
+    model, _ = load_base(str(source))
+    real = measure(model, work, token_rows(work)).phases
+    for phase, peak in simulate(str(source), work).phases.items():
+        assert peak.total == pytest.approx(real[phase].total, rel=WITHIN), phase

@@ -147,11 +147,12 @@ def backward_moments(
     lasting = lasting | {"scratch": scratch_bytes(work)}
     workspace = backward_workspace(dims, batch, work.attention, work.on_cpu)
     held = {"activations": saved, "masks": masks}
+    weights = FULL * batch.tokens if work.preferences else 0  # what each position's loss counts
     moments = [
         Moment(
             "computing the loss",
             lasting,
-            held | {"loss": parts.loss_bytes(dims, batch.tokens, work.loss_chunk_tokens, work.widens)},
+            held | {"loss": parts.loss_bytes(dims, batch.tokens, work.loss_chunk_tokens, work.widens) + weights},
         ),
         Moment("backward through the final norm", lasting, held | {"workspace": norm_workspace(dims, batch)}),
         Moment(

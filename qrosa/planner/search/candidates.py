@@ -107,7 +107,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         mask_score=request.masks.mask_score,
         mask_scope=request.masks.mask_scope,
         length=length,
-        rows=min(int(train.micro_batch), train.batch_size) if fixed else train.batch_size,
+        rows=min(int(train.micro_batch), train.step_rows) if fixed else train.step_rows,
         tokens=length,
         eval_tokens=length,
         checkpointing=False,
@@ -125,6 +125,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         overhead=request.overhead,
         feedback=train.base_rounding == "feedback",
         widens=request.widens,
+        preferences=train.objective == "dpo",
     )
 
 
@@ -141,8 +142,8 @@ def _token_ladder(request: Request, length: int, *, down_to_one_row: bool) -> li
     """Sizes of a micro-batch in tokens, falling; a fixed micro-batch has one."""
     train = request.train
     if train.micro_batch != "auto":
-        return [min(int(train.micro_batch), train.batch_size) * length]
-    tokens = max(length, min(WANTED_TOKENS[request.device], train.batch_size * length))
+        return [min(int(train.micro_batch), train.step_rows) * length]
+    tokens = max(length, min(WANTED_TOKENS[request.device], train.step_rows * length))
     floor = length if down_to_one_row else max(length, min(tokens, BUSY_TOKENS[request.device]))
     ladder = [tokens]
     while ladder[-1] > floor:

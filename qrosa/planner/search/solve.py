@@ -62,7 +62,7 @@ def _fastest_first(request: Request, allocation: Allocation) -> list[tuple[Workl
     if len(fitting) < 2:
         return [(work, None) for work in fitting]
     card = request.machines.card if request.machines else smallest_card(request.cap, as_sold=True) or LARGEST
-    batch = request.train.batch_size
+    batch = request.train.step_rows
     timed = [
         Timed(work, estimate(_with_resident_blocks(work, request), batch, Machines(card)).step_seconds)
         for work in fitting

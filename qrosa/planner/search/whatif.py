@@ -125,4 +125,4 @@ def _estimate(request: Request, allocation: Allocation) -> Estimate | None:
     """A step with the fastest settings that fit, where a card is named."""
     if request.machines is None:
         return None
-    return estimate(solve(request, allocation).work, request.train.batch_size, request.machines)
+    return estimate(solve(request, allocation).work, request.train.step_rows, request.machines)

@@ -71,17 +71,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class Passes:
-    """A micro-batch: forward and backward through the layers (with recomputation), and the head with the loss."""
+    """A micro-batch: forward and backward through the layers (with recomputation), and the head with the loss.
+
+    Preferences are scored first, which is ``scoring``: two forward passes, the head without its gradient.
+    """
 
     forward: Cost
     recompute: Cost
     backward: Cost
     head: Cost
+    scoring: Cost = Cost()
 
     @property
     def total(self) -> Cost:
         """All of it."""
-        return self.forward + self.recompute + self.backward + self.head
+        return self.forward + self.recompute + self.backward + self.head + self.scoring
 
 
 def passes(work: Workload) -> Passes:
@@ -104,7 +108,11 @@ def passes(work: Workload) -> Passes:
     if work.checkpointing:
         recompute = dataclasses.replace(forward, linear=forward.linear - 2 * tokens * _unread(work))
     head = Cost(head=4 * tokens * dims.hidden * dims.vocab, moved=_LOGITS * tokens * dims.vocab)
-    return Passes(forward, recompute, backward, head)
+    scoring = Cost()
+    if work.preferences:
+        read = Cost(head=2 * tokens * dims.hidden * dims.vocab, moved=_LOGITS / 2 * tokens * dims.vocab)
+        scoring = forward + forward + read + read
+    return Passes(forward, recompute, backward, head, scoring)
 
 
 def _unread(work: Workload) -> int:

@@ -31,18 +31,19 @@ CARD_LATENCY, NETWORK_LATENCY = 20e-6, 50e-6  # seconds of a hop of the ring
 
 @dataclass(frozen=True)
 class MicroBatchTime:
-    """Seconds of a micro-batch: in the layers, in the head, and waiting for copies."""
+    """Seconds of a micro-batch: scoring it, in the layers, in the head, and waiting for copies."""
 
     forward: float
     recompute: float
     backward: float
     head: float
     exposed_copies: float
+    scoring: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds in all."""
-        return self.forward + self.recompute + self.backward + self.head + self.exposed_copies
+        return self.scoring + self.forward + self.recompute + self.backward + self.head + self.exposed_copies
 
 
 def micro_batch_time(work: Workload, card: Card) -> MicroBatchTime:
@@ -57,10 +58,14 @@ def micro_batch_time(work: Workload, card: Card) -> MicroBatchTime:
     recompute = max(asked.recompute.seconds(card), host if work.checkpointing else 0.0)
     backward = max(asked.backward.seconds(card), 2 * host)
     link = LINK_SHARE * card.link
-    blocks = crossing.get("base", 0) / 2 / (min(link, DISK_RATE) if work.base_on_disk else link)
+    scoring = max(asked.scoring.seconds(card), 2 * host if work.preferences else 0.0)
+    passes_of_base = 4 if work.preferences else 2
+    blocks = crossing.get("base", 0) / passes_of_base / (min(link, DISK_RATE) if work.base_on_disk else link)
     boundaries = crossing.get("activations", 0) / 2 / link
     exposed = max(0.0, max(blocks, boundaries) - forward) + max(0.0, blocks + boundaries - recompute - backward)
-    return MicroBatchTime(forward, recompute, backward, asked.head.seconds(card), exposed)
+    if work.preferences:
+        exposed += 2 * max(0.0, blocks - forward)
+    return MicroBatchTime(forward, recompute, backward, asked.head.seconds(card), exposed, scoring)
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,8 @@ class Estimate:
 def estimate(work: Workload, batch_size: int, machines: Machines) -> Estimate:
     """Estimate a training step of ``batch_size`` rows over all cards, each as long as the longest."""
     micro_batches = micro_batch_rows(work, -(-batch_size // machines.cards))
-    seconds = dict.fromkeys(("forward", "recompute", "backward", "head", "exposed_copies"), 0.0)
+    scored = ("scoring",) if work.preferences else ()
+    seconds = dict.fromkeys((*scored, "forward", "recompute", "backward", "head", "exposed_copies"), 0.0)
     cost = Cost()
     for rows in micro_batches:
         sized = _sized(work, rows)

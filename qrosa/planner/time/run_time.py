@@ -64,10 +64,11 @@ def run_time(plan: Plan) -> RunTime | None:
     work, card, masks = _typical(plan), machines.card, plan.request.masks
     held_out = round(_held_out(plan.request.data.eval_split) * rows.count)
     allocation = plan.allocation
-    steps = steps_of(train, rows.count - held_out)
+    together = train.step_rows // train.batch_size
+    steps = steps_of(train, (rows.count - held_out) // together)
     low, sparse = bool(allocation.low_rank_parameters), bool(allocation.sparse_parameters)
     phases = phases_of(steps, masks.warmup_steps, low_rank=low, sparse=sparse)
-    step = estimate(work, train.batch_size, machines).step_seconds
+    step = estimate(work, train.step_rows, machines).step_seconds
     adapter = parts.low_rank_bytes(allocation) + parts.sparse_bytes(allocation)
     state = adapter + parts.optimizer_bytes(
         allocation.low_rank_parameters, allocation.sparse_parameters, train.optimizer
@@ -79,11 +80,11 @@ def run_time(plan: Plan) -> RunTime | None:
         "warmup": phases.warmup * step,
         "select": plan.mask_passes * masks.mask_samples * _sample_seconds(work, card, masks.mask_samples),
         "train": (steps - phases.warmup) * step,
-        "eval": evaluations * held_out * _forward_seconds(work, card) / machines.cards,
+        "eval": evaluations * held_out * together * _forward_seconds(work, card) / machines.cards,
         "save": saves * state / WRITE_RATE,
         "export": plan.request.shape.base_parameters / MERGE_RATE,
     }
-    return RunTime(steps, steps * train.batch_size * work.length, seconds)
+    return RunTime(steps, steps * train.step_rows * work.length, seconds)
 
 
 def duration(seconds: float) -> str:
@@ -103,7 +104,7 @@ def _typical(plan: Plan) -> Workload:
     """The settings with rows of average length, as many of them to a micro-batch as its tokens hold."""
     rows, work = plan.request.rows, plan.work
     length = max(1, min(work.length, round(rows.tokens / rows.count)))
-    count = max(1, min(plan.request.train.batch_size, work.tokens // length))
+    count = max(1, min(plan.request.train.step_rows, work.tokens // length))
     return dataclasses.replace(work, length=length, rows=count, tokens=count * length)
 
 
