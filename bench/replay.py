@@ -38,7 +38,7 @@ from qrosa.train.step import StepRunner
 
 GB, BATCH, MODEL = 1 << 30, 8, "llama-3.1-8b"
 CASES = ((8, 1024, "on"), (24, 4096, "on"), (24, 2048, "off"))  # GB, tokens of the longest row, recomputation
-PHASES = ("load", "warm-up", "select", "train")
+PHASES = ("set-up", "warm-up", "select", "train")
 
 
 class Recorder(StorageTracker):
@@ -171,7 +171,8 @@ def room(plan: Plan) -> list[int]:
         name: memory.device_total - sum(memory.device.get(part, 0) for part in beside)
         for name, memory in plan.phases.items()
     }
-    return [given["load"], given["train"], given["select"], given["train"]]
+    # The first part ends with adapter and optimizer made, which are training's.
+    return [given["train"], given["train"], given["select"], given["train"]]
 
 
 def planned(vram: int, length: int, **asked: Any) -> Plan:
