@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +12,12 @@ from torch import Tensor
 
 from qrosa.data.encode import EncodedRow
 from qrosa.errors import InputError, StorageError, install_hint
+
+_TRIAL = """
+import sys
+from llama_cpp import Llama
+Llama(sys.argv[1], n_ctx=8, n_batch=8, n_threads=1, verbose=False).eval([0])
+"""
 
 
 def require_llama_cpp() -> None:
@@ -40,6 +48,7 @@ class LlamaCppLogits:
         require_llama_cpp()
         from llama_cpp import Llama
 
+        _refuse_crash(file)
         longest = max(len(row.input_ids) for row in rows)
         threads = torch.get_num_threads()
         try:
@@ -55,3 +64,17 @@ class LlamaCppLogits:
             self._model.reset()
             self._model.eval(row.input_ids)
             yield torch.from_numpy(self._model.scores[: len(row.input_ids) - 1].copy())
+
+
+def _refuse_crash(file: Path) -> None:
+    """Read one token in a process of its own: some builds of llama.cpp crash on a block type, and would take us along.
+
+    Raises:
+        StorageError: It does.
+    """
+    tried = subprocess.run([sys.executable, "-c", _TRIAL, str(file)], capture_output=True, check=False)
+    if tried.returncode < 0:
+        raise StorageError(
+            f"{file} was written, but llama.cpp crashes on it (signal {-tried.returncode})",
+            "verify with --quant f16, or with another build of llama-cpp-python",
+        )

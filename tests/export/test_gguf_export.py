@@ -271,3 +271,15 @@ def test_the_example_answers_as_the_merged_model(
     )
     answer = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert done.stdout.strip() == tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_a_crash_of_llama_cpp_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some builds die on a block type; the export stays, and so do we."""
+    from qrosa.errors import StorageError
+    from qrosa.export import llama_cpp
+
+    monkeypatch.setattr(llama_cpp, "_TRIAL", "import os; os.kill(os.getpid(), 11)")
+    with pytest.raises(StorageError, match="crashes on it"):
+        llama_cpp._refuse_crash(tmp_path / "model.gguf")
+    monkeypatch.setattr(llama_cpp, "_TRIAL", "raise SystemExit(1)")
+    llama_cpp._refuse_crash(tmp_path / "model.gguf")  # an error of its own is met, and told, when the file is loaded
