@@ -121,7 +121,7 @@ from qrosa import ops
 from qrosa.ops import library
 print(ops.status()["cuda"]["library"], ops.status()["cuda"]["note"])
 for _ in range(2):
-    library._warn_once("cuda")
+    library._warn_once("cuda", "linear")
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 print(all(has(f"qrosa::{{op}}", "CUDA") for op in library._KERNELS))
 """
