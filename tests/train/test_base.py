@@ -30,9 +30,8 @@ def test_a_run_makes_its_base_and_keeps_it(config, tmp_path):
     assert adapter_base(run)["fingerprint"] == kept.fingerprint()
     assert report["steps"] == 6
     memory = report["memory"]
-    assert (
-        memory["measured"]["quantise"] > 0 and memory["planned"]["quantise"] > 0
-    )  # this process holds other tests' memory too
+    # No comparison: what is measured is the peak of this process, which other tests have filled.
+    assert memory["measured"]["quantise"] > 0 and memory["planned"]["quantise"] > 0
     load_run_or_model(str(run))
 
 
