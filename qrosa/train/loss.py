@@ -52,6 +52,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale: float,
         token_weights: Tensor | None,
     ) -> Tensor:
+        """The sum, an fp32 scalar; arguments as ``chunked_loss`` has them, supervised positions only."""
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], chunk_tokens):
