@@ -168,6 +168,10 @@ ADAPTERS = [
     Case("inspect cut-adapter", 5, "adapter.safetensors", "copy"),
     Case("inspect absent", 2, "absent", "run"),
     Case("inspect no-config", 2, "no-config holds no adapter", "run"),
+    Case("compare run", 2, "two runs or more are compared, and 1 is given", "qrosa compare RUN RUN"),
+    Case("compare run ./run", 2, "run run is given twice", "once"),
+    Case("compare run absent --output new", 2, "absent does not exist", "qrosa finetune"),
+    Case("compare run model", 2, "model is not a run folder", "qrosa finetune"),
     Case("export run --output new --format peft --base-only", 2, "--base-only does not go with", "leave out"),
     Case("export run --output new --dtype fp8", 2, "'fp8' is not one of 'fp16', 'bf16'", "qrosa export --help"),
 ]

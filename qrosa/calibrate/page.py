@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qrosa.adapters.budget import layer_index
-from qrosa.report.charts import heat_map
-from qrosa.report.page import sheet
+from qrosa.report.bars import heat_map
+from qrosa.report.sheet import sheet
 
 FORMS = {"original": "16 bits", "nearest": "4 bits, to nearest", "base": "4 bits, here", "repaired": "with the repair"}
 

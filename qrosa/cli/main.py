@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("qrosa.cli.export", "Merge a run into a model that loads without qrosa."),
     "quantize": ("qrosa.cli.quantize", "Make a better 4-bit base, with the repair of what 4 bits lost beside it."),
     "inspect": ("qrosa.cli.inspect", "Show what an adapter holds."),
+    "compare": ("qrosa.cli.compare", "Compare runs: the settings that differ, losses, time and memory."),
     "doctor": ("qrosa.cli.doctor", "Check this machine: torch, card, op libraries, disk."),
 }
 """Subcommand -> (module with its ``command``, the line that ``qrosa --help`` shows)."""

@@ -256,6 +256,17 @@ def _open(folder: Path, step: int) -> Checkpoint:
     return Checkpoint(folder, step, state, settings, fingerprints, logs)
 
 
+def stored_fingerprints(run: Path) -> dict[str, str]:
+    """Fingerprints of a run's base and rows as its newest checkpoint says; empty where it cannot be read."""
+    for step in checkpoint_steps(run)[:1]:
+        try:
+            found = read_json(step_folder(run, step) / STATE_FILE).get("fingerprints")
+        except QrosaError:
+            return {}
+        return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    return {}
+
+
 def check_same_run(checkpoint: Checkpoint, settings: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
     """Refuse to resume a run whose base, data or settings are not the ones it was started with.
 

@@ -85,17 +85,23 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a log that are whole; what a crash cut short or a disk damaged is left out."""
+    return read_log(path)[0]
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a log that are whole, and the number of those that are not; none where there is no log."""
     if not path.exists():
-        return []
-    lines = []
-    for text in path.read_bytes().decode("utf-8", "replace").splitlines():
+        return [], 0
+    lines: list[dict[str, Any]] = []
+    texts = path.read_bytes().decode("utf-8", "replace").splitlines()
+    for text in texts:
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict) and type(line.get("step")) is int:
             lines.append(line)
-    return lines
+    return lines, len(texts) - len(lines)
 
 
 def log_sizes(folder: Path) -> dict[str, int]:

@@ -52,6 +52,7 @@ class Facts:
         trainable: Trainable parameters.
         deterministic: The run was held to the same bits every time.
         overhead: What the process took of a card beside tensors, by what it was; empty on the CPU.
+        fingerprints: Of the base, and of the rows (those trained on, ``+``, those held out).
     """
 
     settings: Mapping[str, Any]
@@ -65,3 +66,4 @@ class Facts:
     trainable: int
     deterministic: bool = True
     overhead: Mapping[str, int] = field(default_factory=dict)
+    fingerprints: Mapping[str, str] = field(default_factory=dict)

@@ -15,8 +15,8 @@ from qrosa.files import read_json, write_json, write_text
 from qrosa.record.folder import CARD_FILE, CARD_MARK, REPORT_HTML, REPORT_JSON, is_own_card
 from qrosa.record.logs import EVAL_FILE, METRICS_FILE, read_lines
 from qrosa.report.facts import Facts
-from qrosa.report.page import loss_text, page
-from qrosa.report.words import beside_loss
+from qrosa.report.page import page
+from qrosa.report.words import beside_loss, loss_text
 
 
 def write_report(folder: Path, facts: Facts) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def figures(facts: Facts) -> dict[str, Any]:
             **({"overhead": dict(facts.overhead)} if facts.overhead else {}),
         },
         "deterministic": facts.deterministic,
+        "fingerprints": dict(facts.fingerprints),
         "micro_batch_changes": state.changes,
         "micro_batch": {"rows": state.limits.rows, "tokens": state.limits.tokens},
         "trainable": facts.trainable,

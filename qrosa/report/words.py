@@ -1,4 +1,4 @@
-"""What an evaluation on held-out rows found, in words, whatever was measured."""
+"""Figures of a run in words."""
 
 from __future__ import annotations
 
@@ -11,3 +11,25 @@ def beside_loss(result: Mapping[str, Any]) -> str:
     if "perplexity" in result:
         return f"perplexity {result['perplexity']:.3f}"
     return f"chosen preferred {result['accuracy']:.1%}, margin {result['margin']:.3f}"
+
+
+def loss_text(value: float | None) -> str:
+    """A loss, or that there is none."""
+    return "none" if value is None else f"{value:.4f}"
+
+
+def loss_form(value: float) -> str:
+    """A loss as charts write it."""
+    return f"{value:.4g}"
+
+
+def count_text(value: float) -> str:
+    """An amount with its thousands, or with its first digits where it is small."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds in the two largest units that they fill."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

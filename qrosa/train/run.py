@@ -332,6 +332,7 @@ class _Run:
             trainable=sum(part.size for part in parts.optimizer.parts.values()),
             deterministic=self.config.train.deterministic == "on",
             overhead=dataclasses.asdict(self.prepared.plan.work.overhead) if self.device.type == "cuda" else {},
+            fingerprints=self.identity["fingerprints"],
         )
         report = write_report(self.folder, facts) if self.accelerator.is_main_process else {}
         self.accelerator.wait_for_everyone()

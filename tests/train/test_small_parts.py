@@ -1,9 +1,8 @@
-"""Charts, memory peaks, interrupts: the parts of a run that stand alone."""
+"""Memory peaks, interrupts: the parts of a run that stand alone."""
 
 import os
 import signal
 import threading
-import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
@@ -11,54 +10,7 @@ import torch
 from qrosa.errors import StorageError
 from qrosa.heap import resident
 from qrosa.record.meter import MemoryMeter
-from qrosa.report.charts import Series, bar_pairs, heat_map, line_chart, nice_ticks, thin_out
 from qrosa.train.interrupt import Interrupts
-
-
-def svg(markup):
-    """The drawing in a chart's markup, parsed; fails when it is not well-formed."""
-    return ElementTree.fromstring(markup[markup.index("<svg") :])
-
-
-@pytest.mark.parametrize("points", [[(1, 2.0)], [(1, 2.0), (2, 2.0)], [(i, 1 / i) for i in range(1, 2000)]])
-def test_a_line_stays_inside_its_chart(points):
-    drawing = svg(line_chart([Series("a & b", points), Series("none", [])], form=lambda v: f"{v:.2f}"))
-    line = drawing.find("polyline")
-    places = [tuple(map(float, place.split(","))) for place in line.get("points").split()]
-    assert len(places) <= 500
-    assert all(0 <= x <= 640 and 0 <= y <= 240 for x, y in places)
-    assert "a & b" in drawing.find("circle").find("title").text
-
-
-def test_nothing_to_draw_says_so():
-    assert "<svg" not in line_chart([Series("a", [])], form=str)
-    assert "<svg" not in bar_pairs([("x", None, None)], ("a", "b"), str)
-    assert "<svg" not in heat_map({}, form=str)
-    assert "<svg" not in heat_map({("q_proj", 0): 0.0}, form=str)
-
-
-def test_bars_and_heat_maps():
-    drawing = svg(bar_pairs([("load", 10.0, 12.0), ("train", None, 20.0)], ("planned", "measured"), str))
-    assert len(drawing.findall("rect")) == 3
-    values = {(kind, layer): float(layer) for kind in ("q_proj", "up_proj") for layer in range(40)}
-    drawing = svg(heat_map(values, form=lambda v: f"{v:g}"))
-    assert len(drawing.findall("rect")) == 80
-    depths = [float(cell.get("style").split(":")[1]) for cell in drawing.findall("rect")]
-    assert min(depths) == 0.0
-    assert max(depths) == 1.0
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.013, 0.7), (-3, 1e6), (5, 5), (0, 0), (1e-9, 2e-9)])
-def test_ticks_enclose_the_values_and_are_few(low, high):
-    ticks = nice_ticks(low, high)
-    assert ticks[0] <= low + 1e-12
-    assert ticks[-1] >= high - 1e-12
-    assert 2 <= len(ticks) <= 8
-
-
-def test_thinning_keeps_the_mean():
-    points = [(float(i), float(i % 2)) for i in range(1000)]
-    assert all(y == 0.5 for _, y in thin_out(points, 100))
 
 
 def test_a_phase_peak_is_its_own():
