@@ -230,7 +230,19 @@ class TrainConfig:
         "On a card: the same bits every time, also after --resume; off is some per cent faster and takes less memory.",
         choices=("on", "off"),
     )
-    eval_every: int | None = setting(None, "Steps between evaluations.  [default: only at the end]")
+    eval_every: int | None = setting(
+        None,
+        "Steps between evaluations.  [default: only at the end; with --stop-after or --keep-best a twentieth of all "
+        "steps]",
+    )
+    stop_after: int | None = setting(
+        None,
+        "Stop once this many evaluations in a row have not brought a lower held-out loss; those of the warm-up do not "
+        "count.  [default: train all steps]",
+    )
+    keep_best: bool = setting(
+        False, "End with the adapter of the evaluation with the lowest held-out loss, not with that of the last step."
+    )
     save_every: int | None = setting(None, "Steps between checkpoints.  [default: a tenth of all steps]")
     keep: int = setting(2, "Newest checkpoints to keep.")
     log_to: tuple[str, ...] = setting((), "Also log to these, comma-separated.", choices=LOGGERS)
@@ -272,7 +284,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "beta", "max_grad_norm", "keep", "timeout"):
             check_positive(name, getattr(self, name))
-        for name in ("lr", "sparse_lr", "max_steps", "epochs", "eval_every", "save_every"):
+        for name in ("lr", "sparse_lr", "max_steps", "epochs", "eval_every", "stop_after", "save_every"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
         if self.epochs is not None and self.max_steps is not None:

@@ -50,7 +50,11 @@ def coerce(name: str, value: Any, hint: Any, choices: tuple[str, ...] | None, re
         for item in items:
             check_choice(flag, item, choices)
         return items
-    if isinstance(value, bool) and name == "checkpointing":  # YAML reads on and off as booleans
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise InputError(f"{flag} has the wrong type: {quoted(value)}", "write true or false")
+        return value
+    if isinstance(value, bool) and {"on", "off"} <= {*(choices or ())}:  # YAML reads them as booleans
         value = "on" if value else "off"
     if isinstance(value, (bool, dict, list)):
         raise InputError(f"{flag} has the wrong type: {quoted(value)}", f"give one {hint.__name__}")

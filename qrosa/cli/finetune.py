@@ -183,13 +183,15 @@ def _show_rows(console: Console, prepared: Prepared) -> None:
 
 
 def _say_done(console: Console, config: RunConfig, report: Mapping[str, Any]) -> None:
+    from qrosa.report.words import beside_loss, ending
+
     loss, evaluation = report["loss"], report["eval"]
     console.print(f"loss {loss['first']:.4f} -> {loss['last']:.4f} in {report['steps']} steps", markup=False)
     if evaluation:
-        from qrosa.report.words import beside_loss
-
         text = f"held-out loss {evaluation['loss']:.4f}, {beside_loss(evaluation)}"
         console.print(f"{text} on {evaluation['rows']} rows", markup=False)
+    for told in ending(report):
+        console.print(told, markup=False, soft_wrap=True)
     console.print(f"run: {config.output}  (curves: {config.output}/report.html)", markup=False)
     console.print(
         f"next: qrosa eval {config.output} --data F, or qrosa export {config.output} --output DIR", markup=False

@@ -130,6 +130,8 @@ def _console(*, stderr: bool) -> Console:
 def _option(field: dataclasses.Field[Any], hint: Any, *, required: bool) -> Callable[[_Function], _Function]:
     flag = "--" + field.name.replace("_", "-")
     text = field.metadata["help"]
+    if hint is bool:
+        return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)
     # A default that is not None is known here and shown; "choose for me" is explained by the help text itself.
     repeated = bool(field.metadata["repeated"])
     if field.default not in (None, ()) and "[default" not in text:

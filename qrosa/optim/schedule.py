@@ -64,6 +64,12 @@ def steps_of(train: TrainConfig, n_rows: int) -> int:
     return max(1, math.ceil(epochs * n_rows / train.batch_size - 1e-9))
 
 
+def steps_between_evaluations(train: TrainConfig, total: int) -> int | None:
+    """Steps from one evaluation to the next, or None for one at the end of ``total`` steps only."""
+    judged = train.keep_best or train.stop_after is not None
+    return train.eval_every or (max(1, total // 20) if judged else None)
+
+
 def phases_of(total: int, warmup_steps: int | None, *, low_rank: bool, sparse: bool) -> Phases:
     """The phases of ``total`` steps.
 

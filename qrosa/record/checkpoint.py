@@ -187,10 +187,11 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted((int(name[1]) for name in names if name and step_folder(run, int(name[1])).is_dir()), reverse=True)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the ``keep`` newest checkpoints."""
+def prune(run: Path, keep: int, spare: int | None = None) -> None:
+    """Delete all but the ``keep`` newest checkpoints, and the one of step ``spare``."""
     for step in checkpoint_steps(run)[keep:]:
-        shutil.rmtree(step_folder(run, step), ignore_errors=True)
+        if step != spare:
+            shutil.rmtree(step_folder(run, step), ignore_errors=True)
 
 
 def delete_checkpoints(run: Path) -> None:
@@ -225,6 +226,14 @@ def latest(run: Path, notice: Callable[[str], None]) -> Checkpoint | None:
             f"all {len(steps)} checkpoints of {run} are damaged", "start over with --force, or in another --output"
         )
     return None
+
+
+def is_sound(run: Path, step: int) -> bool:
+    """Whether the checkpoint of a step is there, byte for byte as it was written."""
+    try:
+        return _open(step_folder(run, step), step).step == step
+    except QrosaError:
+        return False
 
 
 def _open(folder: Path, step: int) -> Checkpoint:
@@ -278,10 +287,13 @@ def check_same_run(checkpoint: Checkpoint, settings: Mapping[str, Any], fingerpr
     Raises:
         InputError: Saying which of them changed, from what to what.
     """
+    # Where the held-out loss decides when to stop or what to keep, so does when it is measured.
+    judged = settings.get("keep_best") or settings.get("stop_after") is not None
+    free = FREE_SETTINGS - {"eval_every"} if judged else FREE_SETTINGS
     for name, now in settings.items():  # first: another seed or share held out makes other data
         # The fingerprints speak for the base and the data; where they lie is free.
         before = checkpoint.settings.get(name)
-        if name not in FREE_SETTINGS and name not in PLACES and before != now:
+        if name not in free and name not in PLACES and before != now:
             flag = "--" + name.replace("_", "-")
             raise InputError(
                 f"{flag} was {_shown(before)} when the run was started and is {_shown(now)} now",
@@ -300,4 +312,6 @@ def _shown(value: object) -> str:
     """A setting as people write it."""
     if value is None:
         return "not set"
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

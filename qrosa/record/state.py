@@ -27,6 +27,8 @@ class RunState:
         first_loss: Loss of the first step.
         last_loss: Loss of the last step done.
         evaluation: The last evaluation, as ``qrosa.eval`` gave it, with its step.
+        best: The same of the one with the lowest loss since the masks were picked; empty before the first.
+        since_best: Evaluations since then that were no better.
         changes: Micro-batches that were halved for want of memory.
         digests: Part -> SHA-256 of its values before the first step on them.
         peaks: Phase -> highest memory in bytes.
@@ -42,6 +44,8 @@ class RunState:
     first_loss: float | None = None
     last_loss: float | None = None
     evaluation: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    since_best: int = 0
     changes: list[dict[str, Any]] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
@@ -79,7 +83,13 @@ class RunState:
             and 0 <= self.seconds < math.inf
             and type(self.tokens) is int
             and isinstance(self.evaluation, dict)
+            and self._best_is_sound()
             and isinstance(self.changes, list)
             and all(isinstance(digest, str) for digest in self.digests.values())
             and all(type(size) is int for size in self.peaks.values())
         )
+
+    def _best_is_sound(self) -> bool:
+        step, loss = self.best.get("step"), self.best.get("loss")
+        known = type(step) is int and 0 <= step <= self.step and type(loss) is float
+        return (known or self.best == {}) and type(self.since_best) is int and self.since_best >= 0

@@ -89,12 +89,17 @@ def _tiles(facts: Facts, report: Mapping[str, Any]) -> list[tuple[str, str]]:
     tiles = [
         ("loss, first to last step", f"{loss_text(report['loss']['first'])} → {loss_text(report['loss']['last'])}"),
         ("trainable", f"{facts.trainable:,} ({report['share']:.2%})"),
-        ("steps", f"{report['steps']}"),
+        (
+            "steps",
+            f"{report['steps']} of {report['steps_planned']}" if report["stopped_early"] else f"{report['steps']}",
+        ),
         ("time in steps", duration_text(report["seconds"])),
         ("tokens a second", count_text(report["tokens_per_s"])),
     ]
     if report["eval"]:
         tiles.insert(1, ("held-out loss", f"{report['eval']['loss']:.4f} ({beside_loss(report['eval'])})"))
+    if report["adapter_step"] != report["steps"]:
+        tiles.insert(2, ("step that the adapter is of", f"{report['adapter_step']}, the best"))
     if report["micro_batch_changes"]:
         tiles.append(("micro-batch halved", f"{len(report['micro_batch_changes'])} times"))
     return tiles

@@ -16,7 +16,7 @@ from qrosa.record.folder import CARD_FILE, CARD_MARK, REPORT_HTML, REPORT_JSON, 
 from qrosa.record.logs import EVAL_FILE, METRICS_FILE, read_lines
 from qrosa.report.facts import Facts
 from qrosa.report.page import page
-from qrosa.report.words import beside_loss, loss_text
+from qrosa.report.words import beside_loss, ending, loss_text
 
 
 def write_report(folder: Path, facts: Facts) -> dict[str, Any]:
@@ -37,14 +37,20 @@ def write_report(folder: Path, facts: Facts) -> dict[str, Any]:
 def figures(facts: Facts) -> dict[str, Any]:
     """The contents of ``report.json``."""
     state = facts.state
-    evaluation = {key: value for key, value in state.evaluation.items() if key != "step"}
+    kept = state.best if facts.settings["keep_best"] and state.best else {"step": state.step}
+    evaluated = kept if "loss" in kept else state.evaluation
     return {
         "steps": state.step,
+        "steps_planned": facts.phases.total,
+        "stopped_early": state.step < facts.phases.total,
+        "adapter_step": kept["step"],
         "seconds": round(state.seconds, 3),
         "tokens": state.tokens,
         "tokens_per_s": round(state.tokens / state.seconds, 3) if state.seconds else 0.0,
         "loss": {"first": state.first_loss, "last": state.last_loss},
-        "eval": evaluation,
+        "eval": {key: value for key, value in evaluated.items() if key != "step"},
+        "best": dict(state.best),
+        "since_best": state.since_best,
         "memory": {
             "planned": dict(facts.planned),
             "measured": dict(state.peaks),
@@ -95,7 +101,7 @@ low-rank and a sparse part.
 | training loss | {loss_text(first)} at the first step, {loss_text(last)} at the last |
 | seed | {settings["seed"]} |
 
-{held_out}
+{" ".join([held_out, *(f"{told[0].upper()}{told[1:]}." for told in ending(report))])}
 
 Where the parameters are: {"; ".join(facts.where[1:])}.
 

@@ -13,6 +13,31 @@ def beside_loss(result: Mapping[str, Any]) -> str:
     return f"chosen preferred {result['accuracy']:.1%}, margin {result['margin']:.3f}"
 
 
+def stop_words(step: int, total: int, evaluations: int, best: int) -> str:
+    """That and why a run stopped before its last step."""
+    return (
+        f"stopped after step {step} of {total}: the held-out loss has not come down in {evaluations} evaluations "
+        f"since step {best}"
+    )
+
+
+def ending(report: Mapping[str, Any]) -> list[str]:
+    """How a run ended, a sentence for each thing that is not as usual: before its last step, or on an earlier adapter.
+
+    Args:
+        report: The contents of ``report.json``.
+    """
+    told, steps = [], report["steps"]
+    if report["stopped_early"]:
+        told.append(stop_words(steps, report["steps_planned"], report["since_best"], report["best"]["step"]))
+    if report["adapter_step"] != steps:
+        told.append(
+            f"the adapter is that of step {report['adapter_step']}, whose held-out loss, {report['best']['loss']:.4f}, "
+            "was the lowest"
+        )
+    return told
+
+
 def loss_text(value: float | None) -> str:
     """A loss, or that there is none."""
     return "none" if value is None else f"{value:.4f}"

@@ -30,7 +30,9 @@ from qrosa.record.checkpoint import checkpoint_steps, prune, save_checkpoint, st
 from qrosa.record.logs import EVAL_FILE, METRICS_FILE, StepRecord, append_line, log_sizes
 from qrosa.record.meter import MemoryMeter
 from qrosa.record.state import RunState
+from qrosa.report.words import stop_words
 from qrosa.train import guard
+from qrosa.train.best import is_best_now, kept_step, note_evaluation, out_of_patience
 from qrosa.train.callbacks import Advance, Callbacks
 from qrosa.train.evaluate import evaluate, own_share
 from qrosa.train.interrupt import Interrupts
@@ -111,10 +113,10 @@ class TrainingLoop:
         )
 
     def fit(self) -> None:
-        """Run to the last step.
+        """Run to the last step, or until the held-out loss has not come down for ``stop_after`` evaluations.
 
-        A checkpoint is written every ``save_every`` steps, after the last one, and before masks are picked, which
-        takes as long as several steps.
+        A checkpoint is written every ``save_every`` steps, after the last one, before masks are picked, which takes as
+        long as several steps, and with ``keep_best`` at each evaluation that is the best so far.
 
         Raises:
             TrainingError: The loss diverged, or nothing is learnt.
@@ -125,7 +127,7 @@ class TrainingLoop:
         self._remember_start()
         parts.model.train()
         with Interrupts() as interrupts:
-            while state.step < parts.phases.total:
+            while not self._done:
                 if parts.phases.sparse and state.selected_at is None and state.step >= parts.phases.warmup:
                     self._select(interrupts)
                 else:
@@ -133,13 +135,15 @@ class TrainingLoop:
                     if self._due(parts.config.train.eval_every):
                         self.evaluate()
                 stop = self._any_process(interrupts.requested is not None)
-                if stop or state.step == parts.phases.total or self._due(self._save_every):
+                if stop or self._done or self._due(self._save_every) or self._best_is_unsaved:
                     self.save()
-                if stop and state.step < parts.phases.total:
+                if stop and not self._done:
                     raise InterruptedRunError(
                         f"stopped by {interrupts.requested or 'a signal to another process'} after step {state.step}",
                         f"go on with: qrosa finetune --resume --output {parts.folder}",
                     )
+        if state.step < parts.phases.total:
+            self.callbacks.on_notice(stop_words(state.step, parts.phases.total, state.since_best, state.best["step"]))
         guard.check_changed(state.digests, parts.optimizer.digests())
 
     def evaluate(self) -> None:
@@ -164,6 +168,8 @@ class TrainingLoop:
         if parts.accelerator.is_main_process:
             append_line(parts.folder / EVAL_FILE, state.evaluation)
         self.callbacks.on_evaluation(state.step, result)
+        if state.selected_at is not None or not parts.phases.sparse:
+            note_evaluation(state, result)
 
     def save(self) -> None:
         """Write a checkpoint of now and delete the oldest ones beyond ``keep``."""
@@ -180,7 +186,7 @@ class TrainingLoop:
                     logs=log_sizes(parts.folder),
                     **parts.identity,
                 )
-                prune(parts.folder, parts.config.train.keep)
+                prune(parts.folder, parts.config.train.keep, spare=kept_step(parts.config.train, state))
         self._saved = state.step
         self.callbacks.on_save(state.step, step_folder(parts.folder, state.step))
         parts.accelerator.wait_for_everyone()
@@ -306,6 +312,18 @@ class TrainingLoop:
     @property
     def _phase(self) -> str:
         return self.parts.phases.phase(self.parts.state.step)
+
+    @property
+    def _done(self) -> bool:
+        """The last step is done, or the held-out loss has not come down for as long as was asked."""
+        return self.parts.state.step >= self.parts.phases.total or out_of_patience(
+            self.parts.config.train, self.parts.state
+        )
+
+    @property
+    def _best_is_unsaved(self) -> bool:
+        state = self.parts.state
+        return self.parts.config.train.keep_best and is_best_now(state) and self._saved != state.step
 
     @property
     def _save_every(self) -> int:

@@ -22,7 +22,7 @@ from qrosa.data.length import row_length
 from qrosa.data.rendering import read_template
 from qrosa.errors import InputError
 from qrosa.optim.rates import Rates, choose_rates
-from qrosa.optim.schedule import Phases, warmup_and_total
+from qrosa.optim.schedule import Phases, steps_between_evaluations, warmup_and_total
 from qrosa.optim.zero.settings import ZeroSettings, zero_settings
 from qrosa.planner.bytes.zero import drive_bytes
 from qrosa.planner.hardware import Here, read_here
@@ -33,6 +33,7 @@ from qrosa.planner.search.solve import solve
 from qrosa.quantities import parse_share, parse_size
 from qrosa.record.checkpoint import PLACES
 from qrosa.record.folder import check_output, check_room
+from qrosa.train.best import check_held_out
 from qrosa.train.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def prepare(
     original = None if named.kind == "nf4" else named
     base_files = named if config.train.base is None else given_base(config.train.base, named)
     _check_objective(config)
+    check_held_out(config)
     if original is None and config.train.base_rounding == "feedback":
         raise InputError(
             f"{config.model} is in 4 bits already, so --base-rounding has nothing to round",
@@ -299,6 +301,7 @@ def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: Plan, rates:
             micro_batch=str(plan.work.rows),
             checkpointing="on" if plan.work.checkpointing else "off",
             offload=plan.offload,
+            eval_every=steps_between_evaluations(train, phases.total),
             save_every=train.save_every or max(1, phases.total // 10),
         ),
     )

@@ -32,7 +32,7 @@ from qrosa.optim.zero.optimizer import ZeroOptimizer
 from qrosa.planner.hardware import ask_for_expandable_segments
 from qrosa.planner.show import document
 from qrosa.quantities import parse_offload
-from qrosa.record.checkpoint import Checkpoint, check_same_run, latest, recover
+from qrosa.record.checkpoint import Checkpoint, check_same_run, latest, recover, step_folder
 from qrosa.record.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, check_output, open_folder
 from qrosa.record.lock import RunLock
 from qrosa.record.logs import restore
@@ -42,6 +42,7 @@ from qrosa.report.facts import Facts, ModuleShare
 from qrosa.report.report import write_report
 from qrosa.train.agree import agree
 from qrosa.train.base import feedback_base, name_home, take_home
+from qrosa.train.best import check_best, kept_step
 from qrosa.train.callbacks import Advance, Callback, Callbacks
 from qrosa.train.loop import LoopParts, TrainingLoop
 from qrosa.train.prepare import Prepared, prepare, with_absolute_places
@@ -229,6 +230,7 @@ class _Run:
         if checkpoint is not None:
             optimizer.load_state_tensors(checkpoint.optimizer_tensors())
             state = checkpoint.run
+            check_best(train, state, self.folder, self.callbacks.on_notice)
             self.meter.peaks = {**state.peaks, **self.meter.peaks}
             self.callbacks.on_notice(f"going on after step {state.step}")
         return LoopParts(
@@ -315,8 +317,11 @@ class _Run:
         return selection_rows(self.prepared.train.wanted, self.config.masks.mask_samples, self.config.train.seed)
 
     def _finish(self, parts: LoopParts) -> dict[str, Any]:
-        """Save the adapter and write the report."""
+        """Save the adapter, the last or the best, and write the report."""
+        best = kept_step(self.config.train, parts.state)
         with self.meter.phase("save"):
+            if best is not None and best != parts.state.step:
+                load_adapter(parts.model, step_folder(self.folder, best))
             if self.accelerator.is_main_process:
                 save_adapter(parts.model, self.folder / ADAPTER_FOLDER)
         parts.state.peaks = dict(self.meter.peaks)

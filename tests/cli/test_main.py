@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 import qrosa
 from qrosa.cli import main as entry
 from qrosa.cli import options
-from qrosa.config import GROUPS, AdapterConfig, make_group, setting_names
+from qrosa.config import GROUPS, AdapterConfig, TrainConfig, make_group, setting_names
 from qrosa.errors import DoesNotFitError, InputError, InterruptedRunError, StorageError, TrainingError
 
 
@@ -181,6 +181,36 @@ def test_settings_options_cover_every_field() -> None:
     shown = {parameter.name for parameter in command.params}
     assert shown == set(setting_names()) - {"model", "output"}
     assert make_group(AdapterConfig, values).budget == "0.3%"
+
+
+@pytest.mark.parametrize(
+    ("given", "below", "wanted"),
+    [
+        (["--keep-best"], {}, True),
+        ([], {"keep_best": True}, True),
+        (["--no-keep-best"], {"keep_best": True}, False),
+        ([], {}, False),
+    ],
+)
+def test_a_switch_is_a_flag_and_a_truth_in_yaml(given: list[str], below: dict[str, Any], wanted: bool) -> None:
+    values: dict[str, Any] = {}
+
+    @click.command()
+    @options.settings_options("train")
+    def command(**settings: Any) -> None:
+        values.update(below | options.given(settings))
+
+    assert CliRunner().invoke(command, given).exit_code == 0
+    assert make_group(TrainConfig, values).keep_best is wanted
+
+
+def test_yaml_reads_on_and_off_as_truths_and_they_are_taken_back() -> None:
+    made = make_group(TrainConfig, {"deterministic": False, "checkpointing": True})
+    assert (made.deterministic, made.checkpointing) == ("off", "on")
+    with pytest.raises(InputError, match="--keep-best has the wrong type: 'maybe'"):
+        make_group(TrainConfig, {"keep_best": "maybe"})
+    with pytest.raises(InputError, match="--objective has the wrong type"):
+        make_group(TrainConfig, {"objective": True})
 
 
 def test_settings_options_can_be_required_and_chosen() -> None:

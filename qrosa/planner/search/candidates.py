@@ -113,7 +113,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         checkpointing=False,
         loss_chunk_tokens=LOSS_CHUNKS[0],
         mask_group_bytes=0,
-        checkpoints=train.keep,
+        checkpoints=train.keep + train.keep_best,
         sparse_init=request.adapter.sparse_init,
         low_rank_init=request.adapter.low_rank_init,
         rank_by=request.adapter.rank_by or "order",

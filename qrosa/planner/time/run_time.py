@@ -12,7 +12,7 @@ from typing import Any
 
 from qrosa.config import SPLITS
 from qrosa.masks.sizes import DENSE_SAMPLES
-from qrosa.optim.schedule import phases_of, steps_of
+from qrosa.optim.schedule import phases_of, steps_between_evaluations, steps_of
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.cards import Card
 from qrosa.planner.plan import Plan
@@ -73,8 +73,9 @@ def run_time(plan: Plan) -> RunTime | None:
     state = adapter + parts.optimizer_bytes(
         allocation.low_rank_parameters, allocation.sparse_parameters, train.optimizer
     )
-    saves = -(-steps // (train.save_every or max(1, steps // 10)))
-    evaluations = 1 + (steps // train.eval_every if train.eval_every else 0)
+    between = steps_between_evaluations(train, steps)
+    evaluations = 1 + (steps // between if between else 0)
+    saves = -(-steps // (train.save_every or max(1, steps // 10))) + (evaluations if train.keep_best else 0)
     seconds = {
         "load": START + _load_seconds(plan, card),
         "warmup": phases.warmup * step,

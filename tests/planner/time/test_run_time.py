@@ -46,6 +46,22 @@ def test_each_phase_grows_with_its_own() -> None:
     assert list(base.seconds) == ["load", "warmup", "select", "train", "eval", "save", "export"]
 
 
+def test_judging_by_held_out_rows_costs_evaluations_and_saves() -> None:
+    base = timed(epochs=1, batch_size=16, eval_split="10%")
+    judged = timed(epochs=1, batch_size=16, eval_split="10%", stop_after=3)
+    kept = timed(epochs=1, batch_size=16, eval_split="10%", keep_best=True)
+    assert judged.seconds["eval"] == kept.seconds["eval"] > 15 * base.seconds["eval"]
+    assert kept.seconds["save"] > 2 * base.seconds["save"]
+    assert judged.seconds["save"] == base.seconds["save"]
+    given = timed(epochs=1, batch_size=16, eval_split="10%", eval_every=500, stop_after=3)
+    assert given.seconds["eval"] == pytest.approx(2 * base.seconds["eval"])
+
+
+def test_the_best_checkpoint_takes_the_disk_of_one_more() -> None:
+    disk = {keep: made(LLAMA, keep=keep).phases["save"].disk for keep in (2, 3)}
+    assert made(LLAMA, keep=2, keep_best=True).phases["save"].disk == disk[3] > disk[2]
+
+
 def test_without_a_mask_nothing_is_selected() -> None:
     found = timed(batch_size=16, sparse_share=0.0)
     assert found.seconds["select"] == found.seconds["warmup"] == 0
