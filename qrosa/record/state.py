@@ -29,6 +29,7 @@ class RunState:
         evaluation: The last evaluation, as ``qrosa.eval`` gave it, with its step.
         best: The same of the one with the lowest loss since the masks were picked; empty before the first.
         since_best: Evaluations since then that were no better.
+        resumed_at: Steps that were done when the run went on after a stop, in order.
         changes: Micro-batches that were halved for want of memory.
         digests: Part -> SHA-256 of its values before the first step on them.
         peaks: Phase -> highest memory in bytes.
@@ -46,6 +47,7 @@ class RunState:
     evaluation: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     since_best: int = 0
+    resumed_at: list[int] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
@@ -84,6 +86,8 @@ class RunState:
             and type(self.tokens) is int
             and isinstance(self.evaluation, dict)
             and self._best_is_sound()
+            and isinstance(self.resumed_at, list)
+            and all(type(step) is int for step in self.resumed_at)
             and isinstance(self.changes, list)
             and all(isinstance(digest, str) for digest in self.digests.values())
             and all(type(size) is int for size in self.peaks.values())

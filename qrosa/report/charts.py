@@ -94,7 +94,8 @@ def line_chart(
     parts = [_grid_line(place(x0, tick)[1], form(tick)) for tick in ticks]
     parts += [_x_label(place(x, ticks[0])[0], f"{x:g}") for x in _x_ticks(x0, x1)]
     parts.append(f'<text class="tick" x="{WIDTH - _RIGHT}" y="{HEIGHT - 2}" text-anchor="end">step</text>')
-    parts += [_event(event, place(event.step, ticks[0])[0]) for event in events if x0 <= event.step <= x1]
+    within = [event for event in events if x0 <= event.step <= x1]
+    parts += [_event(event, place(event.step, ticks[0])[0], line) for line, event in enumerate(within)]
     parts += [_line(s, place, form) for s in sorted(drawn, key=lambda s: not s.faint)]
     return legend(drawn) + svg(WIDTH, HEIGHT, "".join(parts))
 
@@ -140,12 +141,13 @@ def _line(series: Series, place: Callable[[float, float], Point], form: Format) 
     return line
 
 
-def _event(event: Event, x: float) -> str:
-    end = HEIGHT - _BOTTOM
+def _event(event: Event, x: float, line: int) -> str:
+    """An upright line; names of neighbours stand in ``line``s of their own."""
+    end, y = HEIGHT - _BOTTOM, _TOP + 9 + 13 * (line % 4)
     anchor, beside = ("end", x - 4) if x > WIDTH / 2 else ("start", x + 4)
     return (
         f'<line class="event" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{end}"/>'
-        f'<text class="tick" x="{beside:.1f}" y="{_TOP + 9}" text-anchor="{anchor}">{html.escape(event.name)}</text>'
+        f'<text class="tick" x="{beside:.1f}" y="{y}" text-anchor="{anchor}">{html.escape(event.name)}</text>'
     )
 
 

@@ -53,6 +53,7 @@ class Facts:
         deterministic: The run was held to the same bits every time.
         overhead: What the process took of a card beside tensors, by what it was; empty on the CPU.
         fingerprints: Of the base, and of the rows (those trained on, ``+``, those held out).
+        machine: What the run was made on and with, in words.
     """
 
     settings: Mapping[str, Any]
@@ -67,3 +68,4 @@ class Facts:
     deterministic: bool = True
     overhead: Mapping[str, int] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    machine: Mapping[str, str] = field(default_factory=dict)

@@ -10,11 +10,11 @@ from typing import Any
 from qrosa.optim.schedule import learning_rate_factor, sparse_learning_rate_factor
 from qrosa.quantities import bytes_text
 from qrosa.report.bars import bar_pairs, heat_map
-from qrosa.report.charts import Series, line_chart
-from qrosa.report.curves import points, steps_of
+from qrosa.report.charts import Event, Series, line_chart, two_scales
+from qrosa.report.curves import points, smooth, steps_of, window_of
 from qrosa.report.facts import Facts, ModuleShare
-from qrosa.report.sheet import sheet
-from qrosa.report.words import beside_loss, count_text, duration_text, loss_text
+from qrosa.report.sheet import folded, sheet, table
+from qrosa.report.words import beside_loss, count_text, duration_text, loss_form, loss_text
 
 _PHASE_ORDER = ("quantise", "load", "select", "train", "eval", "save", "export")
 
@@ -23,20 +23,16 @@ def page(
     facts: Facts, report: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]]
 ) -> str:
     """``report.html``: self-contained, for light and dark screens."""
-    steps = steps_of(metrics)
-    held_out = points(evals, "loss")
+    steps, events = steps_of(metrics), _events(facts, report)
     charts = [
-        ("Loss", line_chart(
-            [Series("training", points(steps, "loss"), 1), Series("held-out rows", held_out, 2, marks=True)],
-            form=lambda v: f"{v:.4g}",
-        )),
-        ("Learning rates", _learning_rates(facts)),
+        ("Loss", _loss(steps, evals, events)),
+        ("Learning rates", _learning_rates(facts, events)),
         ("Tokens per second", line_chart(
-            [Series("speed", points(steps, "tokens_per_s"))], form=count_text, from_zero=True
+            [Series("speed", points(steps, "tokens_per_s"))], form=count_text, from_zero=True, events=events
         )),
         ("Memory: planned and measured peak of each phase", _memory(facts)),
         ("Gradient norm, before clipping", line_chart(
-            [Series("norm", points(steps, "grad_norm"))], form=lambda v: f"{v:.3g}", from_zero=True
+            [Series("norm", points(steps, "grad_norm"))], form=lambda v: f"{v:.3g}", from_zero=True, events=events
         )),
         ("Where the sparse delta sits: share of the weights", _heat(
             facts, lambda m: m.nnz / m.size, lambda v: f"{v:.3%}"
@@ -45,7 +41,31 @@ def page(
         ("Ranks of the low-rank part", _heat(facts, lambda m: float(m.rank), lambda v: f"{v:g}")),
     ]  # fmt: skip
     title = f"qrosa run: {Path(str(facts.settings['output'])).name}"
-    return sheet(title, _tiles(facts, report), charts, facts.settings, between=_data(facts))
+    between = _data(facts) + folded("Machine", table(facts.machine.items()))
+    return sheet(title, _tiles(facts, report), charts, facts.settings, between=between)
+
+
+def _events(facts: Facts, report: Mapping[str, Any]) -> list[Event]:
+    """What stands across the curves: where masks were picked, where the run went on, what its adapter is of."""
+    state, events = facts.state, []
+    if state.selected_at:
+        events.append(Event(state.selected_at, "warm-up ends, masks picked"))
+    events += [Event(step, "resumed") for step in state.resumed_at]
+    if report["adapter_step"] != report["steps"]:
+        events.append(Event(report["adapter_step"], "best: the adapter"))
+    return events
+
+
+def _loss(steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]], events: Sequence[Event]) -> str:
+    """Loss of the steps, its mean over some of them where they are many, and of the held-out rows."""
+    trained, held_out, window = points(steps, "loss"), points(evals, "loss"), window_of(len(steps))
+    smoothed = smooth(trained, window) if window > 1 else []
+    series = [
+        Series("training", trained, 1, faint=bool(smoothed)),
+        Series(f"training, mean of {window} steps", smoothed, 1),
+        Series("held-out rows", held_out, 2, marks=True),
+    ]
+    return two_scales("loss", series, form=loss_form, events=events)
 
 
 def _data(facts: Facts) -> str:
@@ -60,7 +80,7 @@ def _data(facts: Facts) -> str:
     return f'<section class="wide"><h2>Data that is not used as it stands</h2><table>{lines}</table></section>'
 
 
-def _learning_rates(facts: Facts) -> str:
+def _learning_rates(facts: Facts, events: Sequence[Event]) -> str:
     settings, total = facts.settings, facts.phases.total
     kind, ramp = settings["schedule"], settings["lr_warmup"]
     start = total if facts.state.selected_at is None else facts.state.selected_at
@@ -71,7 +91,7 @@ def _learning_rates(facts: Facts) -> str:
     ]
     has_low_rank = any(m.rank for m in facts.modules)
     series = [Series("low-rank", low_rank if has_low_rank else [], 1), Series("sparse", sparse, 2)]
-    return line_chart(series, form=lambda v: f"{v:.2g}", from_zero=True)
+    return line_chart(series, form=lambda v: f"{v:.2g}", from_zero=True, events=events)
 
 
 def _memory(facts: Facts) -> str:

@@ -58,6 +58,8 @@ def figures(facts: Facts) -> dict[str, Any]:
         },
         "deterministic": facts.deterministic,
         "fingerprints": dict(facts.fingerprints),
+        "machine": dict(facts.machine),
+        "resumed_at": state.resumed_at,
         "micro_batch_changes": state.changes,
         "micro_batch": {"rows": state.limits.rows, "tokens": state.limits.tokens},
         "trainable": facts.trainable,

@@ -35,7 +35,7 @@ def sheet(
     figures = "".join(f"<div><b>{html.escape(v)}</b><span>{html.escape(k)}</span></div>" for k, v in tiles)
     top = f'<div class="tiles">{figures}</div>' if figures else ""
     rows = [(key, setting_text(value)) for key, value in settings.items()]
-    end = f"<details><summary>Settings</summary>{table(rows)}</details>" if rows else ""
+    end = folded("Settings", table(rows)) if rows else ""
     title = html.escape(title)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -58,6 +58,11 @@ def table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
         for name, *texts in rows
     )
     return f"<table>{f'<thead><tr>{top}</tr></thead>' if top else ''}{lines}</table>"
+
+
+def folded(heading: str, content: str) -> str:
+    """HTML that shows when its heading is clicked on."""
+    return f"<details><summary>{html.escape(heading)}</summary>{content}</details>"
 
 
 def choice(name: str, views: Sequence[tuple[str, str]]) -> str:
@@ -139,6 +144,7 @@ svg .label, svg .value { fill: var(--ink) }
 .choice input:nth-of-type(1):checked ~ div:nth-of-type(1), .choice input:nth-of-type(2):checked ~ div:nth-of-type(2) {
   display: block }
 .empty { color: var(--soft) }
+details { margin-bottom: 16px }
 .wide { margin-bottom: 16px; overflow-x: auto }
 table { border-collapse: collapse; margin-top: 8px; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: 2px 16px 2px 0; font-weight: 400; vertical-align: top }

@@ -125,6 +125,8 @@ class TrainingLoop:
         """
         parts, state = self.parts, self.parts.state
         self._remember_start()
+        if state.step and not self._done:
+            state.resumed_at.append(state.step)
         parts.model.train()
         with Interrupts() as interrupts:
             while not self._done:

@@ -36,6 +36,7 @@ from qrosa.record.checkpoint import Checkpoint, check_same_run, latest, recover,
 from qrosa.record.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, check_output, open_folder
 from qrosa.record.lock import RunLock
 from qrosa.record.logs import restore
+from qrosa.record.machine import describe_machine
 from qrosa.record.meter import MemoryMeter
 from qrosa.record.state import RunState
 from qrosa.report.facts import Facts, ModuleShare
@@ -338,6 +339,7 @@ class _Run:
             deterministic=self.config.train.deterministic == "on",
             overhead=dataclasses.asdict(self.prepared.plan.work.overhead) if self.device.type == "cuda" else {},
             fingerprints=self.identity["fingerprints"],
+            machine=describe_machine(self.device, self.accelerator.num_processes),
         )
         report = write_report(self.folder, facts) if self.accelerator.is_main_process else {}
         self.accelerator.wait_for_everyone()

@@ -63,7 +63,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(config, tmp_path, at, n
     recorder = Recorder()
     report = finetune(broken, resume=True, callbacks=[recorder])
     assert [line.step for line in recorder.steps] == list(range(at + 1, 8))
-    assert report["steps"] == 7
+    assert report["steps"] == 7 and report["resumed_at"] == [at]
     assert losses(broken.output) == losses(whole.output)
     assert adapter_bytes(broken.output) == adapter_bytes(whole.output)
     # The handlers of before are back.
@@ -104,7 +104,8 @@ def test_a_signal_ends_mask_selection_at_the_next_sample(config, tmp_path, warmu
 def test_a_finished_run_resumes_to_its_end(config):
     finetune(config())
     recorder = Recorder()
-    assert finetune(config(), resume=True, callbacks=[recorder])["steps"] == 6
+    report = finetune(config(), resume=True, callbacks=[recorder])
+    assert report["steps"] == 6 and report["resumed_at"] == []
     assert recorder.steps == []
 
 
