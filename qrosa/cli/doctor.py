@@ -92,12 +92,18 @@ def check_card() -> Check:
     """The CUDA cards that torch sees, with their memory."""
     import torch
 
+    from qrosa.cli.card_facts import card_facts
+
     if torch.cuda.is_available():
-        cards = [_card_facts(index) for index in range(torch.cuda.device_count())]
+        cards = [card_facts(index) for index in range(torch.cuda.device_count())]
         found = "; ".join(
             f"{card['name']}, {bytes_text(card['free'])} of {bytes_text(card['total'])} free, sm_{card['capability']}"
             for card in cards
         )
+        unused = [f"torch fails on cuda:{card['index']}: {card['fails']}" for card in cards if card["fails"]]
+        if unused:
+            hint = "install a torch for this card and its driver; or hide the card with CUDA_VISIBLE_DEVICES"
+            return Check("card", "broken", f"{found}; {'; '.join(unused)}", hint, {"cards": cards})
         return Check("card", "ok", found, facts={"cards": cards})
     if not (Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi")):
         return Check("card", "note", "none", "everything runs on the CPU; models above about 1B will be slow")
@@ -117,6 +123,7 @@ def check_ops() -> Check:
 
     from qrosa import ops
     from qrosa.cli.op_check import wrong_ops
+    from qrosa.ops.library import fixes
 
     status = ops.status()
     cards = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
@@ -127,14 +134,14 @@ def check_ops() -> Check:
         parts.append(f"{device}: {by}")
     wrong = [fault for device in ("cpu", *cards) for fault in wrong_ops(device)]
     if wrong:
-        hint = "build again for the cards that are here: make clean build; or hide the card with CUDA_VISIBLE_DEVICES"
+        hint = "build it again for what is here: make clean build"
+        if cards:
+            hint += "; or hide the card with CUDA_VISIBLE_DEVICES, and everything runs on the CPU"
         return Check("ops", "broken", "; ".join(wrong), hint, status)
     slow = [device for device, entry in served.items() if not entry["library"]]
     if slow:
         note = served[slow[0]].get("note") or "no compiled library"
-        return Check(
-            "ops", "problem", f"{', '.join(parts)} ({note})", "build it in a clone of qrosa: make build", status
-        )
+        return Check("ops", "problem", f"{', '.join(parts)} ({note})", fixes[slow[0]], status)
     return Check("ops", "ok", ", ".join(parts), facts=status)
 
 
@@ -267,19 +274,6 @@ def _print_table(checks: list[Check]) -> None:
         if check.hint:
             table.add_row("", "", Text(f"-> {check.hint}", style="dim"))
     result_console().print(table)
-
-
-def _card_facts(index: int) -> dict[str, Any]:
-    import torch
-
-    free, total = torch.cuda.mem_get_info(index)
-    major, minor = torch.cuda.get_device_capability(index)
-    return {
-        "name": torch.cuda.get_device_name(index),
-        "total": total,
-        "free": free,
-        "capability": f"{major}{minor}",
-    }
 
 
 def _cpu_flags() -> set[str]:

@@ -27,10 +27,11 @@ SDDMM_WAYS = ("rule", "gather", "tiles")
 ``QROSA_SDDMM`` names the one to begin with."""
 
 _PACKAGE = Path(__file__).resolve().parent.parent
-_fixes = {
-    "cpu": "run `pip install --no-build-isolation -e .` (needs a C++17 compiler)",
-    "cuda": "rebuild with nvcc on the PATH: `pip install --no-build-isolation -e .`",
+fixes = {
+    "cpu": "run `pip install --no-build-isolation -e .` in a clone of qrosa (needs a C++17 compiler)",
+    "cuda": "rebuild with nvcc on the PATH: `pip install --no-build-isolation -e .` in a clone of qrosa",
 }
+"""What gives a device its library."""
 _KERNELS = (
     *("dequant_add", "sddmm", "dequant_spmm", "score_accumulate"),
     *("rms_norm", "rms_norm_backward", "gate", "gate_backward"),
@@ -83,7 +84,7 @@ def _warn_once(device: str, name: str) -> None:
         reason = notes[device] or f"it is older than the package, without {name}"
         warnings.warn(
             f"qrosa: no compiled library for {device} ({reason}); plain PyTorch runs instead, slower and with "
-            f"more memory. To fix it, {_fixes[device]}.",
+            f"more memory. To fix it, {fixes[device]}.",
             stacklevel=2,
         )
 
@@ -107,7 +108,7 @@ def _load(device: str, key: str) -> None:
     if path is None:
         notes[device] = "not built"
     elif refusal is not None:
-        notes[device], _fixes[device] = refusal.reason, refusal.fix
+        notes[device], fixes[device] = refusal.reason, refusal.fix
     else:
         try:
             torch.ops.load_library(str(path))

@@ -59,7 +59,7 @@ def test_a_missing_op_library_is_a_problem_with_its_reason(monkeypatch: pytest.M
     check = doctor.check_ops()
     assert check.state == "problem"
     assert "not built" in check.found
-    assert "make build" in str(check.hint)
+    assert "pip install" in str(check.hint)
 
 
 def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
