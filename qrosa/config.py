@@ -30,7 +30,10 @@ BASE_ROUNDINGS = ("nearest", "feedback")
 SCHEDULES = ("linear", "cosine", "constant")
 SPLITS = ("validation", "test")
 OBJECTIVES = ("sft", "dpo")
-LOGGERS = ("tensorboard", "wandb", "trackio")
+LOGGERS = (  # those that accelerate knows
+    *("tensorboard", "wandb", "trackio", "mlflow", "comet_ml"),
+    *("aim", "clearml", "dvclive", "swanlab"),
+)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
-"""Logging to TensorBoard, Weights & Biases or Trackio, through accelerate, only when asked for.
+"""Logging to any tracker that accelerate knows, through accelerate, only when asked for.
 
 accelerate drops a tracker whose package is missing without a word; here that is an error before anything is loaded.
+Every tracker is given the run's name and, where it takes one, an id that follows from the run folder's, so that a
+resumed run goes on where it was. MLflow, Aim and ClearML give out ids of their own: there the second half of a run
+stands beside the first, under the same name. What trackers write to files goes into the run folder.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -12,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qrosa.errors import InputError
+from qrosa.errors import InputError, first_line
 from qrosa.record.folder import LOGS_FOLDER
 from qrosa.record.identity import run_id
 from qrosa.record.logs import StepRecord
@@ -21,22 +25,29 @@ from qrosa.train.callbacks import Callback
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",)}
+_MODULES = {"tensorboard": ("tensorboard", "tensorboardX")}  # of a tracker that is not called like its module
+_INSTALLED_AS = {"comet_ml": "comet-ml", "aim": "aim<4"}
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Make sure that each tracker's package is installed, without importing it.
+    """Make sure that each tracker's package is installed and that accelerate takes it, without importing it.
 
     Raises:
-        InputError: One is missing.
+        InputError: One is missing, or of a version that accelerate passes over.
     """
     for name in names:
-        packages = _PACKAGES[name]
-        if not any(importlib.util.find_spec(package) for package in packages):
-            raise InputError(
-                f"--log-to {name} needs the package {packages[0]}, which is not installed",
-                f"pip install {packages[0]}, or leave {name} out of --log-to",
-            )
+        package = _INSTALLED_AS.get(name, name)
+        hint = f"pip install '{package}', or leave {name} out of --log-to"
+        if not any(importlib.util.find_spec(module) for module in _MODULES.get(name, (name,))):
+            raise InputError(f"--log-to {name} needs the package {package}, which is not installed", hint)
+        if name not in _taken_by_accelerate():
+            raise InputError(f"--log-to {name}: accelerate does not take the {name} that is installed", hint)
+
+
+def _taken_by_accelerate() -> list[str]:
+    from accelerate.tracking import get_available_trackers
+
+    return [str(tracker) for tracker in get_available_trackers()]
 
 
 def make_accelerator(names: Sequence[str], folder: Path, timeout: float) -> Accelerator:
@@ -90,16 +101,22 @@ class Trackers(Callback):
             return
         plain = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()}
         name, id = self.folder.absolute().name, run_id(self.folder)
-        self.accelerator.init_trackers(
-            "qrosa",
-            config=plain,
-            init_kwargs={
-                "wandb": {"name": name, "id": id, "resume": "allow"},
-                "trackio": {"name": f"{name}-{id}", "resume": "allow"},  # it knows runs by name
-                # What was logged beyond the checkpoint is logged again.
-                "tensorboard": {"purge_step": step + 1} if step else {},
-            },
-        )
+        logs = self.folder / LOGS_FOLDER
+        if "aim" in map(str, self.accelerator.log_with):
+            logs.mkdir(exist_ok=True)
+        try:
+            self.accelerator.init_trackers("qrosa", config=plain, init_kwargs=opening(name, id, logs, step))
+        except Exception as error:  # no login, no server, settings of its own: each tracker has errors of its own
+            raise InputError(
+                f"a tracker of --log-to ({', '.join(map(str, self.accelerator.log_with))}) cannot be opened: "
+                f"{first_line(error)}",
+                "log in to it or set it up as its own documentation says, or leave it out of --log-to",
+            ) from error
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "comet_ml":
+                tracker.tracker.set_name(name)
+            elif tracker.name == "aim":
+                tracker.tracker.name = f"{name}-{id}"
 
     def on_step(self, record: StepRecord) -> None:
         """Log the step's figures."""
@@ -109,3 +126,30 @@ class Trackers(Callback):
         """Log what was measured on the held-out rows."""
         counts = ("rows", "supervised_tokens")
         self.accelerator.log({f"eval_{name}": value for name, value in result.items() if name not in counts}, step=step)
+
+
+def opening(name: str, id: str, logs: Path, step: int) -> dict[str, dict[str, Any]]:
+    """What each tracker is opened with.
+
+    Args:
+        name: The run's.
+        id: The run's, 8 hexadecimal digits.
+        logs: Folder in the run folder for what trackers write.
+        step: Steps done before; not 0 in a run that goes on.
+
+    Returns:
+        Tracker -> arguments beside the project's name.
+    """
+    long = hashlib.sha256(f"qrosa run {id}".encode()).hexdigest()  # for trackers that want ids of a length
+    return {
+        "wandb": {"name": name, "id": id, "resume": "allow"},
+        "trackio": {"name": f"{name}-{id}", "resume": "allow"},  # it knows runs by name
+        "tensorboard": {"purge_step": step + 1} if step else {},  # what was logged beyond the checkpoint comes again
+        "swanlab": {"experiment_name": name, "id": long[:21], "resume": "allow"},
+        "comet_ml": {"experiment_key": long[:40]},
+        "dvclive": {"dir": str(logs / "dvclive"), "resume": step > 0, "dvcyaml": None},
+        "mlflow": {"run_name": f"{name}-{id}"},
+        "aim": {"experiment": f"{name}-{id}"},
+        # Else it would empty a task of this name that is younger than a day.
+        "clearml": {"task_name": f"{name}-{id}", "reuse_last_task_id": False},
+    }
