@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from qrosa.data.encode import EncodedRow
     from qrosa.export.card import Drift
+    from qrosa.export.hub import Pushed
     from qrosa.export.merge import ExportReport
 
 _EXAMPLES = """\b
@@ -35,6 +36,7 @@ Examples:
   qrosa export run --output adapter-for-peft --format peft
   qrosa export run --output llama-cpp --format gguf --quant q8_0
   qrosa export run --output base-for-peft --base-only           # the base that such an adapter goes on
+  qrosa export run --output merged --push-to me/my-model        # and upload it, private; hf auth login comes first
 """
 
 
@@ -61,6 +63,12 @@ Examples:
 )
 @click.option("--verify", is_flag=True, help="Compare the export with the trained model on rows.")
 @click.option("--data", metavar="FILE", help="Rows for --verify.  [default: the run's own, first 32]")
+@click.option(
+    "--push-to",
+    metavar="REPO",
+    help="Then upload the folder into this repository of the Hugging Face hub, NAME or OWNER/NAME.",
+)
+@click.option("--public", is_flag=True, help="Let everybody see the repository, if --push-to has to make it.")
 @base_option
 @device_option
 @force_option
@@ -75,6 +83,8 @@ def command(
     base_only: bool,
     verify: bool,
     data: str | None,
+    push_to: str | None,
+    public: bool,
     base_model: str | None,
     device: str | None,
     force: bool,
@@ -89,13 +99,17 @@ def command(
         raise InputError("--data is only used by --verify", "add --verify, or leave out --data")
     if base_only and verify:
         raise InputError("--verify compares an adapter's export, and --base-only has none", "leave out one of the two")
+    if public and push_to is None:
+        raise InputError("--public is only used by --push-to", "add --push-to, or leave out --public")
     given = {"--dtype": dtype, "--quant": quant, "--base": base, "--base-only": base_only, "--verify": verify}
     _refuse(format_, [flag for flag, value in given.items() if value])
+    repo = _checked_repo(push_to)
     console = progress_console()
     if format_ == "peft":
         from qrosa.export.peft import export_peft
 
-        _report(export_peft(source, output, model=base_model, force=force), None, as_json=as_json)
+        report, drift = export_peft(source, output, model=base_model, force=force), None
+        _report(report, drift, _push(report, repo, public, console), as_json=as_json)
         return
     if format_ == "gguf" and verify:
         from qrosa.export.llama_cpp import require_llama_cpp
@@ -114,7 +128,29 @@ def command(
 
             report = merge(source, output, dtype=dtype or "fp16", base_only=base_only, **settings, progress=advance)
     drift = _verify(source, report, rows, base_model, place, console) if verify else None
-    _report(report, drift, as_json=as_json)
+    _report(report, drift, _push(report, repo, public, console), as_json=as_json)
+
+
+def _checked_repo(repo: str | None) -> str | None:
+    """The whole id of the repository to push to, if any.
+
+    Raises:
+        InputError: It cannot be pushed to.
+    """
+    if repo is None:
+        return None
+    from qrosa.export.hub import check_push
+
+    return check_push(repo)
+
+
+def _push(report: ExportReport, repo: str | None, public: bool, console: Console) -> Pushed | None:
+    if repo is None:
+        return None
+    from qrosa.export.hub import push
+
+    console.print(f"uploading {report.output} to {repo} ...", markup=False, soft_wrap=True)
+    return push(Path(report.output), repo, public=public)
 
 
 _FOREIGN = {
@@ -198,17 +234,19 @@ def _verify(
     return drift
 
 
-def _report(report: ExportReport, drift: Drift | None, *, as_json: bool) -> None:
+def _report(report: ExportReport, drift: Drift | None, pushed: Pushed | None, *, as_json: bool) -> None:
     if as_json:
         import dataclasses
 
-        emit_json({**dataclasses.asdict(report), "verify": drift})
+        emit_json({**dataclasses.asdict(report), "verify": drift, "pushed": pushed})
         return
     console = result_console()
     size = bytes_text(report.bytes)
     console.print(
         f"{report.output}: {report.tensors} tensors, {size} {report.dtype}, in {report.seconds:.1f} s", markup=False
     )
+    if pushed is not None:
+        console.print(f"uploaded: {pushed.url} (commit {pushed.commit[:12]})", markup=False, soft_wrap=True)
     if drift is None:
         return
     console.print(
