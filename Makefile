@@ -64,13 +64,17 @@ accuracy: build
 	OMP_NUM_THREADS=1 $(PY) -m bench.accuracy.run
 	$(PY) -m bench.accuracy.show && $(PY) bench/tables.py
 
-# First the end-to-end tests with a tiny model, then the ops, then every figure; each line stops at its first failure.
+# First the end-to-end tests with a tiny model, then the ops, then every figure. What fails does not keep the rest from
+# running: a card may be here for an hour only. A card that hangs ends a test's process (timeout-method=thread).
+GPU_TESTS := $(PY) -m pytest -m gpu -rs -q --timeout-method=thread
 gpu: build
-	$(PY) -m pytest -m gpu -rs -q tests/card
-	$(PY) -m pytest -m gpu -rs -q tests --ignore tests/card
-	if command -v compute-sanitizer >/dev/null; then $(MAKE) gpu-sanitize; \
-	  else echo "no compute-sanitizer on the PATH: memory, races and barriers are not checked"; fi
-	$(PY) -m bench.gpu
+	status=0; \
+	$(GPU_TESTS) tests/card || status=1; \
+	$(GPU_TESTS) tests --ignore tests/card || status=1; \
+	if command -v compute-sanitizer >/dev/null; then $(MAKE) gpu-sanitize || status=1; \
+	  else echo "no compute-sanitizer on the PATH: memory, races and barriers are not checked"; fi; \
+	$(PY) -m bench.gpu || status=1; \
+	exit $$status
 
 # build/gpu-kit: what "make gpu" needs on a machine with a card and torch, and without a registry.
 gpu-kit: build

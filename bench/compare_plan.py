@@ -14,9 +14,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.gpu_measure import Measurement
 from bench.random_checkpoint import SHAPES, write_checkpoint
 
 PHASES = ("load", "select", "train", "eval")
@@ -79,6 +81,8 @@ def plan(folder: Path, case: Case, seq_len: int, *flags: str) -> tuple[list[str]
 def longest(folder: Path, case: Case) -> int:
     """The longest rows that fit with recomputation and without offload, as the plan's what-if rows say."""
     _, document = plan(folder, case, 2048)
+    if "failed" in document:
+        raise RuntimeError(document["failed"])
     rows = [row for row in document["what_if"] if row["checkpointing"] and row["offload"] == "none"]
     return int(rows[0]["longest_seq_len"])
 
@@ -100,16 +104,21 @@ def measure(folder: Path, case: Case) -> dict[str, Any]:
     return row | {key: probe[key] for key in ("step_seconds", "tokens_per_s", "fits")} | {"failed": failed}
 
 
-def compare(name: str) -> Iterator[dict[str, Any]]:
+def compare(name: str) -> Iterator[Measurement]:
     """All cases of one model, on a checkpoint that goes when they are done."""
     with tempfile.TemporaryDirectory(prefix="qrosa-shapes-") as scratch:
         folder = write_checkpoint(Path(scratch) / name, SHAPES[name])
         speeds: dict[str, float] = {}
         for case in CASES[name]:
-            row = measure(folder, case)
-            speed = row.get("tokens_per_s")
-            if speed:
-                speeds[case.name] = speed
-            if speed and case.resident in speeds:
-                row["over_resident"] = speed / speeds[case.resident]
-            yield row
+            yield {"case": case.name}, partial(_rows, folder, case, speeds)
+
+
+def _rows(folder: Path, case: Case, speeds: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """The row of a case; its speed is kept in ``speeds``, for those that are compared with it."""
+    row = measure(folder, case)
+    speed = row.get("tokens_per_s")
+    if speed:
+        speeds[case.name] = speed
+    if speed and case.resident in speeds:
+        row["over_resident"] = speed / speeds[case.resident]
+    yield row

@@ -18,12 +18,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench.gpu_measure import require_card
+from bench.gpu_measure import Measurement, require_card
 from bench.random_checkpoint import SHAPES
 
 CAP = 24 * 10**9
@@ -214,18 +215,24 @@ def in_its_own_process(name: str, system: str, rows: int) -> dict[str, Any]:
     return {"model": name, "system": system, "rows": rows, "failed": (result.stderr.strip().splitlines() or ["?"])[-1]}
 
 
-def compare(name: str) -> Iterator[dict[str, Any]]:
+def compare(name: str) -> Iterator[Measurement]:
     """All systems at one and two rows a step, with the ratios that are promised."""
     for count in (1, 2):
         speeds: dict[str, float] = {}
         for system in SYSTEMS:
-            row = in_its_own_process(name, system, count)
-            speed = row.get("tokens_per_s")
-            if speed:
-                speeds[system] = speed
-                ratios = {"over_peft": "peft", "over_qrosa": "qrosa"}
-                row |= {key: speed / speeds[other] for key, other in ratios.items() if other in speeds}
-            yield row
+            case = {"model": name, "system": system, "rows": count}
+            yield case, partial(_rows, name, system, count, speeds)
+
+
+def _rows(name: str, system: str, count: int, speeds: dict[str, float]) -> Iterator[dict[str, Any]]:
+    """The row of a system; its speed is kept in ``speeds``, for those that come after."""
+    row = in_its_own_process(name, system, count)
+    speed = row.get("tokens_per_s")
+    if speed:
+        speeds[system] = speed
+        ratios = {"over_peft": "peft", "over_qrosa": "qrosa"}
+        row |= {key: speed / speeds[other] for key, other in ratios.items() if other in speeds}
+    yield row
 
 
 if __name__ == "__main__":

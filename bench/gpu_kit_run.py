@@ -19,6 +19,7 @@ TESTS = {
     "first-card": ("tests/card",),
     "op-tests": ("tests", "--ignore", "tests/card"),
 }
+MOST = 595  # seconds of a part, which cuts itself before; a machine is often lent for ten minutes a command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.list:
         print("\n".join(parts))
         return 0
+    if chosen.part and chosen.part not in parts:
+        parser.error(f"no part is named {chosen.part}: --list names them")
     failed = [part for part in ([chosen.part] if chosen.part else parts) if _run(work, part)]
     print(f"failed: {', '.join(failed)}" if failed else "all parts ran through")
     return 1 if failed else 0
@@ -49,14 +52,22 @@ def unpack(folder: Path) -> Path:
 
 
 def _run(work: Path, part: str) -> int:
+    """The exit code of a part; what it has measured is kept, whatever it ends with."""
     command = ["-m", "bench.gpu", "--part", part]
     if part in TESTS:
         command = ["-m", "pytest", "-m", "gpu", "-rs", "-q", "-p", "no:cacheprovider", *TESTS[part]]
-    done = subprocess.run([sys.executable, *command], cwd=work / "source", env=_environment(work), check=False)
+    try:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=work / "source", env=_environment(work), check=False, timeout=MOST
+        )
+        code = done.returncode
+    except subprocess.TimeoutExpired:
+        print(f"{part} took more than {MOST} s and was ended", flush=True)
+        code = 1
     measured = work / "source" / "bench" / "results"
     if measured.exists():
         shutil.copytree(measured, HERE / "results", dirs_exist_ok=True)
-    return done.returncode
+    return code
 
 
 def _output(work: Path, *command: str) -> str:

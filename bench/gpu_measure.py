@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,14 @@ PEAK_SIDE = 8192
 HEAD_START = 5_000_000
 """Cycles that the card idles before a measurement, some 3 ms: longer than the host takes to launch what is measured."""
 
+Measurement = tuple[dict[str, Any], Callable[[], Iterable[dict[str, Any]]]]
+"""What is measured, for a row that says why it failed, and its rows."""
+
+
+def failure(error: BaseException) -> dict[str, str]:
+    """What a row says of a measurement that broke off."""
+    return {"failed": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
+
 
 def require_card() -> None:
     """Ends the program with one line where there is no card."""
@@ -36,13 +44,16 @@ def require_card() -> None:
 
 
 def seconds(candidates: Mapping[str, Callable[[], object]], *, rounds: int = 20, warmup: int = 3) -> dict[str, float]:
-    """Median seconds of each candidate on the card; they take turns, each after the L2 was overwritten."""
-    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device="cuda")
+    """Median seconds of each candidate on the card; they take turns, each after other data was read into the L2.
+
+    Read, not written: a cache full of lines that are still to be written back would charge that to the candidate.
+    """
+    cache = torch.zeros(CACHE_BYTES, dtype=torch.uint8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in candidates}
     for turn in range(warmup + rounds):
         for name, run in candidates.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            cache.zero_()
+            cache.sum()
             torch.cuda._sleep(HEAD_START)  # or the card would wait for Python between the kernels of a layer
             begin.record()
             run()
@@ -94,6 +105,9 @@ class Results:
     def __init__(self, part: str, **extra: Any) -> None:
         self.part, self.extra, self.failed = part, extra, 0
         self._rows: list[dict[str, Any]] = []
+        self._device = torch.cuda.get_device_name()  # asked once: a card that hangs would not answer
+        self._target = RESULTS / f"{device_name()}-{time.strftime('%Y-%m-%d')}.json"
+        self._write()  # what an earlier run had of this part goes
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row, write the file, print the row."""
@@ -103,15 +117,14 @@ class Results:
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
 
     def _write(self) -> None:
-        date = time.strftime("%Y-%m-%d")
-        target = RESULTS / f"{device_name()}-{date}.json"
+        target = self._target
         record = json.loads(target.read_text()) if target.exists() else {}
         record |= {
-            "device": torch.cuda.get_device_name(),
+            "device": self._device,
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
-            "date": date,
+            "date": time.strftime("%Y-%m-%d"),
         }
         record.setdefault("parts", {})[self.part] = {
             "command": shlex.join(["python", *sys.argv]),

@@ -131,12 +131,15 @@ def _tensors(shape: Mapping[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
     model = empty_model(AutoConfig.for_model(settings.pop("model_type"), **settings))
     generator = torch.Generator().manual_seed(0)
     stretch = torch.randint(0, 256, (_STRETCH,), dtype=torch.uint8, generator=generator)
+    normal = torch.randn(_STRETCH, generator=generator).mul_(1e-3).bfloat16()
     for path, module in model.named_modules():
         if isinstance(module, QRosaLinear):
             yield packed(f"{path}.weight", module.out_features, module.in_features, stretch)
         for name, parameter in module.named_parameters(recurse=False):
-            norm = parameter.dim() == 1 and name == "weight"
-            yield {f"{path}.{name}": torch.full(parameter.shape, 1.0 if norm else 1e-3, dtype=torch.bfloat16)}
+            if parameter.dim() == 1:
+                yield {f"{path}.{name}": torch.full(parameter.shape, 1.0 if name == "weight" else 1e-3).bfloat16()}
+            else:  # rows that differ: of a head whose rows are all alike, the gradients cancel
+                yield {f"{path}.{name}": _repeated(normal, parameter.numel()).view(parameter.shape)}
 
 
 def packed(name: str, rows: int, columns: int, stretch: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,85 +1,56 @@
-"""A rehearsal of ``make gpu`` and of the kit: every part on the stand-in, with small shapes; what fails is told."""
+"""The folder that is carried to a machine with a card, and its runner."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from bench import compare_plan, compare_qlora, gpu, gpu_kit, gpu_measure, gpu_ops, random_checkpoint
-from tests.bench.test_random_checkpoint import TINY
-from tests.card.standin.device import StandIn
-
-MODEL = "llama-3.1-8b"
+from bench import gpu, gpu_kit, gpu_kit_run
 
 
 @pytest.fixture
-def small(card: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Shapes of a few hundred rows, results in a folder of their own, and each measurement in this process."""
-    from click.testing import CliRunner
-
-    from qrosa.cli.main import cli
-
-    monkeypatch.setattr(gpu_measure, "RESULTS", tmp_path)
-    monkeypatch.setattr(gpu_measure, "CACHE_BYTES", 1 << 10)
-    monkeypatch.setattr(gpu_measure, "PEAK_SIDE", 64)
-    monkeypatch.setattr(gpu_ops, "SHAPES", ((128, 64), (192, 64), (64, 128)))
-    monkeypatch.setattr(gpu_ops, "TOKENS", (32, 64))
-    monkeypatch.setattr(gpu_ops, "CROSSING", (0.01,))
-    for module in (compare_plan, compare_qlora, random_checkpoint):
-        monkeypatch.setitem(module.SHAPES, MODEL, TINY)
-    for name, value in {"CAP": 4 << 30, "SEQUENCE": 32, "STEPS": 1, "WARMUP": 1, "BUDGET": 0.03}.items():
-        monkeypatch.setattr(compare_qlora, name, value)
-    monkeypatch.setattr(compare_qlora, "in_its_own_process", compare_qlora.measure)
-
-    def plan(folder: Path, case: compare_plan.Case, seq_len: int, *flags: str) -> tuple[list[str], dict[str, Any]]:
-        asked = ["plan", "--model", str(folder), "--vram", "4GB", "--seq-len", "32", "--json", "--budget", "3%", *flags]
-        done = CliRunner().invoke(cli, asked)
-        assert done.exit_code == 0, done.output
-        return asked, json.loads(done.stdout)
-
-    monkeypatch.setattr(compare_plan, "plan", plan)
-    monkeypatch.setitem(compare_plan.CASES, MODEL, compare_plan.CASES[MODEL][:1])
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A kit that is unpacked, whose ``bench.gpu`` is a few lines."""
+    monkeypatch.setattr(gpu_kit_run, "HERE", tmp_path)
+    source = tmp_path / "unpacked" / "source"
+    (source / "bench" / "results").mkdir(parents=True)
+    (source / "bench" / "__init__.py").touch()
+    (source / "bench" / "gpu.py").write_text(
+        "import pathlib, sys, time\n"
+        "part = sys.argv[-1]\n"
+        "print('ops layer') if part == '--list' else pathlib.Path(f'bench/results/{part}').write_text('rows')\n"
+        "time.sleep(20 * (part == 'layer'))\n"
+    )
+    (tmp_path / "unpacked" / "whole").touch()
     return tmp_path
 
 
-@pytest.mark.parametrize("part", ["ops", "layer", f"plan-{MODEL}"])
-def test_a_part_runs_through(small: Path, part: str) -> None:
-    assert gpu.main(["--part", part]) == 0
-    (file,) = small.glob("*.json")
-    rows = json.loads(file.read_text())["parts"][part]["rows"]
-    assert rows and not any(row.get("failed") for row in rows)
+def test_a_part_that_hangs_is_ended_and_what_it_has_is_kept(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_kit_run, "TESTS", {})
+    monkeypatch.setattr(gpu_kit_run, "MOST", 2)
+    assert gpu_kit_run.main([]) == 1
+    assert sorted(path.name for path in (work / "results").iterdir()) == ["layer", "ops"]
+    assert capfd.readouterr().out.splitlines()[-2:] == ["layer took more than 2 s and was ended", "failed: layer"]
 
 
-@pytest.mark.parametrize("system", ["qrosa", "qrosa-sparse"])
-def test_steps_are_measured_under_the_runs_own_set_up(small: Path, card: StandIn, system: str) -> None:
-    row = compare_qlora.measure(MODEL, system, 1)
-    assert row["tokens_per_s"] > 0 and row["peak_allocated"] > 0
-    assert card.memory.lowest_fraction < 1
+def test_a_part_that_is_not_there_is_told(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_kit_run.main(["--part", "opps"])
+    assert ended.value.code == 2 and "no part is named opps" in capsys.readouterr().err
 
 
-def test_each_row_is_saved_and_a_failure_is_told(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken() -> Iterator[dict[str, Any]]:
-        yield {"op": "first", "us": 1.0}
-        assert json.loads(next(small.glob("*.json")).read_text())["parts"]["ops"]["rows"] == [
-            {"op": "first", "us": 1.0}
-        ]
-        raise RuntimeError("no kernel image is available")
-
-    monkeypatch.setitem(gpu.PARTS, "ops", broken)
-    assert gpu.main(["--part", "ops"]) == 1
-    rows = json.loads(next(small.glob("*.json")).read_text())["parts"]["ops"]["rows"]
-    assert rows[0]["op"] == "first" and "no kernel image" in rows[1]["failed"]
+def test_a_part_ends_before_the_runner_ends_it() -> None:
+    assert gpu.LIMIT + gpu.GRACE < gpu_kit_run.MOST < 600
 
 
 def test_the_kit_can_be_carried(tmp_path: Path) -> None:
     """Under 60 MB with both libraries, and its runner finds every part."""
-    import subprocess
-    import sys
-    import zipfile
 
     if not all(list((gpu_kit.ROOT / "qrosa").glob(f"{stem}*.so")) for stem in gpu_kit.LIBRARIES):
         pytest.skip("the compiled libraries are not both built")
