@@ -100,6 +100,7 @@ class Comparison:
             "run": str(run.folder),
             "finished": run.finished,
             "steps": run.last_step,
+            "steps_planned": run.to_do,
             "trainable": run.trainable,
             "share": run.share,
             "eval": {"best": run.best, "last": run.last},
@@ -114,7 +115,7 @@ class Comparison:
         """The figures in words: what, then a text for each run."""
         over = f"mean of {self.window} steps" if self.window > 1 else "last step"
         rows = [
-            self._row("steps", lambda run: f"{run.last_step:,}" + ("" if run.finished else ", not finished")),
+            self._row("steps", _steps),
             self._row("trainable", _trainable),
             self._row("held-out loss, best", lambda run: _evaluation(run.best)),
             self._row("held-out loss, last", lambda run: _evaluation(run.last)),
@@ -136,6 +137,13 @@ class Comparison:
 
     def _row(self, what: str, text: Callable[[RunFigures], str]) -> Row:
         return (what, *map(text, self.runs))
+
+
+def _steps(run: RunFigures) -> str:
+    if not run.finished:
+        return f"{run.last_step:,}, not finished"
+    early = run.to_do is not None and run.last_step < run.to_do
+    return f"{run.last_step:,} of {run.to_do:,.0f}, stopped early" if early else f"{run.last_step:,}"
 
 
 def _trainable(run: RunFigures) -> str:

@@ -30,6 +30,7 @@ class RunFigures:
         folder: As it was named.
         settings: Flat settings, those that the folder does not hold at their defaults.
         finished: Whether it ran to its end.
+        to_do: Steps that it was to do, those included that early stopping saved; None where that is not known.
         steps: Lines of the optimizer steps, in order.
         evaluations: Lines of the evaluations that have a loss, in order.
         damaged: Lines of the two logs that cannot be read.
@@ -45,6 +46,7 @@ class RunFigures:
     folder: Path
     settings: Mapping[str, Any]
     finished: bool
+    to_do: float | None
     steps: Sequence[Mapping[str, Any]]
     evaluations: Sequence[Evaluation]
     damaged: int
@@ -96,6 +98,7 @@ def read_run(folder: Path) -> RunFigures:
         folder=folder,
         settings=settings,
         finished=bool(report),
+        to_do=_number(report, "steps_planned"),
         steps=steps,
         evaluations=[line for line in evaluations if number(line.get("loss")) is not None],
         damaged=lost + lost_too,

@@ -128,6 +128,14 @@ def test_hostile_files_change_no_figure_to_nonsense(make_run: MakeRun) -> None:
     assert "<script" not in page(comparison)
 
 
+def test_a_run_that_stopped_early_says_of_how_many_steps(make_run: MakeRun) -> None:
+    a, b = make_run("a"), make_run("b")
+    (b / "report.json").write_text(json.dumps({**json.loads((b / "report.json").read_text()), "steps_planned": 90}))
+    comparison = Comparison([a, b])
+    assert comparison.rows()[0] == ("steps", "20", "20 of 90, stopped early")
+    assert [run["steps_planned"] for run in comparison.document()["runs"]] == [None, 90]
+
+
 def test_names_are_paths_where_two_runs_share_one(make_run: MakeRun) -> None:
     folders = [make_run("x/run"), make_run("y/run")]
     assert Comparison(folders).names == [str(folder) for folder in folders]
