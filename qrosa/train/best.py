@@ -15,10 +15,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from qrosa.adapters.inject import quantized_linears
 from qrosa.config import RunConfig, TrainConfig
 from qrosa.errors import InputError
 from qrosa.record.checkpoint import is_sound
 from qrosa.record.state import RunState
+from qrosa.sparse.store import read_adapter
 
 
 def check_held_out(config: RunConfig) -> None:
@@ -67,3 +72,17 @@ def check_best(train: TrainConfig, state: RunState, folder: Path, notice: Callab
         return
     notice(f"the checkpoint of the best evaluation, step-{step}, is gone or damaged: the best is looked for anew")
     state.best, state.since_best = {}, 0
+
+
+@torch.no_grad()
+def take_values(model: nn.Module, checkpoint: Path) -> None:
+    """Give the adapter the values of a checkpoint of the same run, in place: the device holds nothing twice.
+
+    Raises:
+        StorageError: The checkpoint's adapter is damaged.
+    """
+    saved, _ = read_adapter(checkpoint)
+    for path, layer in quantized_linears(model).items():
+        for name, tensor in layer.adapter_tensors().items():
+            if tensor.is_floating_point():  # positions are picked once, before any evaluation that counts
+                tensor.copy_(saved[f"{path}.{name}"])

@@ -43,7 +43,7 @@ from qrosa.report.facts import Facts, ModuleShare
 from qrosa.report.report import write_report
 from qrosa.train.agree import agree
 from qrosa.train.base import feedback_base, name_home, take_home
-from qrosa.train.best import check_best, kept_step
+from qrosa.train.best import check_best, kept_step, take_values
 from qrosa.train.callbacks import Advance, Callback, Callbacks
 from qrosa.train.loop import LoopParts, TrainingLoop
 from qrosa.train.prepare import Prepared, prepare, with_absolute_places
@@ -322,7 +322,7 @@ class _Run:
         best = kept_step(self.config.train, parts.state)
         with self.meter.phase("save"):
             if best is not None and best != parts.state.step:
-                load_adapter(parts.model, step_folder(self.folder, best))
+                take_values(parts.model, step_folder(self.folder, best))
             if self.accelerator.is_main_process:
                 save_adapter(parts.model, self.folder / ADAPTER_FOLDER)
         parts.state.peaks = dict(self.meter.peaks)
