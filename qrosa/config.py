@@ -246,6 +246,9 @@ class TrainConfig:
     keep_best: bool = setting(
         False, "End with the adapter of the evaluation with the lowest held-out loss, not with that of the last step."
     )
+    samples: int = setting(
+        0, "Held-out prompts that the model answers before training and at its end, for report.html to show."
+    )
     save_every: int | None = setting(None, "Steps between checkpoints.  [default: a tenth of all steps]")
     keep: int = setting(2, "Newest checkpoints to keep.")
     log_to: tuple[str, ...] = setting((), "Also log to these, comma-separated.", choices=LOGGERS)
@@ -290,6 +293,8 @@ class TrainConfig:
         for name in ("lr", "sparse_lr", "max_steps", "epochs", "eval_every", "stop_after", "save_every"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
+        if not 0 <= self.samples <= 100:
+            raise InputError(f"--samples {self.samples} is out of range", "use 0 to 100; each takes some seconds")
         if self.epochs is not None and self.max_steps is not None:
             raise InputError("--epochs and --max-steps contradict each other", "give one of them")
         if self.base is not None and self.base_rounding == "feedback":

@@ -43,7 +43,7 @@ _SETTINGS = (
     *("mask_score", "mask_scope", "mask_memory"),
     *("data", "seq_len", "train_on", "columns", "chat_template"),
     *("batch_size", "micro_batch", "optimizer", "checkpointing", "offload", "deepspeed", "keep", "vram", "host_memory"),
-    *("keep_best", "base_rounding", "objective"),
+    *("keep_best", "samples", "base_rounding", "objective"),
 )
 _EXAMPLES = """\b
 Examples:

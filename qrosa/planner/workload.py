@@ -10,6 +10,8 @@ from qrosa.masks.scores import MASK_SCORES, MaskScore
 from qrosa.optim.zero.settings import ZeroSettings
 from qrosa.planner.hardware import UNMEASURED, Overhead
 
+SAMPLE_TOKENS = 64  # most tokens of an answer that a run shows
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -46,6 +48,7 @@ class Workload:
         overhead: What the process takes of a card beside tensors.
         feedback: The run makes its base with error feedback first.
         widens: Products of 16-bit floats are taken in fp32, as on a CPU that is slow at them.
+        samples: Prompts that are answered before and after training.
         preferences: Rows are scored with the adapter on and off before they are trained on.
     """
 
@@ -80,6 +83,12 @@ class Workload:
     feedback: bool = False
     widens: bool = False
     preferences: bool = False
+    samples: int = 0
+
+    @property
+    def answered_length(self) -> int:
+        """Tokens of the longest prompt with the longest answer that a run shows."""
+        return min(self.length + SAMPLE_TOKENS, max(self.length, self.shape.dims.max_positions))
 
     @property
     def streamed(self) -> bool:

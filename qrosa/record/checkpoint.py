@@ -56,6 +56,7 @@ FREE_SETTINGS = frozenset(
         "keep",
         "save_every",
         "eval_every",
+        "samples",
         "log_to",
         "vram",
         "host_memory",

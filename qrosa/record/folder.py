@@ -1,7 +1,7 @@
 """The run folder: what lies in it, when it may be made, and its two growing logs.
 
     run.json config.yaml plan.json metrics.jsonl eval.jsonl checkpoints/ adapter/ report.json report.html README.md
-    [base/] [logs/]
+    [base/] [logs/] [samples.json]
 
 Nothing is created before everything that can be refused has been looked at, so a bad input leaves no folder behind.
 ``--force`` deletes what a former run wrote and nothing else: a mistyped ``--output ~`` must not cost a home folder, nor
@@ -29,6 +29,7 @@ CONFIG_FILE = "config.yaml"
 PLAN_FILE = "plan.json"
 ADAPTER_FOLDER = "adapter"
 BASE_FOLDER = "base"  # a 4-bit base that was made for the run
+SAMPLES_FILE = "samples.json"
 REPORT_JSON = "report.json"
 REPORT_HTML = "report.html"
 CARD_FILE = "README.md"
@@ -43,6 +44,7 @@ OWN_NAMES = (
     CHECKPOINTS,
     ADAPTER_FOLDER,
     BASE_FOLDER,
+    SAMPLES_FILE,
     REPORT_JSON,
     REPORT_HTML,
     CARD_FILE,
@@ -147,7 +149,7 @@ def open_folder(output: Path, lock: RunLock, *, fresh: bool, force: bool) -> Non
 
 def _clear(output: Path) -> None:
     """Delete what a run wrote, down to the file; its settings stay until others take their place."""
-    files = [PLAN_FILE, *LOGS, REPORT_JSON, REPORT_HTML]
+    files = [PLAN_FILE, *LOGS, SAMPLES_FILE, REPORT_JSON, REPORT_HTML]
     if is_own_card(output / CARD_FILE):
         files.append(CARD_FILE)
     files += [f"{ADAPTER_FOLDER}/{name}" for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)]

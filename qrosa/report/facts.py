@@ -54,6 +54,7 @@ class Facts:
         overhead: What the process took of a card beside tensors, by what it was; empty on the CPU.
         fingerprints: Of the base, and of the rows (those trained on, ``+``, those held out).
         machine: What the run was made on and with, in words.
+        samples: Held-out prompts, what was wanted, and what was answered before and after.
     """
 
     settings: Mapping[str, Any]
@@ -69,3 +70,4 @@ class Facts:
     overhead: Mapping[str, int] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()

@@ -41,7 +41,7 @@ def page(
         ("Ranks of the low-rank part", _heat(facts, lambda m: float(m.rank), lambda v: f"{v:g}")),
     ]  # fmt: skip
     title = f"qrosa run: {Path(str(facts.settings['output'])).name}"
-    between = _data(facts) + folded("Machine", table(facts.machine.items()))
+    between = _samples(facts) + _data(facts) + folded("Machine", table(facts.machine.items()))
     return sheet(title, _tiles(facts, report), charts, facts.settings, between=between)
 
 
@@ -66,6 +66,16 @@ def _loss(steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any]]
         Series("held-out rows", held_out, 2, marks=True),
     ]
     return two_scales("loss", series, form=loss_form, events=events)
+
+
+def _samples(facts: Facts) -> str:
+    """Prompts with the answers before and after training."""
+    if not facts.samples:
+        return ""
+    keys = ("prompt", "wanted", "before", "after")
+    rows = [tuple("not known" if sample[key] is None else str(sample[key]) for key in keys) for sample in facts.samples]
+    head = ("held-out prompt", "wanted", "answered before training", "answered now")
+    return f'<section class="wide samples"><h2>Samples</h2>{table(rows, head)}</section>'
 
 
 def _data(facts: Facts) -> str:

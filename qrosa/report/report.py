@@ -59,6 +59,7 @@ def figures(facts: Facts) -> dict[str, Any]:
         "deterministic": facts.deterministic,
         "fingerprints": dict(facts.fingerprints),
         "machine": dict(facts.machine),
+        "samples": [dict(sample) for sample in facts.samples],
         "resumed_at": state.resumed_at,
         "micro_batch_changes": state.changes,
         "micro_batch": {"rows": state.limits.rows, "tokens": state.limits.tokens},

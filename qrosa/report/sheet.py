@@ -146,6 +146,7 @@ svg .label, svg .value { fill: var(--ink) }
 .empty { color: var(--soft) }
 details { margin-bottom: 16px }
 .wide { margin-bottom: 16px; overflow-x: auto }
+.samples th, .samples td { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 420px; padding-bottom: 10px }
 table { border-collapse: collapse; margin-top: 8px; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: 2px 16px 2px 0; font-weight: 400; vertical-align: top }
 th { color: var(--soft) }

@@ -27,16 +27,17 @@ from qrosa.sparse.store import read_adapter
 
 
 def check_held_out(config: RunConfig) -> None:
-    """Refuse settings that read the held-out loss where no rows are held out.
+    """Refuse settings that read held-out rows where none are held out.
 
     Raises:
         InputError: They do.
     """
     flags = {"--stop-after": config.train.stop_after is not None, "--keep-best": config.train.keep_best}
+    flags["--samples"] = config.train.samples > 0
     asked = [flag for flag, given in flags.items() if given]
     if asked and config.data.eval_data is None and config.data.eval_split is None:
         raise InputError(
-            f"{asked[0]} goes by the loss of held-out rows, and none are held out",
+            f"{asked[0]} reads held-out rows, and none are held out",
             "add --eval-split 5%, or --eval-data FILE",
         )
 

@@ -48,6 +48,7 @@ from qrosa.train.callbacks import Advance, Callback, Callbacks
 from qrosa.train.loop import LoopParts, TrainingLoop
 from qrosa.train.prepare import Prepared, prepare, with_absolute_places
 from qrosa.train.ranks import measure_ranks, stored_ranks, with_ranks
+from qrosa.train.samples import Samples, make_samples
 from qrosa.train.selection import sample_loss, selection_rows
 from qrosa.train.trackers import Trackers, check_trackers, make_accelerator
 
@@ -139,13 +140,22 @@ class _Run:
             self._take_base_home(model)
         parts = self._parts(model, checkpoint)
         self.callbacks.on_start(self.identity["settings"], parts.state.step)
+        samples = make_samples(self.prepared, self.callbacks.on_notice) if self._samples_here else None
+        if samples is not None and parts.state.step == 0:
+            with self.meter.phase("eval"):
+                samples.before(parts.model)
         loop = TrainingLoop(parts, self.callbacks)
         try:
             loop.fit()
             loop.evaluate()
         finally:
             parts.optimizer.close()
-        return self._finish(parts)
+        return self._finish(parts, samples)
+
+    @property
+    def _samples_here(self) -> bool:
+        """This process answers prompts; the others wait for it where they next meet."""
+        return self.config.train.samples > 0 and self.accelerator.is_main_process
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from; None where the run stopped before its first one."""
@@ -317,7 +327,7 @@ class _Run:
     def _selection_rows(self) -> list[Any]:
         return selection_rows(self.prepared.train.wanted, self.config.masks.mask_samples, self.config.train.seed)
 
-    def _finish(self, parts: LoopParts) -> dict[str, Any]:
+    def _finish(self, parts: LoopParts, samples: Samples | None) -> dict[str, Any]:
         """Save the adapter, the last or the best, and write the report."""
         best = kept_step(self.config.train, parts.state)
         with self.meter.phase("save"):
@@ -325,6 +335,10 @@ class _Run:
                 take_values(parts.model, step_folder(self.folder, best))
             if self.accelerator.is_main_process:
                 save_adapter(parts.model, self.folder / ADAPTER_FOLDER)
+        answered: list[dict[str, Any]] = []
+        if samples is not None:
+            with self.meter.phase("eval"):
+                answered = samples.after(parts.model)
         parts.state.peaks = dict(self.meter.peaks)
         facts = Facts(
             settings=self.identity["settings"],
@@ -339,6 +353,7 @@ class _Run:
             deterministic=self.config.train.deterministic == "on",
             overhead=dataclasses.asdict(self.prepared.plan.work.overhead) if self.device.type == "cuda" else {},
             fingerprints=self.identity["fingerprints"],
+            samples=answered,
             machine=describe_machine(self.device, self.accelerator.num_processes),
         )
         report = write_report(self.folder, facts) if self.accelerator.is_main_process else {}

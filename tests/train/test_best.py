@@ -132,7 +132,7 @@ def test_a_lost_best_checkpoint_is_said_and_looked_for_anew(config, recorder, he
 @pytest.mark.parametrize(("name", "value"), [("stop_after", 2), ("keep_best", True)])
 def test_held_out_rows_are_needed_and_how_often_they_are_read_is_fixed(config, name, value):
     flag = "--" + name.replace("_", "-")
-    with pytest.raises(InputError, match=f"{flag} goes by the loss of held-out rows, and none are held out") as refused:
+    with pytest.raises(InputError, match=f"{flag} reads held-out rows, and none are held out") as refused:
         finetune(config(**{name: value}))
     assert "--eval-split 5%" in refused.value.hint
     assert not Path(config().output).exists()

@@ -285,7 +285,16 @@ def _eval(work: Workload) -> PhaseMemory:
     """Forward passes while training's state stays where it is."""
     batch = micro_batch(work, max(work.eval_tokens, work.length), 0)
     moments = forward_moments(work, batch, _resident(work))
+    if work.samples:
+        row = micro_batch(replace(work, length=work.answered_length), work.answered_length, 1)
+        moments += forward_moments(work, row, _resident(work) | {"cache": _cache_bytes(work)})
     return _peak(work, moments, _host_optimizer(work))
+
+
+def _cache_bytes(work: Workload) -> int:
+    """Keys and values of one row while it is answered, and of one layer while they are made longer by a token."""
+    dims = work.shape.dims
+    return 2 * HALF * work.answered_length * dims.key_width * (dims.layers + 1)
 
 
 def _state_bytes(work: Workload) -> tuple[int, int]:

@@ -126,6 +126,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         feedback=train.base_rounding == "feedback",
         widens=request.widens,
         preferences=train.objective == "dpo",
+        samples=train.samples,
     )
 
 

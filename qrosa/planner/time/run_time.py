@@ -16,9 +16,9 @@ from qrosa.optim.schedule import phases_of, steps_between_evaluations, steps_of
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.cards import Card
 from qrosa.planner.plan import Plan
-from qrosa.planner.time.cost import Cost, passes
+from qrosa.planner.time.cost import BANDWIDTH_SHARE, Cost, passes
 from qrosa.planner.time.estimate import DISK_RATE, LINK_SHARE, estimate, micro_batch_time
-from qrosa.planner.workload import Workload
+from qrosa.planner.workload import SAMPLE_TOKENS, Workload
 from qrosa.quantities import parse_share
 
 START = 15.0  # seconds until libraries are imported, a context is there and the rows are read: some, not counted
@@ -81,7 +81,8 @@ def run_time(plan: Plan) -> RunTime | None:
         "warmup": phases.warmup * step,
         "select": plan.mask_passes * masks.mask_samples * _sample_seconds(work, card, masks.mask_samples),
         "train": (steps - phases.warmup) * step,
-        "eval": evaluations * held_out * together * _forward_seconds(work, card) / machines.cards,
+        "eval": evaluations * held_out * together * _forward_seconds(work, card) / machines.cards
+        + 2 * train.samples * _answer_seconds(work, card),
         "save": saves * state / WRITE_RATE,
         "export": plan.request.shape.base_parameters / MERGE_RATE,
     }
@@ -126,6 +127,15 @@ def _sample_seconds(work: Workload, card: Card, samples: int) -> float:
     dense = min(1.0, DENSE_SAMPLES / samples) if work.mask_candidates else 1.0
     looked = Cost(linear=2 * row.tokens * whole * dense, moved=8 * whole * dense)
     return micro_batch_time(row, card).total + looked.seconds(card)
+
+
+def _answer_seconds(work: Workload, card: Card) -> float:
+    """One prompt answered: a pass over it, then one over the base for every token."""
+    base = parts.base_bytes(work.shape) + parts.unquantised_bytes(work.shape)
+    blocks = 0 if work.resident_blocks is None else work.shape.dims.layers - work.resident_blocks
+    token = base / (BANDWIDTH_SHARE * card.bandwidth)
+    token += blocks * parts.block_bytes(work.shape) / (LINK_SHARE * card.link)
+    return _forward_seconds(work, card) + SAMPLE_TOKENS * token
 
 
 def _forward_seconds(work: Workload, card: Card) -> float:

@@ -14,7 +14,7 @@ from qrosa.cli.plan_extras import show_reach
 from qrosa.planner.cards import CARDS, Machines
 from qrosa.planner.show import document
 from qrosa.planner.time.run_time import RunTime, duration, run_time
-from tests.plans import made
+from tests.plans import GB, made
 
 LLAMA = from_config("Llama-3.1-8B", MODELS["Llama-3.1-8B"].config)
 ROWS = {"longest_row": 2048, "row_tokens": 4_000_000, "row_count": 10_000}
@@ -55,6 +55,17 @@ def test_judging_by_held_out_rows_costs_evaluations_and_saves() -> None:
     assert judged.seconds["save"] == base.seconds["save"]
     given = timed(epochs=1, batch_size=16, eval_split="10%", eval_every=500, stop_after=3)
     assert given.seconds["eval"] == pytest.approx(2 * base.seconds["eval"])
+
+
+def test_answers_to_samples_take_time_and_a_cache() -> None:
+    base, asked = timed(epochs=1, batch_size=16), timed(epochs=1, batch_size=16, samples=4)
+    assert 2 < asked.seconds["eval"] - base.seconds["eval"] < 120
+    streamed = run_time(made(LLAMA, vram=6 * GB, machines=Machines(CARDS["rtx3060"]), samples=4, **ROWS))
+    assert streamed is not None and streamed.seconds["eval"] > 3 * timed("rtx3060", samples=4).seconds["eval"]
+    plain, asked_plan = made(LLAMA, seq_len=2048), made(LLAMA, seq_len=2048, samples=4)
+    assert "cache" not in plain.phases["eval"].device
+    assert asked_plan.phases["eval"].device_total >= plain.phases["eval"].device_total
+    assert asked_plan.phases["train"] == plain.phases["train"]
 
 
 def test_the_best_checkpoint_takes_the_disk_of_one_more() -> None:
