@@ -51,7 +51,7 @@ class MicroBatch:
         labels: [B, L] int64, -100 where no loss falls; not shifted.
         row_ids: Which of the rows that were given, [B].
         tokens: Tokens without padding.
-        supervised_tokens: Tokens that carry loss once labels are shifted by one.
+        supervised: int64 [S], places in the flat [B * L] whose next token carries loss.
     """
 
     input_ids: torch.Tensor
@@ -59,14 +59,21 @@ class MicroBatch:
     labels: torch.Tensor
     row_ids: list[int]
     tokens: int = -1
-    supervised_tokens: int = -1
+    supervised: torch.Tensor = None  # type: ignore[assignment]  # found in labels unless given
 
     def __post_init__(self) -> None:
-        # Counted once, while the tensors are on the host: later it would make the device wait.
+        # Looked at once, while the tensors are on the host: later the host would wait for the whole forward pass.
         if self.tokens < 0:
             self.tokens = int(self.attention_mask.sum())
-        if self.supervised_tokens < 0:
-            self.supervised_tokens = int((self.labels[:, 1:] != IGNORE).sum())
+        if self.supervised is None:
+            learnt = torch.zeros_like(self.labels, dtype=torch.bool)
+            learnt[:, :-1] = self.labels[:, 1:] != IGNORE
+            self.supervised = learnt.flatten().nonzero().squeeze(1)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that carry loss once labels are shifted by one."""
+        return self.supervised.numel()
 
     @property
     def padded_tokens(self) -> int:
@@ -74,13 +81,21 @@ class MicroBatch:
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same on a device; copies from pinned memory do not wait."""
+        """The same on a device; the host does not wait for copies to a card."""
+        there = torch.device(device)
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            attention_mask=self.attention_mask.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
+            input_ids=_moved(self.input_ids, there),
+            attention_mask=_moved(self.attention_mask, there),
+            labels=_moved(self.labels, there),
+            supervised=_moved(self.supervised, there),
         )
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # of pageable memory a copy waits for all that the card has to do
+    return tensor.to(device, non_blocking=True)
 
 
 def micro_batches(rows: Sequence[EncodedRow], *, max_rows: int, max_tokens: int, pad_id: int) -> list[MicroBatch]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from qrosa.data.encode import IGNORE
 from qrosa.masks.selection_rows import Sample
 from qrosa.model.head import logit_rule
 from qrosa.train.loss import chunked_loss
@@ -28,16 +29,20 @@ def sample_loss(chunk_tokens: int) -> Callable[[nn.Module, Sample], Tensor]:
 
     def loss(model: nn.Module, sample: Sample) -> Tensor:
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-        ids = torch.tensor([sample.input_ids], device=device)
+        # All that comes from the host, before there is anything on a card to wait for.
+        ids, labels = torch.tensor([sample.input_ids], device=device), torch.tensor(sample.labels[1:], device=device)
+        places = [place for place, label in enumerate(sample.labels[1:]) if label != IGNORE]
+        supervised = torch.tensor(places, dtype=torch.int64, device=device)
         output = model.get_decoder()(input_ids=ids, use_cache=False)  # type: ignore[operator]
         softcap, scale = logit_rule(model.config)
         total = chunked_loss(
             output.last_hidden_state[0, :-1],
-            torch.tensor(sample.labels[1:], device=device),
+            labels,
             model.get_output_embeddings(),  # type: ignore[operator]
             chunk_tokens=chunk_tokens,
             softcap=softcap,
             scale=scale,
+            supervised=supervised,
         )
         return total / sample.supervised
 

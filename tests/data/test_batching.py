@@ -108,6 +108,7 @@ def test_moving_counts_nothing_again(device: str) -> None:
     moved = batch.to(device)
     assert moved.input_ids.device.type == moved.labels.device.type == moved.attention_mask.device.type == device
     assert (moved.tokens, moved.supervised_tokens, moved.row_ids) == (5, 3, [0])
+    assert moved.supervised.device.type == device
 
 
 def test_a_batch_made_by_hand_counts_itself() -> None:
@@ -115,3 +116,4 @@ def test_a_batch_made_by_hand_counts_itself() -> None:
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     batch = MicroBatch(ids, mask, torch.where(mask == 1, ids, IGNORE), [0, 1])
     assert (batch.tokens, batch.supervised_tokens, batch.padded_tokens) == (5, 3, 6)
+    assert batch.supervised.tolist() == [0, 1, 3]
