@@ -161,11 +161,13 @@ def _case(op: str, shape: tuple[int, int]) -> Row:
     return {"op": op, "shape": f"{shape[0]}x{shape[1]}"}
 
 
-def layer(rows: int, columns: int, tokens: int, density: float, dropout: float) -> Callable[[], object]:
-    """Forward and backward of one layer at rank 16, all gradients."""
+def layer(
+    rows: int, columns: int, tokens: int, density: float, dropout: float, rank: int = RANK
+) -> Callable[[], object]:
+    """Forward and backward of one layer, all gradients."""
     nf4, csr = quantized(rows, columns), delta(rows, columns, density) if density else None
     x, dy = normal(tokens, columns).requires_grad_(), normal(tokens, rows)
-    a, b = (normal(RANK, columns) * 0.01).requires_grad_(), (normal(rows, RANK) * 0.01).requires_grad_()
+    a, b = (normal(rank, columns) * 0.01).requires_grad_(), (normal(rows, rank) * 0.01).requires_grad_()
     wanted = [x, a, b]
     if csr is not None:
         csr = csr._replace(values=csr.values.requires_grad_())
@@ -179,12 +181,14 @@ def layer(rows: int, columns: int, tokens: int, density: float, dropout: float) 
 
 
 def layer_rows(peak: dict[str, float], rows: int, columns: int, tokens: int) -> Iterator[Row]:
-    """The layer against a dense one (forward and dX), and the sparse part's price."""
+    """The layer against a dense one (forward and dX), the sparse part's price, and that of a rank that is no eight."""
     x, dy, weight = normal(tokens, columns), normal(tokens, rows), normal(rows, columns)
     times = seconds(
         {
             "dense": lambda: (x @ weight.t(), dy @ weight),
             "plain": layer(rows, columns, tokens, 0.0, 0.0),
+            "plain, rank 5": layer(rows, columns, tokens, 0.0, 0.0, 5),
+            "plain, rank 8": layer(rows, columns, tokens, 0.0, 0.0, 8),
             "sparse 0.3%": layer(rows, columns, tokens, 0.003, 0.0),
             "sparse 0.6%": layer(rows, columns, tokens, 0.006, 0.0),
             "sparse 0.6%, dropout": layer(rows, columns, tokens, 0.006, 0.05),

@@ -94,7 +94,9 @@ def load_base(
 def quantize_weight(base_files: BaseFiles, path: str, device: torch.device | str = "cpu") -> NF4Weight:
     """The 4-bit weight of the module at ``path``: read as stored, or quantised from the original.
 
-    Loading, repair and export all come here, so they agree on the base to the bit.
+    Loading, repair and export all come here, so they agree on the base to the bit on one kind of device. Between a card
+    and the CPU bitsandbytes' mean of a matrix's block maxima differs in its last bit, as sums in another order do, and
+    some block scales with it; a mean of our own would be the same everywhere and no longer bitsandbytes' bytes.
     """
     if isinstance(base_files, SafetensorsBase) and base_files.is_nf4(path):
         weight = base_files.read_nf4(path).to(device)

@@ -1,9 +1,13 @@
-"""The same bits every time: torch's strict determinism, for a stretch of work.
+"""The same bits every time: torch's strict determinism, for a stretch of work; attention by the kernels planned for.
 
 On a card fused attention's backward pass sums in any order unless determinism is *strict*: told to warn only, torch
 takes the other kernel (``aten/src/ATen/native/transformers/cuda/attention_backward.cu``). Strict determinism in turn
 refuses cuBLAS until its workspace has a fixed size, which has to be said before its first call. Fresh tensors are not
 filled: that is for finding bugs.
+
+Strict determinism also keeps cuDNN's attention out, which torch otherwise prefers on some cards (Hopper, Blackwell).
+It is kept out without determinism, too: it makes a plan of its own for each new batch and length, which rows of many
+lengths always are, and memory is planned for flash and memory-efficient attention.
 """
 
 from __future__ import annotations
@@ -34,11 +38,31 @@ def deterministic(on: bool = True) -> Iterator[None]:
     """While inside, equal inputs give equal bits on one machine; what was set before comes back.
 
     Args:
-        on: False changes nothing, for those who want the speed. Without a card nothing has to be changed.
+        on: False leaves that out, for those who want the speed. Without a card nothing has to be changed.
     """
-    if not on or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         yield
         return
+    with _without_cudnn_attention():
+        if on:
+            with _strict():
+                yield
+        else:
+            yield
+
+
+@contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def _strict() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filled = _fill.fill_uninitialized_memory
     strict = fix_workspace()
@@ -46,7 +70,7 @@ def deterministic(on: bool = True) -> Iterator[None]:
         warnings.warn(
             "qrosa: this process used the card before qrosa did, so equal runs may differ in their last bits; to "
             f"prevent it, set {WORKSPACE_SETTING}={WORKSPACE} before it starts",
-            stacklevel=3,
+            stacklevel=5,  # of the with statement, past two contexts
         )
     torch.use_deterministic_algorithms(True, warn_only=not strict)
     _fill.fill_uninitialized_memory = False

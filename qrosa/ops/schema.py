@@ -146,10 +146,21 @@ def check_linear(
     b: torch.Tensor | None,
 ) -> None:
     """Checks what the whole layer is given."""
+    check_nf4(nf4, out_features, x.shape[-1])
+    check_csr(csr, out_features, x.shape[-1])
+    check_dense(x, out_features, bias, a, b)
+
+
+def check_dense(
+    x: torch.Tensor,
+    out_features: int,
+    bias: torch.Tensor | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+) -> None:
+    """The part of it that no other op checks once more."""
     columns = x.shape[-1]
     torch._check(x.dtype in _FLOATS, lambda: f"x must be bf16, fp16, fp32 or fp64, got {x.dtype}")
-    check_nf4(nf4, out_features, columns)
-    check_csr(csr, out_features, columns)
     if a is None or b is None:
         torch._check(a is None and b is None, lambda: "the low-rank part needs both a and b")
     else:

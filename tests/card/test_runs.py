@@ -10,6 +10,7 @@ import torch
 
 from qrosa.base.shape_source import read_shape
 from qrosa.measure.probe import probe
+from qrosa.ops.determinism import deterministic
 from qrosa.planner.hardware import Here
 from qrosa.planner.request import make_request
 from qrosa.planner.search.solve import solve
@@ -58,6 +59,16 @@ def test_generation_stays_outside_of_determinism(card: StandIn, settings: Settin
     assert report["deterministic"] is True
     assert not torch.are_deterministic_algorithms_enabled()
     torch.rand(4, device="cuda").cumsum(0)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_attention_is_by_the_kernels_that_are_planned_for(card: StandIn, strict: bool) -> None:
+    """torch prefers cuDNN's on some cards, which determinism keeps out and its absence would let in."""
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with deterministic(strict):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_probing(card: StandIn, settings: Settings) -> None:

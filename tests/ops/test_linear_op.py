@@ -227,7 +227,8 @@ def test_bad_inputs_are_refused() -> None:
         ({"a": given["a"][:, :63]}, "a must be"),
         ({"b": given["b"][:11]}, "b "),
         ({"bias": given["bias"][:11]}, "bias"),
-        ({"x": given["x"][:, :63]}, "codes"),
+        ({"x": given["x"][:, :63]}, "a must be"),
+        ({"x": given["x"][:, :63], "a": None, "b": None}, "codes"),
         ({"values": given["values"][:-1]}, "values"),
     ):
         with pytest.raises(RuntimeError, match=message):
