@@ -118,6 +118,7 @@ class _Run:
         self.accelerator = accelerator
         self.device = meter.device
         self.meter = meter
+        self.samples: Samples | None = None
         self.identity = {"settings": to_flat(self.config), "fingerprints": prepared.fingerprints()}
 
     def go(self, *, resume: bool, force: bool) -> dict[str, Any]:
@@ -140,22 +141,18 @@ class _Run:
             self._take_base_home(model)
         parts = self._parts(model, checkpoint)
         self.callbacks.on_start(self.identity["settings"], parts.state.step)
-        samples = make_samples(self.prepared, self.callbacks.on_notice) if self._samples_here else None
-        if samples is not None and parts.state.step == 0:
-            with self.meter.phase("eval"):
-                samples.before(parts.model)
+        if self.config.train.samples and self.accelerator.is_main_process:  # the others wait where they next meet
+            self.samples = make_samples(self.prepared, self.callbacks.on_notice)
+            if parts.state.step == 0:
+                with self.meter.phase("eval"):
+                    self.samples.before(parts.model)
         loop = TrainingLoop(parts, self.callbacks)
         try:
             loop.fit()
             loop.evaluate()
         finally:
             parts.optimizer.close()
-        return self._finish(parts, samples)
-
-    @property
-    def _samples_here(self) -> bool:
-        """This process answers prompts; the others wait for it where they next meet."""
-        return self.config.train.samples > 0 and self.accelerator.is_main_process
+        return self._finish(parts)
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from; None where the run stopped before its first one."""
@@ -327,7 +324,7 @@ class _Run:
     def _selection_rows(self) -> list[Any]:
         return selection_rows(self.prepared.train.wanted, self.config.masks.mask_samples, self.config.train.seed)
 
-    def _finish(self, parts: LoopParts, samples: Samples | None) -> dict[str, Any]:
+    def _finish(self, parts: LoopParts) -> dict[str, Any]:
         """Save the adapter, the last or the best, and write the report."""
         best = kept_step(self.config.train, parts.state)
         with self.meter.phase("save"):
@@ -336,9 +333,9 @@ class _Run:
             if self.accelerator.is_main_process:
                 save_adapter(parts.model, self.folder / ADAPTER_FOLDER)
         answered: list[dict[str, Any]] = []
-        if samples is not None:
+        if self.samples is not None:
             with self.meter.phase("eval"):
-                answered = samples.after(parts.model)
+                answered = self.samples.after(parts.model)
         parts.state.peaks = dict(self.meter.peaks)
         facts = Facts(
             settings=self.identity["settings"],
