@@ -78,10 +78,10 @@ __global__ void __launch_bounds__(kDequantWarps* kWarpSize)
 
   const int64_t run = base + lane * kLaneCodes;  // loads first: they overlap with the search
   uint4 packed{};
-  float absmax = 0.0f;
+  AskedAbsmax asked{};
   if (whole) {
-    packed = __ldg(reinterpret_cast<const uint4*>(nf4.codes + run / 2));
-    absmax = block_absmax(nf4, run >> nf4.block_shift);
+    packed = load_now(reinterpret_cast<const uint4*>(nf4.codes + run / 2));
+    asked = ask_absmax(nf4, run >> nf4.block_shift);
   }
   int first = 0, last = 0;
   if (csr.row_ptr != nullptr) {  // even lanes search the start, odd lanes the end
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kDequantWarps* kWarpSize)
     last = from_lane(bound, 1);
   }
   if (whole) {
-    store_run<Out>(tile, lane, packed, table, absmax);
+    store_run<Out>(tile, lane, packed, table, absmax_of(nf4, asked));
   } else {
     for (int i = lane; i < length; i += kWarpSize) {
       *span_element<Out>(tile, i) = from_float<Out>(nf4_element(nf4, table, base + i));

@@ -152,6 +152,7 @@ __device__ __forceinline__ void multiply_run(float (&part)[kSpmmRows][kTokens],
 template <typename X, int kTokens>
 __global__ void __launch_bounds__(kSpmmThreads) spmm_rows_kernel(Decode in) {
   constexpr int kColumns = spmm_columns<X>();
+  constexpr bool kAsks = kTokens <= 2;  // with four tokens the registers of what is on its way would spill
   __shared__ float table[16];
   __shared__ __align__(16) unsigned char shared[kTokens][kColumns * sizeof(X)];
   load_table(table);
@@ -168,20 +169,28 @@ __global__ void __launch_bounds__(kSpmmThreads) spmm_rows_kernel(Decode in) {
       const int64_t k = column0 + step + lane * kLaneCodes;
       if (k >= in.columns) continue;
       uint4 packed[kSpmmRows] = {};
-      float absmax[kSpmmRows] = {};
+      AskedAbsmax asked[kSpmmRows] = {};
 #pragma unroll
-      for (int r = 0; r < kSpmmRows; ++r) {
+      for (int r = 0; r < kSpmmRows; ++r) {  // all loads leave before anything waits
         if (row0 + r >= in.rows) continue;
         const int64_t element = (row0 + r) * in.columns + k;
-        packed[r] = __ldg(reinterpret_cast<const uint4*>(in.nf4.codes + element / 2));
-        absmax[r] = block_absmax(in.nf4, element >> in.nf4.block_shift);
+        const auto* codes = reinterpret_cast<const uint4*>(in.nf4.codes + element / 2);
+        if constexpr (kAsks) {
+          packed[r] = load_now(codes);
+          asked[r] = ask_absmax(in.nf4, element >> in.nf4.block_shift);
+        } else {
+          packed[r] = __ldg(codes);
+          asked[r].scale = block_absmax(in.nf4, element >> in.nf4.block_shift);
+        }
       }
       float part[kSpmmRows][kTokens] = {};
       multiply_run<X, kTokens>(part, shared, step + lane * kLaneCodes, packed, table);
 #pragma unroll
       for (int r = 0; r < kSpmmRows; ++r) {
+        float absmax = asked[r].scale;
+        if constexpr (kAsks) absmax = row0 + r < in.rows ? absmax_of(in.nf4, asked[r]) : 0.0f;
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) sums[r][t] += absmax[r] * part[r][t];
+        for (int t = 0; t < kTokens; ++t) sums[r][t] += absmax * part[r][t];
       }
     }
   }

@@ -108,18 +108,19 @@ __device__ __forceinline__ float gather_products(const unsigned char* dy_lines, 
   for (int group = 0; group < 4; ++group) {  // eight positions at a time
     const uint32_t mine = from_lane(lines, group * 8 + (lane & 7));
     const auto dy_line = static_cast<int>(mine >> 16), x_line = static_cast<int>(mine & 0xFFFFu);
-    float sums[4] = {};
+    float even[4] = {}, odd[4] = {};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int piece = gather_piece(4 * half + (lane >> 3), lane & 7);
       uint32_t a[4], b[4];
       load_matrices(a, dy_lines + line_offset(dy_line, piece));
       load_matrices(b, x_lines + line_offset(x_line, piece));
-      const uint32_t first[4] = {a[0], 0, a[1], 0}, second[4] = {a[2], 0, a[3], 0};  // rows 8 to 15 stay empty
-      multiply_add<T>(sums, first, b[0], b[1]);
-      multiply_add<T>(sums, second, b[2], b[3]);
+      // Operand A as it was loaded: rows 0 to 7 are pieces 0 and 2, rows 8 to 15 pieces 1 and 3. Each product is right
+      // in the half of the rows whose pieces b holds; the other half is not read.
+      multiply_add<T>(even, a, b[0], b[2]);
+      multiply_add<T>(odd, a, b[1], b[3]);
     }
-    const float diagonal = ((lane >> 2) & 1) != 0 ? sums[1] : sums[0];
+    const float diagonal = ((lane >> 2) & 1) != 0 ? even[1] + odd[3] : even[0] + odd[2];
     const float received = from_lane(diagonal, diagonal_lane(lane & 7));
     if (lane >> 3 == group) result = received;
   }

@@ -90,6 +90,26 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
+// Loads of what no kernel writes, which stay where they stand: the compiler sinks an ordinary load to the first use of
+// its value, behind whatever waits for memory in between, and the loads then follow one another.
+__device__ __forceinline__ uint4 load_now(const uint4* from) {
+  uint4 value;
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(from));
+  return value;
+}
+__device__ __forceinline__ float load_now(const float* from) {
+  float value;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(value) : "l"(from));
+  return value;
+}
+__device__ __forceinline__ uint32_t load_now(const uint8_t* from) {
+  uint32_t value;
+  asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(value) : "l"(from));
+  return value;
+}
+
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 

@@ -220,6 +220,10 @@ inline uint32_t __float_as_uint(float value) {
 
 namespace qrosa {
 
+inline uint4 load_now(const uint4* from) { return *from; }
+inline float load_now(const float* from) { return *from; }
+inline uint32_t load_now(const uint8_t* from) { return *from; }
+
 inline float to_float(float value) { return value; }
 inline float to_float(Bf16 value) { return model::bf16_value(value.bits); }
 inline float to_float(Fp16 value) { return model::fp16_value(value.bits); }

@@ -7,6 +7,7 @@ wrong value. What ptxas makes of PTX, and whether a card does what its manual sa
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -49,3 +50,24 @@ def test_instructions_and_bank_conflicts(case: Case, arch: str, modules: dict[st
     assert total["warp instructions"] <= instructions(case.name) * LOOSE
     assert total["matrix wavefronts"] == total["matrix least"]  # every ldmatrix meets eight slots
     assert total["shared wavefronts"] <= bank_conflicts(case.name) * total["shared least"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(("kernel", "blocks"), [("dequant_add_kernel", 1), (r"spmm_rows_kernelI\w+Li[12]E", 2)])
+def test_loads_leave_before_anything_waits(kernel: str, blocks: int, arch: str, modules: dict[str, Module]) -> None:
+    """Codes, 8-bit absmax and its scale, of all rows that a warp reads, are asked for before one of them is used."""
+    found = [one for name, one in modules[arch].items() if re.search(kernel, name)]
+    assert found
+    for one in found:
+        absmax = one.where(r"^ld\.global\.nc\.u8")
+        assert absmax and len(absmax) % blocks == 0
+        for group in (absmax[i : i + blocks] for i in range(0, len(absmax), blocks)):
+            begin = max(i for i in one.where(r"^ld\.global\.nc\.v4") if i < group[0])
+            end = min(i for i in one.where(r"^ld\.global\.nc\.f32") if i > group[-1])
+            asked: set[str] = set()
+            for instruction in one.instructions[begin : end + 1]:
+                target, *sources = instruction.operands or ("",)
+                assert not asked & set(re.findall(r"%\w+", " ".join(sources))), instruction
+                if instruction.opcode.startswith("ld.global.nc"):
+                    asked |= set(re.findall(r"%\w+", target))
+            assert len(asked) >= blocks * (4 + 1 + 1)
