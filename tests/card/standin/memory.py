@@ -54,7 +54,8 @@ class Memory:
         """
         storage = tensor.untyped_storage()
         key, size = storage._cdata, -(-storage.nbytes() // GRANULE) * GRANULE
-        written = written or place == "pinned"  # the host also writes by ways that no operation shows
+        # The host also writes by ways that no operation shows; and nothing is missing from what has no bytes.
+        written = written or place == "pinned" or not storage.nbytes()
         if key in self._uses:
             self._mark(self._uses[key][1], written=written)
             return
