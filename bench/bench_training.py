@@ -2,12 +2,14 @@
 
 Same model (SmolLM2-135M), same rows, same micro-batch, length, rank, dropout and recomputation on both sides; steps
 take turns, so that a slow moment of a shared machine hits both. The peer is used as its documentation shows it:
-transformers loads the base in 4 bits, PEFT adds LoRA to all linear layers, transformers' own loss, torch's AdamW.
+transformers loads the base in 4 bits, PEFT adds LoRA to all linear layers, transformers' own loss, torch's AdamW; it
+computes in bfloat16, or in float32 where the processor is slow in 16 bits (on one with AVX2 alone 20 times slower).
 qrosa runs twice: at rank 16 without a sparse part, and with one of 0.6% density. Generation is greedy, one prompt,
 transformers' ``generate``. The last row is a step as a run takes it: 16 film reviews of different lengths, loss on
 their completions, qrosa's micro-batches against one padded batch.
 
-    python bench/bench_training.py                     # writes bench/results/training-cpu.json
+    python bench/bench_training.py                     # writes bench/results/training-cpu.json, or without AVX-512
+                                                       # training-avx2-cpu.json
     python bench/bench_training.py --without-tiles     # training-without-tiles-cpu.json: as a processor without AMX
 """
 
@@ -30,6 +32,7 @@ import torch
 from bench.assets import smollm2
 from bench.demo import write_rows
 from bench.measure import report
+from qrosa import ops
 from qrosa.adapters.inject import adapter_parameters, quantized_linears
 from qrosa.base.adapter_io import attach_adapter
 from qrosa.base.load import load_base
@@ -85,6 +88,11 @@ def our_step(model: Any, batch: MicroBatch) -> Callable[[], object]:
     return step
 
 
+def peer_dtype() -> torch.dtype:
+    """What the peer computes in: the quicker of the two that it offers."""
+    return torch.float32 if widens_products() else torch.bfloat16
+
+
 def peer(folder: Path, *, checkpointing: bool) -> Any:
     """PEFT's QLoRA on the same base."""
     import peft
@@ -94,10 +102,10 @@ def peer(folder: Path, *, checkpointing: bool) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=peer_dtype(),
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantization, dtype=torch.bfloat16
+        folder, quantization_config=quantization, dtype=peer_dtype()
     )
     model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if checkpointing:
@@ -112,7 +120,7 @@ def peer_step(model: Any, batch: MicroBatch) -> Callable[[], object]:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=peer_dtype() == torch.bfloat16):
             loss = model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
             ).loss
@@ -208,6 +216,7 @@ def _row(work: str, seconds: dict[str, float], tokens: int) -> dict[str, Any]:
     rates = {f"{name}_tokens_per_s": tokens / value for name, value in seconds.items()}
     return {
         "work": work,
+        "peer_dtype": str(peer_dtype()).removeprefix("torch."),
         **rates,
         "low_rank_over_peft": seconds["peft"] / seconds["low_rank"],
         "sparse_over_peft": seconds["peft"] / seconds["sparse"],
@@ -228,7 +237,8 @@ def main() -> None:
         # Libraries read these once, when they are loaded.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **WITHOUT_TILES})
     lengths = [int(length) for length in arguments.lengths.split(",")]
-    name = "training-without-tiles" if arguments.without_tiles else "training"
+    without_avx512 = ops.status()["cpu"]["isa"] in ("portable", "avx2")
+    name = "training-without-tiles" if arguments.without_tiles else "training-avx2" if without_avx512 else "training"
     report(name, speeds(arguments.rounds, arguments.rows, lengths, arguments.new_tokens))
 
 

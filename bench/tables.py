@@ -40,7 +40,7 @@ from qrosa.quantities import bytes_text
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-_PLACE = re.compile(r"(<!-- table: (?P<name>[a-z-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+_PLACE = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
 
 def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -131,6 +131,11 @@ def training(record: str = "training-cpu") -> str:
 def training_without_tiles() -> str:
     """The same with every library held to AVX-512."""
     return training("training-without-tiles-cpu")
+
+
+def training_avx2() -> str:
+    """The same on a processor without AVX-512."""
+    return training("training-avx2-cpu")
 
 
 def repair() -> str:
@@ -383,6 +388,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-layer": cpu_layer,
     "training": training,
     "training-without-tiles": training_without_tiles,
+    "training-avx2": training_avx2,
     "repair": repair,
     "quantize": quantize,
     "selection": selection,
