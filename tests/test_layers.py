@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # The rooms, bottom up: each may import those before it. CONTRIBUTING and docs/architecture.md show the same order.
 TIERS = (
-    *("errors", "processor", "heap", "quantities", "fields", "files", "config"),
+    *("errors", "processor", "heap", "spinning", "quantities", "fields", "files", "config"),
     *("ops", "quant", "sparse", "adapters", "data"),
     *("base", "optim", "offload", "masks"),
     *("planner", "model", "record", "report"),

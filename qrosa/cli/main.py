@@ -24,6 +24,7 @@ import click
 from qrosa.cli.answers import answers, stdout_for_answers
 from qrosa.cli.failures import describe, drop_output, printable, suggest
 from qrosa.errors import InputError
+from qrosa.spinning import short_beside_others
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("qrosa.cli.plan", "Say what a run will take, phase by phase, before anything is loaded."),
@@ -41,7 +42,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _BROKEN_PIPE_EXIT = 141  # 128 + SIGPIPE, what a shell reports for a program that its reader closed on
 _ENVIRONMENT = {
     # How long OpenMP threads spin at a barrier before they sleep. At the default, another busy process on the machine
-    # makes training 10 to 30 times slower; at this figure less than 4 times, and an idle machine shows no difference.
+    # makes training 10 to 30 times slower; at this figure 4 times until ``qrosa.spinning`` notices it, a second later,
+    # and an idle machine shows no difference.
     "GOMP_SPINCOUNT": "10000",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -92,7 +94,8 @@ class LazyGroup(click.Group):
         run: Callable[..., Any] = functools.partial(super().main, *args, standalone_mode=False, **extra)
         if not standalone_mode:
             return run()
-        _run_and_exit(lambda state: run(obj=state))
+        with short_beside_others():
+            _run_and_exit(lambda state: run(obj=state))
 
 
 def _refuse_twice(command: click.Command, ctx: click.Context, args: list[str]) -> None:
