@@ -138,6 +138,16 @@ def training_avx2() -> str:
     return training("training-avx2-cpu")
 
 
+def sharing() -> str:
+    """Training beside busy processes."""
+    rows = [
+        [str(row["others"]), f"{row['tokens_per_s']:.0f}", f"{row['of_alone']:.2f}", f"{row['fair']:.2f}"]
+        for row in read("sharing-cpu")["rows"]
+    ]
+    headings = ["busy processes beside it, two cores", "tokens/s", "of the speed alone", "fair share"]
+    return markdown(headings, rows) + place_of("sharing-cpu")
+
+
 def repair() -> str:
     """What a repaired 4-bit base wins back before any training."""
     record = read("repair")
@@ -389,6 +399,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "training-without-tiles": training_without_tiles,
     "training-avx2": training_avx2,
+    "sharing": sharing,
     "repair": repair,
     "quantize": quantize,
     "selection": selection,
