@@ -32,6 +32,8 @@ def _place_of(device: Any) -> str | None:
 
 def install(card: StandIn, patch: pytest.MonkeyPatch) -> None:
     """Put the stand-in where torch's CUDA calls are; undone with ``patch``."""
+    # torch keeps the list of functions that ``with torch.device(...)`` looks out for: it must be of the real ones.
+    torch.utils._device._device_constructors()
     _install_streams(card, patch)
     _install_driver(card, patch)
     _install_makers(card, patch)
