@@ -35,6 +35,7 @@ def make_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., StandIn
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # DeepSpeed looks once a process, and must not find the stand-in
     yield make
     for card in made:
         card.__exit__(None, None, None)
