@@ -15,7 +15,7 @@ from qrosa.cli.options import (
     result_console,
     settings_options,
 )
-from qrosa.config import DataConfig, make_group
+from qrosa.config import DataConfig, TrainConfig, make_group
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,13 +26,15 @@ Examples:
   qrosa eval run --data test.jsonl
   qrosa eval HuggingFaceTB/SmolLM2-135M-Instruct --data test.jsonl --limit 500 --json
   qrosa eval run/checkpoints/step-200 --data folder --split validation
+  qrosa eval run --objective dpo --data pairs.jsonl
 """
 _PERCENT = ("accuracy", "exact_match")
+_SETTINGS = ("data", "seq_len", "train_on", "columns", "chat_template", "objective", "beta")
 
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("source", metavar="RUN-OR-MODEL")
-@settings_options("data", required=("data",), only=("data", "seq_len", "train_on", "columns", "chat_template"))
+@settings_options("data", "train", required=("data",), only=_SETTINGS)
 @click.option(
     "--split",
     type=click.Choice(["train", "validation", "test"]),
@@ -58,17 +60,27 @@ def command(
     Loss is the mean over completion tokens. Where the rows' completions are few and short (at most 64 different ones of
     32 tokens), they are taken as labels: accuracy is how often the row's own is the likeliest of them, exact match how
     often the model writes it by itself.
+
+    With --objective dpo, rows of prompt, chosen and rejected: accuracy is how often the adapter made the chosen answer
+    more likely than the rejected one, against the base without it; the margin says by how much.
     """
     from qrosa.data.dataset import EVAL_SPLITS, load_rows
     from qrosa.data.length import row_length
-    from qrosa.eval.tasks import evaluate_tasks
 
-    data = make_group(DataConfig, settings)
+    data, train = make_group(DataConfig, settings), make_group(TrainConfig, settings)
     if not data.data:
         raise InputError("--data is missing", "give the rows to score on")
+    pairs = train.objective == "dpo"
+    if pairs and data.train_on == "all":
+        raise InputError("--objective dpo compares answers, and --train-on all adds prompts", "leave --train-on out")
     console = progress_console()
     place = choose_device(device)
     opened = open_source(source, base_model)
+    if pairs and opened.adapter is None:
+        raise InputError(
+            f"{source} has no adapter, and preferences are measured against the base without it",
+            "give a run or an adapter folder, or leave --objective out",
+        )
     seq_len = row_length(data.seq_len, getattr(opened.base_files.config, "max_position_embeddings", None))
     found = load_rows(
         data.data,
@@ -79,18 +91,35 @@ def command(
         split=split or EVAL_SPLITS,
         columns=data.columns,
         vocabulary=getattr(opened.base_files.config, "vocab_size", None),
+        pairs=pairs,
     )
     if told := found.report.told("rows"):
         console.print(f"note: {told}", markup=False, soft_wrap=True)
     model = load(opened, place, console, offload)
     tokenizer = opened.tokenizer(data.chat_template)
-    with progress_bar(console, f"scoring {len(found)} rows") as advance:
-        result = evaluate_tasks(model, tokenizer, found.rows, progress=advance)
+    beta = train.beta if pairs else None
+    with progress_bar(console, f"scoring {found.examples} {'pairs' if pairs else 'rows'}") as advance:
+        result = _scored(model, tokenizer, found.rows, beta, advance)
     if as_json:
         rows = data.data[0] if len(data.data) == 1 else data.data
         emit_json({"model": source, "data": rows, "unused": found.report.unused, **result})
     else:
         _show(result_console(), result)
+
+
+def _scored(model: Any, tokenizer: Any, rows: Any, beta: float | None, progress: Any) -> Any:
+    """The figures of rows, or of pairs of them where a beta is given."""
+    from qrosa.eval.generate import padding_token
+    from qrosa.eval.perplexity import MAX_TOKENS
+    from qrosa.eval.preferences import preference_result, sum_preferences
+    from qrosa.eval.tasks import evaluate_tasks
+
+    if beta is None:
+        return evaluate_tasks(model, tokenizer, rows, progress=progress)
+    pad_id = padding_token(model, tokenizer)
+    return preference_result(
+        sum_preferences(model, rows, beta=beta, max_tokens=MAX_TOKENS, pad_id=pad_id, progress=progress)
+    )
 
 
 def _show(console: Console, result: Any) -> None:

@@ -49,17 +49,41 @@ def test_table_limit_and_notes(tiny_model_dir: Callable[..., Path], tiny_rows: C
     assert "rows cut: 1 row, they are longer than --seq-len 40" in done.stderr
 
 
+PAIRS = [
+    {"prompt": f"the film was {word}", "chosen": " good", "rejected": " bad story"} for word in ("good", "bad", "quick")
+]
+
+
+def test_preferences(
+    tiny_model_dir: Callable[..., Path], tiny_rows: Callable[..., Path], make_adapter: MakeAdapter
+) -> None:
+    """The margin is the rows' own: swapped answers turn its sign, and beta only scales the loss."""
+    _, run = make_adapter(tiny_model_dir())
+    swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in PAIRS]
+    ask = ("--objective", "dpo", "--json")
+    one, other = (json.loads(_run(run, "--data", tiny_rows(rows), *ask).stdout) for rows in (PAIRS, swapped))
+    assert one["rows"] == 3 and one["margin"] != 0
+    assert other["margin"] == pytest.approx(-one["margin"], rel=1e-6)
+    assert one["accuracy"] + other["accuracy"] == 1
+    flat = json.loads(_run(run, "--data", tiny_rows(PAIRS), *ask, "--beta", "1e-9").stdout)
+    assert flat["loss"] == pytest.approx(0.6931, abs=1e-4) and flat["margin"] == one["margin"]
+    table = _run(run, "--data", tiny_rows(PAIRS), "--objective", "dpo")
+    assert "margin" in table.stdout and "%" in table.stdout
+
+
 @pytest.mark.parametrize(
     "args, code, words",
     [
         (("no-such-folder/x", "--data", "ROWS"), 2, "no-such-folder/x"),
         (("MODEL", "--data", "missing.jsonl"), 2, "missing.jsonl"),
         (("MODEL",), 2, "--data"),
+        (("MODEL", "--data", "ROWS", "--objective", "dpo"), 2, "has no adapter"),
+        (("MODEL", "--data", "ROWS", "--objective", "ppo"), 2, "ppo"),
         (("MODEL", "--data", "ROWS", "--device", "tpu"), 2, "--device"),
         (("MODEL", "--data", "ROWS", "--device", "cuda:77"), 2, "is not here"),
         (("MODEL", "--data", "ROWS", "--seq-len", "abc"), 2, "--seq-len"),
     ],
-    ids=["model", "rows", "no rows", "device", "card", "seq-len"],
+    ids=["model", "rows", "no rows", "base alone", "objective", "device", "card", "seq-len"],
 )
 def test_bad_input(
     args: tuple[str, ...],
