@@ -78,6 +78,9 @@ class RosaCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Refuse what cannot be trained, and have the trainer save and load the adapter alone.
 
+        TRL's trainers for preferences and rewards switch dropout off in modules of torch's class only; here it is done
+        to the low-rank parts.
+
         Raises:
             InputError: No adapter, a frozen one, or a way of spreading work that only ``qrosa finetune`` has.
         """
@@ -85,6 +88,10 @@ class RosaCallback(TrainerCallback, ExportableState):
         _check_machines(args)
         assert model is not None
         make_resumable(model)
+        if getattr(args, "disable_dropout", False):
+            for layer in quantized_linears(model).values():
+                if layer.low_rank is not None:
+                    layer.low_rank.dropout = 0.0
 
     def on_train_begin(
         self,

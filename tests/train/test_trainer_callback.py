@@ -280,6 +280,17 @@ def test_engines_that_take_parameters_apart_are_refused(tiny_model_dir, tmp_path
         RosaCallback().on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
+@pytest.mark.parametrize("off", [True, False])
+def test_trls_switch_for_dropout_reaches_the_low_rank_parts(tiny_model_dir, tmp_path, off):
+    trainer = make_trainer(tiny_model_dir(), tmp_path)
+    parts = [layer.low_rank for layer in quantized_linears(trainer.model).values() if layer.low_rank is not None]
+    for part in parts:
+        part.dropout = 0.1
+    trainer.args.disable_dropout = off
+    RosaCallback().on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert parts and {part.dropout for part in parts} == {0.0 if off else 0.1}
+
+
 def test_a_launchers_engine_is_refused_too(tiny_model_dir, tmp_path, monkeypatch):
     trainer = make_trainer(tiny_model_dir(), tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
