@@ -69,6 +69,12 @@ def _used_now() -> Used | None:
         return None
 
 
+def _threads() -> int:
+    """Those of a parallel loop; 0 before there is a PyTorch to ask."""
+    ask = getattr(sys.modules.get("torch"), "get_num_threads", None)
+    return 0 if ask is None else int(ask())
+
+
 class Sleeper:
     """A thread with an idle OpenMP team: while it lives, no thread of this process spins for long."""
 
@@ -105,8 +111,8 @@ class Watch:
         if last is None or now <= last[0]:
             return
         others = (figures.all - last[1].all - (figures.own - last[1].own)) / (now - last[0])
-        computes = hasattr(sys.modules.get("torch"), "ones") and figures.own - last[1].own > 0.5 * (now - last[0])
-        if self.sleeper is None and others > _BUSY and computes:
+        computes = figures.own - last[1].own > 0.5 * (now - last[0])
+        if self.sleeper is None and others > _BUSY and computes and _threads() > 1:
             self.sleeper = Sleeper()
         elif self.sleeper is not None and others < _IDLE:
             self.end()

@@ -22,7 +22,8 @@ def sleepers() -> int:
 
 
 @pytest.fixture
-def watch() -> Iterator[Watch]:
+def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+    monkeypatch.setattr("qrosa.spinning._threads", lambda: 2)
     made = Watch()
     yield made
     made.end()
@@ -48,6 +49,13 @@ def test_threads_sleep_at_once_beside_a_busy_process(watch: Watch, others: float
     watch.look(10.0, Used(100.0, 20.0))
     watch.look(12.0, Used(100.0 + 2 * (others + own), 20.0 + 2 * own))
     assert (watch.sleeper is not None, sleepers()) == (sleeps, int(sleeps))
+
+
+def test_one_thread_waits_for_nobody(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qrosa.spinning._threads", lambda: 1)
+    watch.look(0.0, Used(0.0, 0.0))
+    watch.look(1.0, Used(2.0, 1.0))
+    assert watch.sleeper is None
 
 
 def test_it_ends_when_the_others_have_gone_and_not_before(watch: Watch) -> None:

@@ -197,4 +197,21 @@ def _load_plain(folder: str | Path, device: torch.device | str) -> nn.Module:
         if bars_shown:
             logging.enable_progress_bar()
     model = cast(Any, model).to(device).eval()
-    return cast(nn.Module, model.float() if widens(model.get_input_embeddings().weight) else model)
+    weight = model.get_input_embeddings().weight
+    return _rounding(model, weight.dtype) if widens(weight) else cast(nn.Module, model)
+
+
+def _rounding(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Have a model compute in fp32, and its modules pass on what ``dtype`` can hold: overflow shows, too."""
+
+    def held(value: Any) -> Any:
+        return value.to(dtype).float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(held(value) for value in inputs)
+
+    for name, module in model.named_modules():
+        if name:  # the logits are the head's
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(lambda _, __, output: held(output))
+    return model.float()

@@ -33,7 +33,11 @@ class OutputHead(nn.Linear):
         weight, rows = self.weight, x.numel() // max(x.shape[-1], 1)
         differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if products.widens(x) and not differentiable:
-            return products.linear(x.reshape(rows, -1), weight, self.bias).to(x.dtype).view(*x.shape[:-1], -1)
+            return (
+                products.linear(x.reshape(rows, x.shape[-1]), weight, self.bias)
+                .to(x.dtype)
+                .view(*x.shape[:-1], weight.shape[0])
+            )
         few = 0 < rows <= _FEW_ROWS and x.is_cpu and x.dtype == weight.dtype == torch.bfloat16
         if not few or differentiable:
             return nn.functional.linear(x, weight, self.bias)

@@ -17,6 +17,7 @@ from qrosa.export.card import Facts, render_card
 from qrosa.export.merge import merge
 from qrosa.export.source import open_adapter, original_folder
 from qrosa.export.verify import verify
+from qrosa.processor import widens_products
 from tests.export.conftest import MakeAdapter
 
 
@@ -49,7 +50,9 @@ def test_drift_equals_a_direct_computation(
         for index, log_probs in enumerate((p, q)):
             losses[index] -= float(log_probs[-3:].gather(1, ids[0, -3:, None]).sum())
     assert (drift["rows"], drift["tokens"], drift["supervised_tokens"]) == (4, tokens, 12)
-    assert drift["top1_agreement"] == pytest.approx(same / tokens)
+    # On processors that are slow in 16 bits the export runs in fp32 with rounded activations: a near tie may turn.
+    near = 1.01 / tokens if widens_products() else 1e-6
+    assert drift["top1_agreement"] == pytest.approx(same / tokens, abs=near)
     assert drift["mean_kl"] == pytest.approx(
         kl / tokens, rel=0.2
     )  # Gemma caps its logits in bf16, the head here in fp32
