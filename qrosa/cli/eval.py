@@ -71,8 +71,6 @@ def command(
     if not data.data:
         raise InputError("--data is missing", "give the rows to score on")
     pairs = train.objective == "dpo"
-    if pairs and data.train_on == "all":
-        raise InputError("--objective dpo compares answers, and --train-on all adds prompts", "leave --train-on out")
     console = progress_console()
     place = choose_device(device)
     opened = open_source(source, base_model)

@@ -188,9 +188,12 @@ def load_rows(
         pairs: Read preferences: each becomes two rows, the chosen answer's and the rejected one's.
 
     Raises:
-        InputError: A missing source, a malformed row, no rows, or no supervised token in any of them.
+        InputError: A missing source, a malformed row, no rows, or no supervised token in any of them; pairs of which
+            prompts are to be learnt.
         StorageError: A file cannot be read.
     """
+    if pairs and train_on == "all":
+        raise InputError("--objective dpo compares answers, and --train-on all adds prompts", "leave --train-on out")
     loader = Loader(tokenizer, seq_len, train_on, vocabulary, pairs)
     sources = (source,) if isinstance(source, (str, Path)) else tuple(source)
     for number, one in enumerate(sources):

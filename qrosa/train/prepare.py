@@ -182,14 +182,10 @@ def _check_objective(config: RunConfig) -> None:
     Raises:
         InputError: There is one.
     """
-    if config.train.objective != "dpo":
-        return
-    if config.adapter.dropout > 0:
+    if config.train.objective == "dpo" and config.adapter.dropout > 0:
         raise InputError(
             "--objective dpo compares log-probabilities, which --dropout makes random", "leave --dropout at 0"
         )
-    if config.data.train_on == "all":
-        raise InputError("--objective dpo compares answers, and --train-on all adds prompts", "leave --train-on out")
 
 
 def _deepspeed(config: RunConfig, *, dry_run: bool) -> ZeroSettings | None:
