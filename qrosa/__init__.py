@@ -30,6 +30,8 @@ _EXPORTS = {
     "save_adapter": "qrosa.base.adapter_io",
     "load_adapter": "qrosa.base.adapter_io",
     "select_masks": "qrosa.masks.apply",
+    "reference_model": "qrosa.model.reference",
+    "set_reference": "qrosa.train.trainer_reference",
 }
 __all__ = [*_EXPORTS, "__version__"]
 
@@ -46,9 +48,11 @@ if TYPE_CHECKING:
     from qrosa.config import RunConfig as RunConfig
     from qrosa.export.merge import merge as merge
     from qrosa.masks.apply import select_masks as select_masks
+    from qrosa.model.reference import reference_model as reference_model
     from qrosa.sparse.csr import CsrDelta as CsrDelta
     from qrosa.train.callbacks import Callback as Callback
     from qrosa.train.trainer_callback import RosaCallback as RosaCallback
+    from qrosa.train.trainer_reference import set_reference as set_reference
 
 
 def __getattr__(name: str) -> Any:

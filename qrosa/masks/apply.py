@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ def select_masks(
     seed: int = 42,
     progress: Advance | None = None,
     loss: SampleLoss = sample_loss,
+    agreed: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Choose where the sparse part sits, and add it to the model's layers, in place of one they may have.
 
@@ -38,6 +39,7 @@ def select_masks(
         seed: Of the random score.
         progress: Called with (steps done, steps in all).
         loss: Mean loss of one row; give one that chunks the head where rows are long.
+        agreed: Given this process's choice, what all of several processes take.
 
     Returns:
         Path -> flat positions ``row * K + column``, int64, rising, on the CPU.
@@ -56,6 +58,8 @@ def select_masks(
     positions = choose_positions(
         model, batches, config=config or MaskConfig(), nnz=nnz, seed=seed, progress=progress, loss=loss
     )
+    if agreed is not None:
+        positions = agreed(positions)
     notices = set_masks(
         model,
         positions,

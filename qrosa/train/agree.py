@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 
 @torch.no_grad()
-def agree(accelerator: Accelerator, tensors: Sequence[Tensor]) -> list[Tensor]:
+def agree(accelerator: Accelerator | PartialState, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The main process's tensors, on every process.
 
     Args:

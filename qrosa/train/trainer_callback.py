@@ -1,4 +1,4 @@
-"""The phases of a run inside transformers' ``Trainer``, and trainers that derive from it, such as TRL's ``SFTTrainer``.
+"""The phases of a run inside transformers' ``Trainer``, and trainers that derive from it, such as TRL's.
 
     model, tokenizer = qrosa.load("path/or/id", qrosa.AdapterConfig(budget="0.3%"))
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[qrosa.RosaCallback()],
@@ -23,15 +23,13 @@ from qrosa.adapters.inject import adapter_parameters, quantized_linears, trainab
 from qrosa.base.load import base_info
 from qrosa.config import MaskConfig
 from qrosa.errors import InputError
-from qrosa.masks.apply import select_masks
 from qrosa.masks.scores import MASK_SCORES
-from qrosa.model.head import CHUNK_TOKENS
 from qrosa.optim.parts import SPARSE
 from qrosa.optim.schedule import Phases, phases_of, sparse_rise
 from qrosa.optim.torch_optimizer import TorchAdapterOptimizer, check_not_frozen
-from qrosa.train.selection import sample_loss
 from qrosa.train.trainer_checkpoint import leave_base_out, make_resumable
-from qrosa.train.trainer_rows import dataloader_rows
+from qrosa.train.trainer_reference import check_reference, check_reference_used
+from qrosa.train.trainer_selection import keep_positions_home, pick_masks, trainer_rows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,12 +80,15 @@ class RosaCallback(TrainerCallback, ExportableState):
         to the low-rank parts.
 
         Raises:
-            InputError: No adapter, a frozen one, or a way of spreading work that only ``qrosa finetune`` has.
+            InputError: No adapter, a frozen one, a way of spreading work that only ``qrosa finetune`` has, or a second
+                model that would be loaded.
         """
         _check_adapter(model)
         _check_machines(args)
         assert model is not None
+        check_reference(model, args)
         make_resumable(model)
+        keep_positions_home(model)
         if getattr(args, "disable_dropout", False):
             for layer in quantized_linears(model).values():
                 if layer.low_rank is not None:
@@ -101,13 +102,14 @@ class RosaCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel | None = None,
         optimizer: Any = None,
         train_dataloader: DataLoader[Any] | None = None,
+        processing_class: Any = None,
         **_: Any,
     ) -> None:
         """Lay out the phases, and check once more, for much may happen to a model before it is trained.
 
         Raises:
             InputError: Nothing would train, the optimizer is not the adapter's, the checkpoint is of another base, or
-                masks are still to be picked, by several processes or from rows without labels.
+                masks are still to be picked and the trainer's rows do not serve.
         """
         _check_adapter(model)
         assert model is not None
@@ -122,23 +124,10 @@ class RosaCallback(TrainerCallback, ExportableState):
         low_rank, sparse = adapter_parameters(model)
         planned = bool(sparse) or _wants_masks(model)
         self._phases = phases_of(state.max_steps, self.masks.warmup_steps, low_rank=bool(low_rank), sparse=planned)
-        if planned and not sparse:
-            self._check_selection(args, train_dataloader)
-
-    def _check_selection(self, args: TrainingArguments, train_dataloader: DataLoader[Any] | None) -> None:
-        """Refuse before the first step what mask selection would stumble over after warm-up.
-
-        Raises:
-            InputError: Several processes train, or the trainer's batches have no labels.
-        """
-        if args.world_size > 1:
-            raise InputError(
-                f"masks cannot be picked while {args.world_size} processes train: each holds a copy of the model that "
-                "has no place for the sparse part",
-                "select them before (qrosa.select_masks, on all processes), or use qrosa finetune",
-            )
-        if train_dataloader is not None and MASK_SCORES[self.masks.mask_score].reads_gradients:
-            next(dataloader_rows(train_dataloader, 1, self.seed), None)
+        reads_rows = MASK_SCORES[self.masks.mask_score].reads_gradients
+        if planned and not sparse and reads_rows and train_dataloader is not None:
+            # What selection would stumble over after warm-up is refused before the first step.
+            next(trainer_rows(model, args, train_dataloader, processing_class, 1, self.seed), None)
 
     def on_step_begin(
         self,
@@ -147,6 +136,7 @@ class RosaCallback(TrainerCallback, ExportableState):
         control: TrainerControl,
         model: PreTrainedModel | None = None,
         train_dataloader: DataLoader[Any] | None = None,
+        processing_class: Any = None,
         **_: Any,
     ) -> None:
         """Pick the masks once warm-up is over."""
@@ -155,13 +145,8 @@ class RosaCallback(TrainerCallback, ExportableState):
         if not self._phases.sparse:
             return
         assert model is not None and train_dataloader is not None
-        select_masks(
-            model,
-            dataloader_rows(train_dataloader, self.masks.mask_samples, self.seed),
-            config=self.masks,
-            seed=self.seed,
-            loss=sample_loss(CHUNK_TOKENS),
-        )
+        rows = trainer_rows(model, args, train_dataloader, processing_class, self.masks.mask_samples, self.seed)
+        pick_masks(model, args, rows, self.masks, self.seed)
         leave_base_out(model)
         self.selected_at = state.global_step
 
@@ -173,6 +158,22 @@ class RosaCallback(TrainerCallback, ExportableState):
         for group in optimizer.param_groups:
             if group["name"] == SPARSE:
                 group["scale"] = sparse_rise(state.global_step, ramp, self.selected_at or 0)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **_: Any,
+    ) -> None:
+        """See that a reference model is the one that was made for this.
+
+        Raises:
+            InputError: It is not.
+        """
+        assert model is not None
+        check_reference_used(model, args)
 
     def _take_back(self, state: TrainerState, model: nn.Module) -> None:
         """Go on where a checkpoint left off; a model that comes with masks had them from the start.

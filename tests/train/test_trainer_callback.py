@@ -5,11 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from safetensors.torch import load_file
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import qrosa
 from qrosa.adapters.inject import adapter_parameters, adapter_state, quantized_linears
@@ -305,16 +305,43 @@ def test_a_launchers_engine_is_refused_too(tiny_model_dir, tmp_path, monkeypatch
         RosaCallback().on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 
-def test_several_processes_need_masks_beforehand(tiny_model_dir, tmp_path):
-    trainer = make_trainer(tiny_model_dir(), tmp_path)
-    event = {"model": trainer.model, "optimizer": trainer.optimizer}
-    several = SimpleNamespace(world_size=2)
-    with pytest.raises(InputError, match="masks cannot be picked while 2 processes train"):
-        RosaCallback().on_train_begin(several, TrainerState(max_steps=STEPS), trainer.control, **event)
-    qrosa.select_masks(trainer.model, trainer.train_dataset)
-    callback = RosaCallback()
-    callback.on_train_begin(several, TrainerState(max_steps=STEPS), trainer.control, **event)
-    assert callback.selected_at == 0
+# A trainer in one of two processes, from start to end and then again from the middle on; each leaves its own adapters.
+_WORKER = """
+import json, os, sys
+import torch
+from safetensors.torch import save_file
+from tests.train.test_trainer_callback import adapter_state, loaded, losses, make_trainer
+
+folder, output = sys.argv[1:]
+torch.set_num_threads(1)
+for name, resume in (("whole", None), ("resumed", f"{output}/checkpoint-3")):
+    trainer = make_trainer(None, output, model=loaded(folder, dropout=0.0), gradient_accumulation_steps=1)
+    trainer.train(resume_from_checkpoint=resume)
+    save_file(adapter_state(trainer.model), f"{output}/{name}{os.environ['RANK']}.safetensors")
+    if trainer.is_world_process_zero():
+        open(f"{output}/{name}.json", "w").write(json.dumps(list(losses(trainer).values())))
+"""
+
+
+def test_two_processes_train_as_one_does(tiny_model_dir, tmp_path):
+    one = make_trainer(None, tmp_path / "one", model=loaded(tiny_model_dir(), dropout=0.0))
+    one.train()
+    adapter, output = adapter_state(one.model), tmp_path / "two"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    surroundings = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, sys.executable, "-c", _WORKER, str(tiny_model_dir()), str(output)]
+    done = subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, *others = [load_file(output / f"{name}{rank}.safetensors") for name in ("whole", "resumed") for rank in "01"]
+    assert all(same(whole, other) for other in others)
+    together, resumed = (json.loads((output / f"{name}.json").read_text()) for name in ("whole", "resumed"))
+    assert together == resumed
+    # Gradients of half a step are rounded to bf16 apart.
+    assert together == pytest.approx(list(losses(one).values()), rel=5e-3)
+    columns = [name for name in adapter if name.endswith("sparse_col")]
+    agreeing = sum(int((adapter[name] == whole[name]).sum()) for name in columns)
+    assert agreeing > 0.9 * sum(adapter[name].numel() for name in columns) > 0
 
 
 def test_a_checkpoint_of_another_base_is_refused(whole, tiny_model_dir, tmp_path):
