@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from qrosa.errors import InputError, StorageError
+from qrosa.eval.objectives import OBJECTIVES, Objective, describe_objectives
 from qrosa.fields import check_positive, check_range, coerce, quoted, setting, suggest
 from qrosa.masks.scores import MASK_SCORES, describe_scores
 from qrosa.optim.kinds import OPTIMIZERS, SHARED, describe_optimizers
@@ -29,7 +30,6 @@ RANK_ORDERS = ("order", "sensitivity")
 BASE_ROUNDINGS = ("nearest", "feedback")
 SCHEDULES = ("linear", "cosine", "constant")
 SPLITS = ("validation", "test")
-OBJECTIVES = ("sft", "dpo")
 LOGGERS = (  # those that accelerate knows
     *("tensorboard", "wandb", "trackio", "mlflow", "comet_ml"),
     *("aim", "clearml", "dvclive", "swanlab"),
@@ -195,13 +195,18 @@ class TrainConfig:
 
     objective: str = setting(
         "sft",
-        "What is learnt: the answers of the rows (sft), or which of two answers is preferred (dpo), from rows of "
-        "prompt, chosen and rejected; the reference is the base without the adapter.",
-        choices=OBJECTIVES,
+        f"What is learnt: {describe_objectives()}.",
+        choices=tuple(OBJECTIVES),
     )
-    beta: float = setting(0.1, "How strongly dpo holds the model to the base: its loss is of beta times the margin.")
+    beta: float = setting(
+        0.1,
+        "How strongly dpo and kto hold the model to the base: their loss is of beta times the margin. For orpo, what "
+        "the preference counts beside the chosen answer.",
+    )
+    desirable_weight: float = setting(1.0, "What a row counts for kto whose label is true.")
+    undesirable_weight: float = setting(1.0, "What a row counts for kto whose label is false.")
     batch_size: int = setting(
-        32, "Sequences (for dpo: pairs of them) per optimizer step, over all micro-batches and cards."
+        32, "Sequences (for dpo and orpo: pairs of them) per optimizer step, over all micro-batches and cards."
     )
     micro_batch: str = setting("auto", "Sequences computed at once, or auto.", metavar="N|auto")
     epochs: float | None = setting(None, "Passes over the training rows.  [default: 1, unless --max-steps]")
@@ -288,7 +293,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "beta", "max_grad_norm", "keep", "timeout"):
+        weights = ("beta", "desirable_weight", "undesirable_weight")
+        for name in ("batch_size", *weights, "max_grad_norm", "keep", "timeout"):
             check_positive(name, getattr(self, name))
         for name in ("lr", "sparse_lr", "max_steps", "epochs", "eval_every", "stop_after", "save_every"):
             if getattr(self, name) is not None:
@@ -333,9 +339,14 @@ class TrainConfig:
             )
 
     @property
+    def goal(self) -> Objective:
+        """The objective, with all that depends on which one it is."""
+        return OBJECTIVES[self.objective]
+
+    @property
     def step_rows(self) -> int:
         """Sequences of an optimizer step."""
-        return self.batch_size * (2 if self.objective == "dpo" else 1)
+        return self.batch_size * self.goal.group
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="u
 COMMANDS = re.findall(r"^    (qrosa .+)$", PAGE, re.MULTILINE)
 
 
-def rows_of(section: str) -> list[dict[str, Any]]:
+def rows_of(section: str, column: int = 1) -> list[dict[str, Any]]:
     text = PAGE.split(f"## {section}\n")[1].split("\n## ")[0]
-    return [json.loads(row) for row in re.findall(r"^\| `(\{.+?\})` \|", text, re.MULTILINE)]
+    before = r"\|[^|]+" * (column - 1)
+    return [json.loads(row) for row in re.findall(rf"^{before}\| `(\{{.+?\}})` \|", text, re.MULTILINE)]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -57,6 +58,12 @@ def test_every_kind_of_row_is_shown_and_learnt_as_said(tiny_tokenizer: Any) -> N
     encoded = Encoder(tiny_tokenizer, seq_len=64).encode([RawRow(row) for row in rows])
     learnt = {tiny_tokenizer.decode([token for token in row.labels if token >= 0]) for row in encoded[:-1]}
     assert learnt == {"a<|im_end|>"}
+
+
+def test_rows_to_compare_are_what_is_said() -> None:
+    pair, judged = rows_of("Preferences", column=2)
+    assert RawRow(pair, answers="pairs").kind == "preference"
+    assert RawRow(judged, answers="judged").kind == "judged"
 
 
 @pytest.mark.parametrize("row", rows_of("What is not used, and what is refused"))

@@ -29,7 +29,7 @@ TIERS = (
     "cli",
 )
 # Tables of what can be chosen. They import nothing of qrosa, so the settings may read them wherever they live.
-TABLES = ("qrosa.masks.scores", "qrosa.optim.kinds")
+TABLES = ("qrosa.masks.scores", "qrosa.optim.kinds", "qrosa.eval.objectives")
 FACADE = ("__init__", "__main__", "api")  # `import qrosa`: the public names, from wherever they live
 TORCH_FREE = (
     "qrosa",

@@ -29,7 +29,10 @@ Examples:
   qrosa eval run --objective dpo --data pairs.jsonl
 """
 _PERCENT = ("accuracy", "exact_match")
-_SETTINGS = ("data", "seq_len", "train_on", "columns", "chat_template", "objective", "beta")
+_SETTINGS = (
+    *("data", "seq_len", "train_on", "columns", "chat_template"),
+    *("objective", "beta", "desirable_weight", "undesirable_weight"),
+)
 
 
 @click.command(epilog=_EXAMPLES)
@@ -62,7 +65,9 @@ def command(
     often the model writes it by itself.
 
     With --objective dpo, rows of prompt, chosen and rejected: accuracy is how often the adapter made the chosen answer
-    more likely than the rejected one, against the base without it; the margin says by how much.
+    more likely than the rejected one, against the base without it; the margin says by how much. With orpo the same
+    without the base, by the log odds ratio, of models too; with kto, rows of prompt, completion and label: how often a
+    wanted answer gained more than answers to other prompts did, and an unwanted one less.
     """
     from qrosa.data.dataset import EVAL_SPLITS, load_rows
     from qrosa.data.length import row_length
@@ -70,14 +75,14 @@ def command(
     data, train = make_group(DataConfig, settings), make_group(TrainConfig, settings)
     if not data.data:
         raise InputError("--data is missing", "give the rows to score on")
-    pairs = train.objective == "dpo"
+    goal = train.goal
     console = progress_console()
     place = choose_device(device)
     opened = open_source(source, base_model)
-    if pairs and opened.adapter is None:
+    if goal.reference and opened.adapter is None:
         raise InputError(
-            f"{source} has no adapter, and preferences are measured against the base without it",
-            "give a run or an adapter folder, or leave --objective out",
+            f"{source} has no adapter, and --objective {goal.name} measures against the base without it",
+            "give a run or an adapter folder; pairs of a model alone are measured with --objective orpo",
         )
     seq_len = row_length(data.seq_len, getattr(opened.base_files.config, "max_position_embeddings", None))
     found = load_rows(
@@ -89,15 +94,14 @@ def command(
         split=split or EVAL_SPLITS,
         columns=data.columns,
         vocabulary=getattr(opened.base_files.config, "vocab_size", None),
-        pairs=pairs,
+        answers=goal.answers,
     )
     if told := found.report.told("rows"):
         console.print(f"note: {told}", markup=False, soft_wrap=True)
     model = load(opened, place, console, offload)
     tokenizer = opened.tokenizer(data.chat_template)
-    beta = train.beta if pairs else None
-    with progress_bar(console, f"scoring {found.examples} {'pairs' if pairs else 'rows'}") as advance:
-        result = _scored(model, tokenizer, found.rows, beta, advance)
+    with progress_bar(console, f"scoring {found.examples} {'pairs' if found.group == 2 else 'rows'}") as advance:
+        result = _scored(model, tokenizer, found.rows, train, advance)
     if as_json:
         rows = data.data[0] if len(data.data) == 1 else data.data
         emit_json({"model": source, "data": rows, "unused": found.report.unused, **result})
@@ -105,19 +109,18 @@ def command(
         _show(result_console(), result)
 
 
-def _scored(model: Any, tokenizer: Any, rows: Any, beta: float | None, progress: Any) -> Any:
-    """The figures of rows, or of pairs of them where a beta is given."""
+def _scored(model: Any, tokenizer: Any, rows: Any, train: TrainConfig, progress: Any) -> Any:
+    """The figures of rows, or what compares them."""
     from qrosa.eval.generate import padding_token
     from qrosa.eval.perplexity import MAX_TOKENS
     from qrosa.eval.preferences import preference_result, sum_preferences
     from qrosa.eval.tasks import evaluate_tasks
 
-    if beta is None:
+    if not train.goal.compares:
         return evaluate_tasks(model, tokenizer, rows, progress=progress)
     pad_id = padding_token(model, tokenizer)
-    return preference_result(
-        sum_preferences(model, rows, beta=beta, max_tokens=MAX_TOKENS, pad_id=pad_id, progress=progress)
-    )
+    sums = sum_preferences(model, rows, train.goal, train, max_tokens=MAX_TOKENS, pad_id=pad_id, progress=progress)
+    return preference_result(sums, train.goal)
 
 
 def _show(console: Console, result: Any) -> None:

@@ -162,7 +162,7 @@ def _show_setup(console: Console, prepared: Prepared) -> None:
         f"learnt; longest {report.longest}; {report.truncated} cut to --seq-len; {report.dropped} dropped",
         markup=False,
     )
-    what = "pairs" if prepared.train.group == 2 else "rows"
+    what = "pairs" if prepared.train.answers == "pairs" else "rows"
     warmup = f", the first {phases.warmup} before the masks are picked" if phases.sparse and phases.warmup else ""
     console.print(f"{phases.total} steps of {prepared.config.train.batch_size} {what}{warmup}", markup=False)
 

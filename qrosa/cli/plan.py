@@ -32,6 +32,7 @@ from qrosa.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qrosa.eval.objectives import Answers
     from qrosa.planner.cards import Machines
     from qrosa.planner.plan import Plan
     from qrosa.planner.request import Rows
@@ -114,11 +115,11 @@ def make_plan(source: str, values: dict[str, Any], machines: Machines | None = N
     rows = UNKNOWN_ROWS
     if groups.data.data:
         longest = row_length(groups.data.seq_len, shape.dims.max_positions)
-        rows = measure_rows(source, groups.data, longest, pairs=groups.train.objective == "dpo")
+        rows = measure_rows(source, groups.data, longest, answers=groups.train.goal.answers)
     return solve(make_request(shape, groups, read_here(), rows=rows, device=device, machines=machines))
 
 
-def measure_rows(source: str, data: DataConfig, seq_len: int, *, pairs: bool = False) -> Rows:
+def measure_rows(source: str, data: DataConfig, seq_len: int, *, answers: Answers = "single") -> Rows:
     """Tokens of the longest training row, cut at ``seq_len``, and of all rows, or of both rows of all pairs.
 
     Raises:
@@ -134,7 +135,7 @@ def measure_rows(source: str, data: DataConfig, seq_len: int, *, pairs: bool = F
         tokenizer.chat_template = read_template(data.chat_template)
     with progress_console().status("measuring the rows"):
         rows = load_rows(
-            data.data, tokenizer, seq_len=seq_len, train_on=data.train_on, columns=data.columns, pairs=pairs
+            data.data, tokenizer, seq_len=seq_len, train_on=data.train_on, columns=data.columns, answers=answers
         )
     return Rows(rows.report.longest, rows.report.tokens, rows.report.rows)
 

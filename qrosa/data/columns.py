@@ -22,8 +22,14 @@ KINDS: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "text": ("text",),
     "preference": ("prompt", "chosen", "rejected"),
+    "judged": ("prompt", "completion", "label"),
 }
-PREFERENCE = "preference"
+PREFERENCE, JUDGED = "preference", "judged"
+COMPARED: dict[str, str] = {"pairs": PREFERENCE, "judged": JUDGED}
+"""Kinds of rows that hold answers to compare, by how the answers stand in them (:data:`qrosa.eval.objectives.Answers`).
+
+They are looked for where they are asked for, and then first.
+"""
 SYSTEM = ("system", "system_prompt", "system_message")
 _BESIDE: dict[str, tuple[str, ...]] = {
     "messages": ("tools", *SYSTEM),
@@ -32,9 +38,11 @@ _BESIDE: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("tools", "history", *SYSTEM),
     "text": (),
     "preference": ("tools", "history", *SYSTEM),
+    "judged": ("tools", "history", *SYSTEM),
 }
-_USED = {kind: frozenset((*keys, *_BESIDE[kind])) for kind, keys in KINDS.items()}
-_TARGETS = frozenset().union(*_USED.values())
+USED = {kind: frozenset((*keys, *_BESIDE[kind])) for kind, keys in KINDS.items()}
+"""The columns that each kind of row uses."""
+_TARGETS = frozenset().union(*USED.values())
 
 _LABELS = ("label", "kto_tag", "desirable", "is_desirable", "is_chosen", "preferred")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "pixel_values")
@@ -98,7 +106,7 @@ class Columns:
             InputError: A column changes the meaning of the row.
         """
         for name, value in fields.items():
-            if name in _USED[kind] or value is None or value == "" or value == []:
+            if name in USED[kind] or value is None or value == "" or value == []:
                 continue
             reason = None if self._names else _refusal(name, value, kind)
             if reason is not None:
@@ -131,7 +139,7 @@ def _refusal(name: str, value: Any, kind: str) -> tuple[str, str] | None:
     if _PREFERENCE.fullmatch(name) and isinstance(value, (str, list, dict)):
         return "is half of a preference, and one answer alone is not what it says", f"to train on one: {_WAY_OUT}"
     if name in _LABELS and kind != "text" and _is_boolean(value):
-        hint = f"keep the rows whose label is true and drop the column; or {_WAY_OUT}"
+        hint = f"to learn from both: --objective kto; or keep the rows whose label is true; or {_WAY_OUT}"
         return "says whether the answer is wanted, and unwanted ones would be learnt", hint
     if name in _MEDIA:
         return "holds images, sound or video, which are not trained on", f"use rows of text; or {_WAY_OUT}"

@@ -21,6 +21,7 @@ from qrosa.data.loading import Loader
 from qrosa.data.notes import Note, block
 from qrosa.data.store import Rows
 from qrosa.errors import InputError
+from qrosa.eval.objectives import Answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +51,7 @@ class DataReport:
         files: What was read.
         unused: What is not used as it stands in the data.
         ends: Tokens that end a learnt answer.
+        unwanted: Rows kept whose answer is to be unlearnt.
     """
 
     rows: int
@@ -64,6 +66,7 @@ class DataReport:
     files: tuple[str, ...] = ()
     unused: tuple[Note, ...] = ()
     ends: tuple[int, ...] = ()
+    unwanted: int = 0
 
     def told(self, name: str) -> str:
         """What is not used as it stands in the data, as a block of text; empty where there is nothing to tell.
@@ -87,8 +90,12 @@ class Dataset:
 
     rows: Rows
     report: DataReport
-    group: int = 1
-    """Rows that belong together, one behind the other: 2 where each is a chosen and a rejected answer."""
+    answers: Answers = "single"
+
+    @property
+    def group(self) -> int:
+        """Rows that belong together, one behind the other: 2 where each is a chosen and a rejected answer."""
+        return 2 if self.answers == "pairs" else 1
 
     @property
     def examples(self) -> int:
@@ -97,16 +104,19 @@ class Dataset:
 
     @property
     def wanted(self) -> Rows:
-        """The rows that are to become likelier: all, or the chosen answers."""
+        """The rows that are to become likelier: all, the chosen answers, or the wanted ones."""
+        if self.answers == "judged":
+            return self.rows.pick([place for place, row in enumerate(self.rows) if row.wanted])
         return self.rows if self.group == 1 else self.rows.pick(range(0, len(self.rows), self.group))
 
     @classmethod
-    def from_rows(cls, rows: Iterable[EncodedRow], kind: str, dropped: int = 0, group: int = 1) -> Dataset:
+    def from_rows(cls, rows: Iterable[EncodedRow], kind: str, dropped: int = 0, answers: Answers = "single") -> Dataset:
         """A data set of these rows, counted."""
         kept = rows if isinstance(rows, Rows) else Rows.of(rows)
-        truncated = skipped = 0
+        truncated = skipped = unwanted = 0
         for row in kept:
             truncated, skipped = truncated + row.truncated, skipped + row.skipped_turns
+            unwanted += not row.wanted
         report = DataReport(
             rows=len(kept),
             truncated=truncated,
@@ -116,9 +126,10 @@ class Dataset:
             longest=int(kept.lengths.max(initial=0)),
             kind=kind,
             skipped_turns=skipped,
-            read=len(kept) // group + dropped,
+            read=len(kept) // (2 if answers == "pairs" else 1) + dropped,
+            unwanted=unwanted,
         )
-        return cls(kept, report, group)
+        return cls(kept, report, answers)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -129,10 +140,11 @@ class Dataset:
         return list(self.rows.lengths.tolist())
 
     def fingerprint(self) -> str:
-        """SHA-256 over all token ids and labels, hex; a resumed run must find the same."""
+        """SHA-256 over all token ids, labels and marks of unwanted answers, hex; a resumed run must find the same."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(np.array([len(row.input_ids), *row.input_ids, *row.labels], dtype="<i4").tobytes())
+            mark = () if row.wanted else (-1,)
+            digest.update(np.array([len(row.input_ids), *row.input_ids, *row.labels, *mark], dtype="<i4").tobytes())
         return digest.hexdigest()
 
     def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -152,11 +164,11 @@ class Dataset:
         kept = self.rows.pick([index for index in range(len(self.rows)) if index // self.group in chosen])
         whole = self.report
         parts = (
-            Dataset.from_rows(rest, whole.kind, whole.dropped, self.group),
-            Dataset.from_rows(kept, whole.kind, group=self.group),
+            Dataset.from_rows(rest, whole.kind, whole.dropped, self.answers),
+            Dataset.from_rows(kept, whole.kind, answers=self.answers),
         )
         told = replace(parts[0].report, read=whole.read, files=whole.files, unused=whole.unused, ends=whole.ends)
-        return Dataset(parts[0].rows, told, self.group), parts[1]
+        return Dataset(parts[0].rows, told, self.answers), parts[1]
 
 
 def load_rows(
@@ -170,7 +182,7 @@ def load_rows(
     columns: str | None = None,
     vocabulary: int | None = None,
     seed: int = 42,
-    pairs: bool = False,
+    answers: Answers = "single",
 ) -> Dataset:
     """Read, encode and count the rows of files, folders or ``datasets`` ids.
 
@@ -185,21 +197,21 @@ def load_rows(
         columns: What the columns are called; see :class:`qrosa.data.columns.Columns`.
         vocabulary: Rows of the model's embedding, if they are known.
         seed: Of the choice of rows where a share is taken.
-        pairs: Read preferences: each becomes two rows, the chosen answer's and the rejected one's.
+        answers: How answers stand in the data; a pair becomes two rows, the chosen answer's and the rejected one's.
 
     Raises:
-        InputError: A missing source, a malformed row, no rows, or no supervised token in any of them; pairs of which
-            prompts are to be learnt.
+        InputError: A missing source, a malformed row, no rows, or no supervised token in any of them; answers to
+            compare whose prompts are to be learnt.
         StorageError: A file cannot be read.
     """
-    if pairs and train_on == "all":
-        raise InputError("--objective dpo compares answers, and --train-on all adds prompts", "leave --train-on out")
-    loader = Loader(tokenizer, seq_len, train_on, vocabulary, pairs)
+    if answers != "single" and train_on == "all":
+        raise InputError("this --objective compares answers, and --train-on all adds prompts", "leave --train-on out")
+    loader = Loader(tokenizer, seq_len, train_on, vocabulary, answers)
     sources = (source,) if isinstance(source, (str, Path)) else tuple(source)
     for number, one in enumerate(sources):
         loader.load(str(one), number=number, split=split, columns=columns, limit=limit, seed=seed)
     rows = loader.rows(", ".join(map(str, sources)))
-    counted = Dataset.from_rows(rows, ", ".join(loader.kinds), loader.dropped, 2 if pairs else 1)
+    counted = Dataset.from_rows(rows, ", ".join(loader.kinds), loader.dropped, answers)
     report = replace(
         counted.report,
         read=loader.read,
@@ -207,4 +219,4 @@ def load_rows(
         unused=loader.notes.all(),
         ends=tuple(sorted(loader.encoder.ends)),
     )
-    return Dataset(rows, report, counted.group)
+    return Dataset(rows, report, answers)

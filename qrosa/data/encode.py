@@ -45,6 +45,7 @@ class EncodedRow:
         answer_end: Where the last completion's text ends, before the tokens that end the turn.
         turn_end: Where the last completion ends, with those tokens.
         skipped_turns: Assistant turns without loss because the template rewrites them (see ``chat_template.py``).
+        wanted: False for an answer that is to be unlearnt.
     """
 
     input_ids: list[int]
@@ -55,6 +56,7 @@ class EncodedRow:
     answer_end: int | None = None
     turn_end: int | None = None
     skipped_turns: int = 0
+    wanted: bool = True
 
     @property
     def supervised_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""What a row means: five kinds of rows, told apart by their keys, brought to three forms.
+"""What a row means: seven kinds of rows, told apart by their keys, brought to three forms.
 
     {"messages": [{"role": "user", "content": "..."}, ...]}                      chat        -> Conversation
     {"conversations": [{"from": "human", "value": "..."}, ...]}                  ShareGPT    -> Conversation
@@ -6,8 +6,10 @@
     {"prompt": "..." or messages, "completion": "..." or messages}                           -> Completion, Conversation
     {"text": "..."}                                                                          -> Text
     {"prompt": "..." or messages, "chosen": "..." or messages, "rejected": ...}  preference  -> a pair of rows
+    {"prompt": "..." or messages, "completion": ..., "label": true}              judged      -> Completion, Conversation
 
-Where a row has the keys of two kinds, the first in this list counts; :mod:`qrosa.data.columns` says what becomes of the
+Where a row has the keys of two kinds, the first in this list counts, but for the last two where they are what is asked
+for; :mod:`qrosa.data.columns` says what becomes of the
 keys beside those of its kind. All rows of a source must be of one kind. A row that does not hold what its kind asks for
 is an :class:`~qrosa.errors.InputError` that names its file and line: no row is mended or left out silently.
 """
@@ -21,12 +23,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qrosa.data.columns import KINDS, PREFERENCE, SYSTEM, Columns
+from qrosa.data.columns import COMPARED, JUDGED, KINDS, SYSTEM, Columns
 from qrosa.data.files import describe_type
 from qrosa.data.messages import Message, Turn, check_text, read_turn
 from qrosa.data.notes import Notes
 from qrosa.data.sources import read_records
 from qrosa.errors import InputError
+from qrosa.eval.objectives import Answers
 
 _ACCEPTED = "use messages, conversations, instruction/input/output, prompt/completion, or text"
 
@@ -95,12 +98,13 @@ class RawRow:
     Attributes:
         fields: Its columns under qrosa's names.
         where: Its place.
-        pairs: Preferences are wanted: a row that holds one is one, whatever else it holds.
+        answers: How answers are asked for: a row that holds them so is of that kind, whatever else it holds, and of
+            rows that are compared the last answer alone is learnt.
     """
 
     fields: Mapping[str, Any]
     where: str = "row"
-    pairs: bool = False
+    answers: Answers = "single"
 
     @cached_property
     def kind(self) -> str:
@@ -109,9 +113,9 @@ class RawRow:
         Raises:
             InputError: The row's keys are of no kind.
         """
-        wanted = {PREFERENCE: KINDS[PREFERENCE], **KINDS} if self.pairs else KINDS
-        for kind, keys in wanted.items():
-            if all(self.fields.get(key) is not None for key in keys):
+        first = COMPARED.get(self.answers)
+        for kind in KINDS if first is None else (first, *KINDS):
+            if all(self.fields.get(key) is not None for key in KINDS[kind]):
                 return kind
         for kind, keys in KINDS.items():
             if all(key in self.fields for key in keys):
@@ -132,25 +136,9 @@ class RawRow:
             return self._conversation(self._turns(kind, "user"))
         if kind == "alpaca":
             return self._alpaca()
-        if kind == "prompt-completion":
+        if kind in ("prompt-completion", JUDGED):
             return self._prompt_completion()
         return Text(self._text("text"))
-
-    def pair(self) -> tuple[RawRow, RawRow]:
-        """A preference row's answers as rows of their own: the chosen one, then the rejected one.
-
-        Answers that are whole conversations, their prompt included, stay whole.
-        """
-        rest = {key: value for key, value in self.fields.items() if key not in ("chosen", "rejected")}
-        made = []
-        for key in ("chosen", "rejected"):
-            answer = self.fields[key]
-            first = answer[0] if isinstance(answer, list) and answer else None
-            whole = isinstance(first, Mapping) and str(first.get("role", "assistant")) != "assistant"
-            own = {"messages": answer} if whole else {"completion": answer}
-            kept = {name: value for name, value in rest.items() if name != "prompt"} if whole else rest
-            made.append(RawRow({**kept, **own}, self.where))
-        return made[0], made[1]
 
     def _alpaca(self) -> Completion:
         instruction, output = self._text("instruction"), self._text("output")
@@ -163,6 +151,8 @@ class RawRow:
             before = (*self._system(), *self._history())
             tools = self._tools()
             whole = Completion(self._text("prompt"), self._text("completion"), before=before)
+            if before and self.answers != "single":
+                return Conversation(whole.conversation.messages, first=len(before) + 1, tools=tools)
             return whole if tools is None else Conversation(whole.conversation.messages, tools=tools)
         prompt = [*(Turn(message) for message in self._history()), *self._turns("prompt", "user")]
         return self._conversation([*prompt, *self._turns("completion", "assistant")], first=len(prompt))
@@ -260,7 +250,7 @@ def read_rows(
     columns: Columns | None = None,
     notes: Notes | None = None,
     files: list[str] | None = None,
-    pairs: bool = False,
+    answers: Answers = "single",
 ) -> Iterator[RawRow]:
     """The rows of a file, folder or ``datasets`` id, streamed; see :func:`qrosa.data.sources.read_records`.
 
@@ -272,7 +262,7 @@ def read_rows(
         columns: What the columns are called.
         notes: Takes what is passed over.
         files: Takes the names of the files that are read.
-        pairs: Rows that hold a preference are preferences, whatever else they hold.
+        answers: How answers are asked for; rows that hold them so are of that kind, whatever else they hold.
 
     Raises:
         InputError: No such source, no rows in it, a malformed row, an unknown kind of row, or two kinds in one source.
@@ -282,7 +272,7 @@ def read_rows(
     first: RawRow | None = None
     first_kind = ""
     for fields, where in read_records(source, split=split, columns=columns.worth_reading, notes=notes, files=files):
-        row = RawRow(columns.rename(fields, where), where, pairs)
+        row = RawRow(columns.rename(fields, where), where, answers)
         kind = row.kind
         if first is None:
             first, first_kind = row, kind

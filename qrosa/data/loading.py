@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from qrosa.data.columns import PREFERENCE, Columns
+from qrosa.data.columns import COMPARED, KINDS, Columns
+from qrosa.data.compared import is_wanted, split_pair
 from qrosa.data.encode import EncodedRow, Encoder
 from qrosa.data.formats import RawRow, read_rows
 from qrosa.data.notes import Notes
 from qrosa.data.sources import Draw, Source
 from qrosa.data.store import Rows, RowWriter
 from qrosa.errors import InputError
+from qrosa.eval.objectives import Answers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BLOCK = 1024  # rows tokenised at once: enough to keep the tokenizer's threads busy
+
+_LEARNT = {"preference": "preferences are learnt from", "judged": "kto learns from"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Loader:
         seq_len: Most tokens a row.
         train_on: ``completion``, ``last`` or ``all``.
         vocabulary: Rows of the model's embedding, if they are known.
-        pairs: Read preferences: two rows for each, the chosen answer's and the rejected one's.
+        answers: How answers stand in the data; of a pair come two rows, the chosen answer's and the rejected one's.
 
     Attributes:
         notes: What is not used as it stands in the data.
@@ -63,7 +67,7 @@ class Loader:
         seq_len: int,
         train_on: str,
         vocabulary: int | None = None,
-        pairs: bool = False,
+        answers: Answers = "single",
     ) -> None:
         self.notes = Notes()
         self.encoder = Encoder(tokenizer, seq_len=seq_len, train_on=train_on, notes=self.notes, vocabulary=vocabulary)
@@ -71,7 +75,7 @@ class Loader:
         self.kinds: list[str] = []
         self.read = 0
         self._seq_len = seq_len
-        self._pairs = pairs
+        self._answers: Answers = answers
         self._writer = RowWriter()
         self._kept = 0
         self._losses: Counter[_Loss] = Counter()
@@ -108,7 +112,12 @@ class Loader:
         source = Source.parse(name)
         draw = Draw(source.share, (seed, number))
         raws = read_rows(
-            source.name, split=split, columns=Columns(columns), notes=self.notes, files=self.files, pairs=self._pairs
+            source.name,
+            split=split,
+            columns=Columns(columns),
+            notes=self.notes,
+            files=self.files,
+            answers=self._answers,
         )
         for block in _blocks(islice(raws, limit)):
             self.read += len(block)
@@ -122,12 +131,20 @@ class Loader:
                 why = f"a share of {source.share:g} is taken"
                 if left:
                     self.notes.add(f"rows of {source.name}", why, block[0].where, count=left)
-            if self._pairs:
-                halves = self.encoder.encode([half for row in taken for half in row.pair()])
-                for pair in zip(halves[::2], halves[1::2], strict=True):
-                    self._take(*pair)
-                continue
-            for row in self.encoder.encode(taken):
+            self._encode(taken)
+
+    def _encode(self, raws: Sequence[RawRow]) -> None:
+        """Encode rows and keep them, both of a pair or none."""
+        if self._answers == "pairs":
+            halves = self.encoder.encode([half for raw in raws for half in split_pair(raw)])
+            for pair in zip(halves[::2], halves[1::2], strict=True):
+                self._take(*pair)
+        elif self._answers == "judged":
+            for raw, row in zip(raws, self.encoder.encode(raws), strict=True):
+                row.wanted = is_wanted(raw)
+                self._take(row)
+        else:
+            for row in self.encoder.encode(raws):
                 self._take(row)
 
     def rows(self, name: str) -> Rows:
@@ -146,12 +163,14 @@ class Loader:
         return self._writer.close()
 
     def _check_kind(self, raw: RawRow) -> None:
-        if self._pairs == (raw.kind == PREFERENCE):
+        asked = COMPARED.get(self._answers)
+        if raw.kind == asked or (asked is None and raw.kind not in COMPARED.values()):
             return
-        if self._pairs:
+        if asked is not None:
+            keys = KINDS[asked]
             raise InputError(
-                f"{raw.where} is a {raw.kind} row, and preferences are learnt from prompt, chosen and rejected",
-                "give rows of preferences; or --columns chosen=...,rejected=...; or leave --objective at sft",
+                f"{raw.where} is a {raw.kind} row, and {_LEARNT[asked]} {', '.join(keys[:-1])} and {keys[-1]}",
+                f"give such rows; or --columns {keys[-1]}=...; or another --objective",
             )
         raise InputError(
             f"{raw.where} is a preference, and one answer alone is not what it says",

@@ -26,7 +26,7 @@ from qrosa.data.encode import IGNORE, EncodedRow
 from qrosa.errors import StorageError
 from qrosa.files import cache_folder
 
-_HEAD = 8  # ids, ranges, truncated, skipped turns, prompt_len, answer_end, turn_end, bytes of the place
+_HEAD = 9  # ids, ranges, truncated, skipped turns, wanted, prompt_len, answer_end, turn_end, bytes of the place
 _NONE = -1
 _BUFFER = 2**20
 
@@ -181,7 +181,8 @@ def _record(row: EncodedRow) -> bytes:
     ranges = _ranges(np.array(row.labels, dtype=np.int64), ids)
     place = row.where.encode("utf-8", "replace")
     given = [_NONE if value is None else value for value in (row.prompt_len, row.answer_end, row.turn_end)]
-    head = np.array([len(ids), len(ranges) // 2, row.truncated, row.skipped_turns, *given, len(place)], dtype="<i4")
+    marks = (row.truncated, row.skipped_turns, row.wanted)
+    head = np.array([len(ids), len(ranges) // 2, *marks, *given, len(place)], dtype="<i4")
     padding = b"\0" * (-len(place) % 4)
     return head.tobytes() + ranges.tobytes() + ids.tobytes() + place + padding
 
@@ -195,7 +196,7 @@ def _ranges(labels: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _row(record: np.ndarray) -> EncodedRow:
-    count, ranges, truncated, skipped, *given, place_size = record[:_HEAD].tolist()
+    count, ranges, truncated, skipped, wanted, *given, place_size = record[:_HEAD].tolist()
     edges = record[_HEAD : _HEAD + 2 * ranges].tolist()
     start = _HEAD + 2 * ranges
     ids = record[start : start + count].tolist()
@@ -204,4 +205,4 @@ def _row(record: np.ndarray) -> EncodedRow:
         labels[first:end] = ids[first:end]
     place = record[start + count :].tobytes()[:place_size].decode("utf-8")
     prompt_len, answer_end, turn_end = (None if value == _NONE else value for value in given)
-    return EncodedRow(ids, labels, bool(truncated), place, prompt_len, answer_end, turn_end, skipped)
+    return EncodedRow(ids, labels, bool(truncated), place, prompt_len, answer_end, turn_end, skipped, bool(wanted))

@@ -268,7 +268,7 @@ class _Probing:
     def _train(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Steps of one micro-batch each."""
         work = self.work
-        rows = self.rows * 2 if work.preferences else self.rows  # pairs, in micro-batches of the same size
+        rows = self.rows * 2 if work.goal.compares else self.rows  # in micro-batches of the same size
         runner = make_runner(
             self.made.request.train,
             model,
@@ -309,8 +309,8 @@ class _Probing:
         tokens = max(self.work.eval_tokens, self.work.length)
         rows = worst_rows(dataclasses.replace(self.work, rows=tokens, tokens=tokens), self.vocabulary, self.seed)
         with self._phase("eval"):
-            if self.work.preferences:
-                sum_preferences(model, rows * 2, beta=1.0, max_tokens=tokens)
+            if self.work.goal.compares:
+                sum_preferences(model, rows * 2, self.work.goal, self.made.request.train, max_tokens=tokens)
             else:
                 evaluate_loss(model, rows, max_tokens=tokens)
 

@@ -207,10 +207,10 @@ class Trace:
         work = self.work
         encoded = _encoded(rows)
         limits = Limits(len(rows), max(work.tokens, max(len(row) for row in rows)))
-        if work.preferences:
-            encoded = [*encoded, *encoded]  # pairs, in micro-batches of the same size
+        if work.goal.compares:
+            encoded = [*encoded, *encoded]  # in micro-batches of the same size
         runner = make_runner(
-            TrainConfig(objective="dpo" if work.preferences else "sft"),
+            TrainConfig(objective=work.objective),
             self.model,
             optimizer,
             limits=limits,
@@ -237,8 +237,9 @@ class Trace:
         self.tracker.padded = len({len(row) for row in rows}) > 1
         self.tracker.stage = EVALUATION
         with self.tracker.phase() as found:
-            if work.preferences:
-                sum_preferences(self.model, _encoded([*rows, *rows]), beta=1.0, max_tokens=tokens)
+            if work.goal.compares:
+                encoded = _encoded([*rows, *rows])
+                sum_preferences(self.model, encoded, work.goal, TrainConfig(), max_tokens=tokens)
             else:
                 evaluate_loss(self.model, _encoded(rows), max_tokens=tokens)
         return found[0]

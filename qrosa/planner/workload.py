@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from qrosa.adapters.budget import Allocation
 from qrosa.base.shape import ModelShape
+from qrosa.eval.objectives import OBJECTIVES, Objective
 from qrosa.masks.scores import MASK_SCORES, MaskScore
 from qrosa.optim.zero.settings import ZeroSettings
 from qrosa.planner.hardware import UNMEASURED, Overhead
@@ -49,7 +50,7 @@ class Workload:
         feedback: The run makes its base with error feedback first.
         widens: Products of 16-bit floats are taken in fp32, as on a CPU that is slow at them.
         samples: Prompts that are answered before and after training.
-        preferences: Rows are scored with the adapter on and off before they are trained on.
+        objective: What is learnt; some score rows before they are trained on.
     """
 
     shape: ModelShape
@@ -82,7 +83,7 @@ class Workload:
     overhead: Overhead = UNMEASURED
     feedback: bool = False
     widens: bool = False
-    preferences: bool = False
+    objective: str = "sft"
     samples: int = 0
 
     @property
@@ -94,6 +95,11 @@ class Workload:
     def streamed(self) -> bool:
         """The base visits the device block by block."""
         return self.resident_blocks is not None
+
+    @property
+    def goal(self) -> Objective:
+        """The objective, with all that depends on which one it is."""
+        return OBJECTIVES[self.objective]
 
     @property
     def has_original(self) -> bool:

@@ -7,9 +7,11 @@ from typing import Any
 
 
 def beside_loss(result: Mapping[str, Any]) -> str:
-    """What stands beside the loss: perplexity of answers, or how often the chosen one of a pair is preferred."""
+    """What stands beside the loss: perplexity of answers, or how often those that are wanted are preferred."""
     if "perplexity" in result:
         return f"perplexity {result['perplexity']:.3f}"
+    if "drift" in result:
+        return f"told apart {result['accuracy']:.1%}, margin {result['margin']:.3f}, drift {result['drift']:.3f}"
     return f"chosen preferred {result['accuracy']:.1%}, margin {result['margin']:.3f}"
 
 

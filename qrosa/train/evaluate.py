@@ -1,4 +1,4 @@
-"""Evaluation while training: the loss of held-out rows or pairs, with a micro-batch of its own that shrinks on its own.
+"""Evaluation while training: the loss of held-out rows, with a micro-batch of its own that shrinks on its own.
 
 Running out of memory here says nothing about training, so the training micro-batch stays as it is.
 """
@@ -6,11 +6,13 @@ Running out of memory here says nothing about training, so the training micro-ba
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from qrosa.config import TrainConfig
 from qrosa.data.store import row_lengths, with_supervised_tokens
 from qrosa.errors import DoesNotFitError
 from qrosa.eval.perplexity import evaluate_loss, loss_result
@@ -31,10 +33,10 @@ def evaluate(
     max_tokens: int,
     pad_id: int,
     accelerator: Accelerator,
-    beta: float | None = None,
+    train: TrainConfig,
     progress: Advance | None = None,
 ) -> tuple[dict[str, Any], int]:
-    """Loss and perplexity of ``rows`` over all processes, or what `PreferenceResult` says of pairs.
+    """Loss and perplexity of ``rows`` over all processes, or what `PreferenceResult` says of rows that are compared.
 
     Args:
         model: The model; its mode is kept.
@@ -42,24 +44,25 @@ def evaluate(
         max_tokens: Tokens, padding included, to compute at once; halved when memory runs out.
         pad_id: Token to pad with.
         accelerator: The processes that share the rows.
-        beta: Factor on the margin of pairs; None where rows stand by themselves.
+        train: The run's settings, of which the objective says what is measured.
         progress: Called with (rows done, all rows of this process).
 
     Returns:
-        ``{"rows", "supervised_tokens", "loss", "perplexity"}``, or of pairs ``accuracy`` and ``margin`` in place of the
-        last, and the ``max_tokens`` that did.
+        ``{"rows", "supervised_tokens", "loss", "perplexity"}``, or ``accuracy`` and ``margin`` in place of the last,
+        and the ``max_tokens`` that did.
 
     Raises:
         DoesNotFitError: A single row does not fit.
     """
-    if beta is None:
+    goal = train.goal
+    if not goal.compares:
         mine = with_supervised_tokens(rows[accelerator.process_index :: accelerator.num_processes])
     else:
-        mine = own_share(rows, 2, accelerator)
+        mine = own_share(rows, goal.group, accelerator)
     longest = max(row_lengths(mine), default=1)
     while True:
         try:
-            sums = _share(model, mine, max_tokens, pad_id, beta, progress)
+            sums = _share(model, mine, max_tokens, pad_id, train, accelerator, progress)
             break
         except Exception as error:
             if not is_out_of_memory(error):
@@ -71,12 +74,19 @@ def evaluate(
                 "shorten the rows with --seq-len, or evaluate on shorter ones",
             )
         max_tokens = max(longest, max_tokens // 2)
-    if accelerator.num_processes > 1:
-        added = accelerator.reduce(torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device))
-        sums = dict(zip(sums, added.tolist(), strict=True))
-    if beta is not None:
-        return dict(preference_result(cast(PreferenceSums, sums))), max_tokens
+    drift = sums.get("drift")
+    sums = dict(zip(sums, add_up(accelerator, list(sums.values())), strict=True))
+    if drift is not None:
+        return dict(preference_result(cast(PreferenceSums, {**sums, "drift": drift}), goal)), max_tokens
     return dict(loss_result(len(rows), int(sums["supervised_tokens"]), sums["loss"])), max_tokens
+
+
+def add_up(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
+    """The sums of numbers over all processes."""
+    if accelerator.num_processes == 1:
+        return list(values)
+    added = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device))
+    return cast(list[float], cast(torch.Tensor, added).tolist())
 
 
 def own_share(rows: Sequence[EncodedRow], group: int, accelerator: Accelerator) -> list[EncodedRow]:
@@ -90,12 +100,22 @@ def _share(
     rows: Sequence[EncodedRow],
     max_tokens: int,
     pad_id: int,
-    beta: float | None,
+    train: TrainConfig,
+    accelerator: Accelerator,
     progress: Advance | None,
 ) -> dict[str, float]:
     """Sums that add up over processes."""
-    if beta is not None:
-        sums = sum_preferences(model, rows, beta=beta, max_tokens=max_tokens, pad_id=pad_id, progress=progress)
+    if train.goal.compares:
+        sums = sum_preferences(
+            model,
+            rows,
+            train.goal,
+            train,
+            max_tokens=max_tokens,
+            pad_id=pad_id,
+            add_up=partial(add_up, accelerator),
+            progress=progress,
+        )
         return cast(dict[str, float], sums)
     if not rows:
         return {"loss": 0.0, "supervised_tokens": 0.0}

@@ -15,10 +15,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from qrosa.config import RunConfig
@@ -34,7 +34,7 @@ from qrosa.report.words import stop_words
 from qrosa.train import guard
 from qrosa.train.best import is_best_now, kept_step, note_evaluation, out_of_patience
 from qrosa.train.callbacks import Advance, Callbacks
-from qrosa.train.evaluate import evaluate, own_share
+from qrosa.train.evaluate import add_up, evaluate, own_share
 from qrosa.train.interrupt import Interrupts
 from qrosa.train.preferences import make_runner
 
@@ -56,7 +56,6 @@ class LoopParts:
         optimizer: Owner of masters and gradients.
         rows: Training rows.
         heldout: Rows to evaluate on; may be empty.
-        group: Rows that belong together, one behind the other: 2 for pairs of a chosen and a rejected answer.
         pad_id: Token to pad with.
         state: What changes.
         accelerator: Device, and the other processes.
@@ -75,7 +74,6 @@ class LoopParts:
     optimizer: Optimizer
     rows: Sequence[EncodedRow]
     heldout: Sequence[EncodedRow]
-    group: int
     pad_id: int
     state: RunState
     accelerator: Accelerator
@@ -110,6 +108,7 @@ class TrainingLoop:
             chunk_tokens=parts.state.chunk_tokens,
             process=parts.accelerator.process_index,
             on_shrink=self._shrunk,
+            add_up=partial(add_up, parts.accelerator),
         )
 
     def fit(self) -> None:
@@ -160,7 +159,7 @@ class TrainingLoop:
                 max_tokens=state.eval_tokens,
                 pad_id=parts.pad_id,
                 accelerator=parts.accelerator,
-                beta=None if parts.group == 1 else parts.config.train.beta,
+                train=parts.config.train,
                 progress=self.callbacks.phase("eval"),
             )
         if tokens != state.eval_tokens:
@@ -198,14 +197,14 @@ class TrainingLoop:
         parts, state, train = self.parts, self.parts.state, self.parts.config.train
         begun = time.perf_counter()
         step, phase = state.step, self._phase
-        group = parts.group
+        group = train.goal.group
         places = step_rows(len(parts.rows) // group, train.batch_size, step, train.seed)
         rows = [parts.rows[place * group + member] for place in places for member in range(group)]
         supervised = sum(supervised_tokens(row) for row in rows)
         guard.check_supervised(supervised, step + 1)
         with parts.meter.phase("train"):
             share = own_share(rows, group, parts.accelerator)
-            count = supervised if group == 1 else len(places)
+            count = len(places) if train.goal.compares else supervised
             loss = self._sum(self.runner.gradients(share, step, count)) / count
             if self.zero_gradients.watches(parts.optimizer.parts):
                 self.zero_gradients.see(parts.optimizer.gradient_norms())
@@ -303,10 +302,7 @@ class TrainingLoop:
 
     def _sum(self, value: float) -> float:
         """The sum of a number over all processes."""
-        accelerator = self.parts.accelerator
-        if accelerator.num_processes == 1:
-            return value
-        return float(accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=accelerator.device)))
+        return add_up(self.parts.accelerator, [value])[0]
 
     def _any_process(self, flag: bool) -> bool:
         return self._sum(float(flag)) > 0

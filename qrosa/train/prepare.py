@@ -25,7 +25,7 @@ from qrosa.optim.rates import Rates, choose_rates
 from qrosa.optim.schedule import Phases, steps_between_evaluations, warmup_and_total
 from qrosa.optim.zero.settings import ZeroSettings, zero_settings
 from qrosa.planner.bytes.zero import drive_bytes
-from qrosa.planner.hardware import Here, read_here
+from qrosa.planner.hardware import Here, processes_here, read_here
 from qrosa.planner.plan import Plan
 from qrosa.planner.request import Rows, make_request
 from qrosa.planner.search.alternatives import require_fit
@@ -170,7 +170,7 @@ def prepare(
         steps=phases.total,
         low_rank=config.train.lr,
         sparse=config.train.sparse_lr,
-        preferences=config.train.objective == "dpo",
+        preferences=config.train.goal.compares,
     )
     config = _resolve(config, seq_len, phases, plan, rates)
     return Prepared(config, base_files, original, tokenizer, train, heldout, allocation, phases, plan, rates, cap, zero)
@@ -182,9 +182,17 @@ def _check_objective(config: RunConfig) -> None:
     Raises:
         InputError: There is one.
     """
-    if config.train.objective == "dpo" and config.adapter.dropout > 0:
+    if config.train.goal.compares and config.adapter.dropout > 0:
         raise InputError(
-            "--objective dpo compares log-probabilities, which --dropout makes random", "leave --dropout at 0"
+            f"--objective {config.train.objective} compares log-probabilities, which --dropout makes random",
+            "leave --dropout at 0",
+        )
+    least = 2 * processes_here()
+    if config.train.goal.mismatched and config.train.batch_size < least:
+        raise InputError(
+            f"--objective {config.train.objective} compares each row of a step with another, and --batch-size is "
+            f"{config.train.batch_size}",
+            f"use a --batch-size of {least} or more, two rows a process; 16 and above is usual",
         )
 
 
@@ -248,10 +256,16 @@ def load_data(
             columns=data.columns,
             vocabulary=vocabulary,
             seed=config.train.seed,
-            pairs=config.train.objective == "dpo",
+            answers=config.train.goal.answers,
         )
 
     train = load(data.data, "train")
+    if train.answers == "judged" and train.report.unwanted in (0, train.report.rows):
+        raise InputError(
+            f"the label of all {train.report.rows} rows is {str(not train.report.unwanted).lower()}, so there is "
+            "nothing to tell apart",
+            "give rows of both labels; wanted answers alone are learnt with --objective sft",
+        )
     if data.eval_data is not None:
         return train, load([data.eval_data], EVAL_SPLITS)
     if data.eval_split in SPLITS:

@@ -249,7 +249,6 @@ class _Run:
             optimizer=optimizer,
             rows=prepared.train.rows,
             heldout=prepared.heldout.rows if prepared.heldout else [],
-            group=prepared.train.group,
             pad_id=prepared.pad_id,
             state=state,
             accelerator=self.accelerator,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from qrosa.train.loss import model_loss
 
 if TYPE_CHECKING:
     from qrosa.data.encode import EncodedRow
+
+_Found = TypeVar("_Found")
 
 
 def micro_batch_seed(seed: int, step: int, process: int, index: int) -> int:
@@ -103,10 +105,14 @@ class StepRunner:
         Raises:
             DoesNotFitError: A single row does not fit the memory.
         """
+        return self._fitted(rows, step, lambda batches: self._run(batches, step, normaliser))
+
+    def _fitted(self, rows: Sequence[EncodedRow], step: int, compute: Callable[[list[MicroBatch]], _Found]) -> _Found:
+        """What ``compute`` makes of the rows' micro-batches, begun again with smaller ones where memory runs out."""
         while True:
             batches = micro_batches(rows, max_rows=self.limits.rows, max_tokens=self.limits.tokens, pad_id=self.pad_id)
             try:
-                return self._run(batches, step, normaliser)
+                return compute(batches)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -225,7 +225,7 @@ def test_strict_determinism_has_its_price_in_the_plan(tmp_path: Path, heads: tup
 
 def test_preferences_allocate_what_is_simulated(tiny_model_dir: Callable[..., Path]) -> None:
     source = tiny_model_dir("llama")
-    work = workload(source, length=96, rows=2, tokens=192, eval_tokens=192, dropout=0.0, preferences=True)
+    work = workload(source, length=96, rows=2, tokens=192, eval_tokens=192, dropout=0.0, objective="dpo")
     model, _ = load_base(str(source))
     real = measure(model, work, token_rows(work)).phases
     for phase, peak in simulate(str(source), work).phases.items():

@@ -147,7 +147,7 @@ def backward_moments(
     lasting = lasting | {"scratch": scratch_bytes(work)}
     workspace = backward_workspace(dims, batch, work.attention, work.on_cpu)
     held = {"activations": saved, "masks": masks}
-    weights = FULL * batch.tokens if work.preferences else 0  # what each position's loss counts
+    weights = FULL * batch.tokens if work.goal.compares else 0  # what each position's loss counts
     moments = [
         Moment(
             "computing the loss",
@@ -203,12 +203,14 @@ def _boundary(work: Workload, batch: MicroBatch) -> int:
     return HALF * batch.tokens * work.shape.dims.hidden
 
 
-def forward_moments(work: Workload, batch: MicroBatch, lasting: Components) -> list[Moment]:
-    """The places where a forward pass without gradients can peak: evaluation."""
+def forward_moments(
+    work: Workload, batch: MicroBatch, lasting: Components, chunk_tokens: int = EVAL_CHUNK
+) -> list[Moment]:
+    """The places where a forward pass without gradients can peak: evaluation, and scoring of answers in a step."""
     dims = work.shape.dims
     lasting = lasting | {"scratch": scratch_bytes(work)}
     workspace = forward_workspace(dims, batch, work.attention, work.on_cpu) + rotary_bytes(dims, batch)
-    loss = parts.eval_loss_bytes(dims, batch.tokens, EVAL_CHUNK)
+    loss = parts.eval_loss_bytes(dims, batch.tokens, chunk_tokens)
     return [
         Moment("a layer", lasting, {"workspace": workspace, "masks": mask_bytes(dims, batch, work.attention)}),
         Moment("computing the loss", lasting, {"loss": loss}),

@@ -96,13 +96,12 @@ def traffic(work: Workload) -> dict[str, int]:
     """Bytes that cross to and from the device in a training step of one micro-batch, by what crosses.
 
     A streamed block comes once for the forward pass and once for recomputation and backward, but for the slots that the
-    turn-around finds filled, and once for each of the two passes that score preferences. A boundary goes out and comes
-    back.
+    turn-around finds filled, and once for each of the passes that score answers. A boundary goes out and comes back.
     """
     crossing = {}
     if work.resident_blocks is not None:
         streamed = work.shape.dims.layers - work.resident_blocks
-        turns = max(0, 2 * streamed - parts.STREAM_SLOTS) + (2 * streamed if work.preferences else 0)
+        turns = max(0, 2 * streamed - parts.STREAM_SLOTS) + work.goal.passes * streamed
         crossing["base"] = turns * parts.block_bytes(work.shape)
     if work.offload_activations:
         crossing["activations"] = 2 * boundary_bytes(work, work.tokens)
@@ -251,8 +250,8 @@ def _train(work: Workload) -> PhaseMemory:
     gradients = parts.micro_batch_gradient_bytes(allocation.low_rank_parameters, allocation.sparse_parameters)
     batch = micro_batch(work, work.tokens, work.rows)
     moments = backward_moments(work, batch, _resident(work), gradients, work.shape.dims.layers)
-    if work.preferences:
-        moments += forward_moments(work, batch, _resident(work))
+    if work.goal.compares:
+        moments += forward_moments(work, batch, _resident(work), work.loss_chunk_tokens)
     if work.zero is None:
         moments.append(Moment("the optimizer step", _resident(work), {"micro_batch_gradients": gradients}))
     else:

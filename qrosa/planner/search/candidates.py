@@ -125,7 +125,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         overhead=request.overhead,
         feedback=train.base_rounding == "feedback",
         widens=request.widens,
-        preferences=train.objective == "dpo",
+        objective=train.objective,
         samples=train.samples,
     )
 

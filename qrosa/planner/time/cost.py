@@ -73,7 +73,7 @@ class Cost:
 class Passes:
     """A micro-batch: forward and backward through the layers (with recomputation), and the head with the loss.
 
-    Preferences are scored first, which is ``scoring``: two forward passes, the head without its gradient.
+    Answers that are compared are scored first, which is ``scoring``: forward passes, the head without its gradient.
     """
 
     forward: Cost
@@ -108,10 +108,8 @@ def passes(work: Workload) -> Passes:
     if work.checkpointing:
         recompute = dataclasses.replace(forward, linear=forward.linear - 2 * tokens * _unread(work))
     head = Cost(head=4 * tokens * dims.hidden * dims.vocab, moved=_LOGITS * tokens * dims.vocab)
-    scoring = Cost()
-    if work.preferences:
-        read = Cost(head=2 * tokens * dims.hidden * dims.vocab, moved=_LOGITS / 2 * tokens * dims.vocab)
-        scoring = forward + forward + read + read
+    read = Cost(head=2 * tokens * dims.hidden * dims.vocab, moved=_LOGITS / 2 * tokens * dims.vocab)
+    scoring = sum([forward + read] * work.goal.passes, Cost())
     return Passes(forward, recompute, backward, head, scoring)
 
 

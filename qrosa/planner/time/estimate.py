@@ -58,13 +58,12 @@ def micro_batch_time(work: Workload, card: Card) -> MicroBatchTime:
     recompute = max(asked.recompute.seconds(card), host if work.checkpointing else 0.0)
     backward = max(asked.backward.seconds(card), 2 * host)
     link = LINK_SHARE * card.link
-    scoring = max(asked.scoring.seconds(card), 2 * host if work.preferences else 0.0)
-    passes_of_base = 4 if work.preferences else 2
-    blocks = crossing.get("base", 0) / passes_of_base / (min(link, DISK_RATE) if work.base_on_disk else link)
+    scored = work.goal.passes
+    scoring = max(asked.scoring.seconds(card), scored * host)
+    blocks = crossing.get("base", 0) / (2 + scored) / (min(link, DISK_RATE) if work.base_on_disk else link)
     boundaries = crossing.get("activations", 0) / 2 / link
     exposed = max(0.0, max(blocks, boundaries) - forward) + max(0.0, blocks + boundaries - recompute - backward)
-    if work.preferences:
-        exposed += 2 * max(0.0, blocks - forward)
+    exposed += scored * max(0.0, blocks - forward)
     return MicroBatchTime(forward, recompute, backward, asked.head.seconds(card), exposed, scoring)
 
 
@@ -139,7 +138,7 @@ class Estimate:
 def estimate(work: Workload, batch_size: int, machines: Machines) -> Estimate:
     """Estimate a training step of ``batch_size`` rows over all cards, each as long as the longest."""
     micro_batches = micro_batch_rows(work, -(-batch_size // machines.cards))
-    scored = ("scoring",) if work.preferences else ()
+    scored = ("scoring",) if work.goal.compares else ()
     seconds = dict.fromkeys((*scored, "forward", "recompute", "backward", "head", "exposed_copies"), 0.0)
     cost = Cost()
     for rows in micro_batches:

@@ -40,11 +40,27 @@ CASES = [
     ("Phi-3-medium", 512, RECOMPUTE),
     ("Phi-3-medium", 2048, KEEP),
 ]
+# Steps that score answers first; what picks masks is the same as ever, and not run again here.
+COMPARED = {"dropout": 0.0, "mask_score": "random"}
+PAIRS = [
+    ("dpo", "Llama-3.1-8B", 2048, RECOMPUTE),
+    ("dpo", "Llama-3.1-8B", 4096, OFFLOAD | {"resident_blocks": 0}),
+    ("dpo", "Mistral-7B", 512, KEEP | {"rows": 2}),
+    ("dpo", "Mistral-Nemo-12B", 2048, STREAM),
+    ("dpo", "Qwen2.5-7B", 4096, OFFLOAD),
+    ("dpo", "Qwen3-8B", 2048, RECOMPUTE | {"rows": 2}),
+    ("dpo", "Gemma-2-9B", 512, KEEP),
+    ("dpo", "Phi-3-medium", 512, RECOMPUTE | {"rows": 2}),
+    ("orpo", "Llama-3.1-8B", 2048, RECOMPUTE | {"rows": 2}),
+    ("orpo", "Qwen2.5-14B", 512, KEEP),
+    ("kto", "Llama-3.1-8B", 2048, STREAM),
+    ("kto", "Qwen3-8B", 512, RECOMPUTE | {"rows": 2}),
+]
 
 
-def check(work: Workload, config: Any) -> None:
+def check(work: Workload, config: Any, expected: set[str] | None = None) -> None:
     planned, simulated = phases(work), simulate_model(config, work).phases
-    assert set(simulated) == {"select", "train", "eval"}
+    assert set(simulated) == (expected or {"select", "train", "eval"})
     for phase, peak in simulated.items():
         apart = planned[phase].tensor_total / peak.total - 1
         assert -0.01 <= apart <= 0.02, f"{phase}: {apart:+.2%}, planned {planned[phase]}, simulated {peak.components}"
@@ -59,6 +75,28 @@ def test_three_layers_of_real_shapes(
     check(workload(name, length, **changes), model_config(name))
 
 
+@pytest.mark.parametrize(
+    ("objective", "name", "length", "changes"), PAIRS, ids=lambda value: str(value).replace("'", "")
+)
+def test_steps_that_compare_answers(
+    monkeypatch: pytest.MonkeyPatch, objective: str, name: str, length: int, changes: dict[str, Any]
+) -> None:
+    three = RealModel(MODELS[name].billions, MODELS[name].config | {"num_hidden_layers": 3})
+    monkeypatch.setitem(memory_cases.MODELS, name, three)
+    work = workload(name, length, objective=objective, **COMPARED, **changes)
+    check(work, model_config(name), {"train", "eval"})
+
+
+@pytest.mark.parametrize(("name", "length"), [("Gemma-2-9B", 256), ("Llama-3.1-8B", 1024)])
+def test_scoring_with_few_logits_at_once(monkeypatch: pytest.MonkeyPatch, name: str, length: int) -> None:
+    """Two layers whose boundaries wait on the host: the logits that score answers may be all there is (Gemma-2's are
+    the peak), and as few of them exist at once as in the loss."""
+    two = RealModel(1.0, MODELS[name].config | {"num_hidden_layers": 2})
+    monkeypatch.setitem(memory_cases.MODELS, name, two)
+    work = workload(name, length, objective="dpo", eval_tokens=length, loss_chunk_tokens=64, **COMPARED, **OFFLOAD)
+    check(work, model_config(name), {"train", "eval"})
+
+
 def test_a_whole_8b_model() -> None:
     check(workload("Llama-3.1-8B", 1024, checkpointing=True), model_config("Llama-3.1-8B"))
 
@@ -67,6 +105,13 @@ def test_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(memory_cases.MODELS, "SmolLM2", RealModel(0.1345, SMOLLM2))
     work = workload("SmolLM2", 512, rows=4, checkpointing=True, device="cpu", attention="eager", eval_tokens=1024)
     check(replace(work, mask_group_bytes=2**27), model_config("SmolLM2"))
+
+
+def test_answers_are_compared_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    four = RealModel(0.1, SMOLLM2 | {"num_hidden_layers": 4})
+    monkeypatch.setitem(memory_cases.MODELS, "SmolLM2", four)
+    settings = COMPARED | {"objective": "dpo", "device": "cpu", "attention": "eager", "eval_tokens": 1024}
+    check(workload("SmolLM2", 256, rows=2, checkpointing=True, **settings), model_config("SmolLM2"), {"train", "eval"})
 
 
 def test_what_is_no_tensor_is_not_compared() -> None:
