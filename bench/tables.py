@@ -256,7 +256,10 @@ def rank_by() -> str:
 
 
 # What the first table of the README asks: models as their config.json says, cards with the memory that people own.
-_FIT_MODELS = ("Llama-3.1-8B", "Mistral-Nemo-12B", "Qwen2.5-14B", "Qwen2.5-32B", "Llama-3.1-70B")
+_FIT_MODELS = (
+    *(("Llama-3.1-8B", "sft"), ("Llama-3.1-8B", "dpo"), ("Mistral-Nemo-12B", "sft"), ("Qwen2.5-14B", "sft")),
+    *(("Qwen2.5-32B", "sft"), ("Llama-3.1-70B", "sft")),
+)
 _FIT_CARDS = ("rtx4060", "rtx3060", "rtx4060ti-16gb", "rtx4090")
 
 
@@ -270,15 +273,15 @@ def planned(name: str, card: str, **settings: Any) -> Plan:
 def fit() -> str:
     """Which model fits which card: the longest rows with any lever, and the estimated speed at 2048 tokens."""
     rows = []
-    for name in _FIT_MODELS:
+    for name, objective in _FIT_MODELS:
         cells = []
         for card in _FIT_CARDS:
-            plan = planned(name, card)
+            plan = planned(name, card, objective=objective)
             longest = longest_row(plan.request, plan.allocation)
             estimated = plan.estimate() if plan.fits else None
             speed = f", {estimated.tokens_per_second:,.0f} tokens/s" if estimated else ""
             cells.append(f"{longest:,}{speed}" if longest else "-")
-        rows.append([name, *cells])
+        rows.append([name if objective == "sft" else f"{name}, `--objective {objective}`", *cells])
     cards = [f"{find_card(name).name}, {find_card(name).memory_gb} GB" for name in _FIT_CARDS]
     return markdown(["longest row, speed at 2048", *cards], rows)
 
