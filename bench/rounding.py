@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qrosa.adapters.budget import allocate, layer_index
+from qrosa.adapters.budget import allocate
 from qrosa.adapters.inject import linear_shapes, target_linears
+from qrosa.adapters.rank_units import layer_index
 from qrosa.base.base_files import BaseFiles
 from qrosa.base.blocks import Block, BlockwiseModel, Run, rounded_products
 from qrosa.base.build import meta_model

@@ -52,7 +52,12 @@ class AdapterConfig:
     density: float | None = setting(None, "Share of each weight matrix that gets a sparse value, instead of --budget.")
     sparse_per_layer: int | None = setting(None, "Sparse values per decoder layer, instead of --density.")
     sparse_share: float = setting(0.5, "Part of the budget given to the sparse part: 0 is LoRA, 1 is sparse only.")
-    low_rank: str = setting("lora", "Form of the low-rank part; lora is the product of two matrices.", metavar="FORM")
+    low_rank: str = setting(
+        "lora",
+        "Form of the low-rank part: the product of two matrices (lora), of one with itself (singlora), or of a basis "
+        "that all layers share with a small core for each (shared).",
+        metavar="FORM",
+    )
     alpha: float = setting(16.0, "Scale of the low-rank part: its product is multiplied by alpha / rank.")
     dropout: float = setting(0.0, "Dropout on the input of the low-rank part while training.")
     sparse_init: str = setting(

@@ -1,7 +1,8 @@
 """From a budget to ranks and numbers of sparse values, module by module, in whole parameters.
 
 A rank-r part of an [N, K] matrix costs what its form says, r * (N + K) parameters for LoRA, a sparse part one per
-position. The low-rank share of the budget is spent in three steps:
+position. Where a form shares tensors between matrices of a kind, these have one rank and count as one module below.
+The low-rank share of the budget is spent in three steps:
 
 1. *Uniformly*: the largest rank that all modules can have.
 2. *What is left*, in whole +1 ranks, one a module: cheapest modules first, ties from the last decoder layer down. A
@@ -25,46 +26,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qrosa.adapters.forms import LORA, LowRankForm, form_named, parameter_count
+from qrosa.adapters.forms import LORA, LowRankForm, form_named
+from qrosa.adapters.rank_units import LinearShape, rank_cost, rank_units, spend_on_ranks
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
 from qrosa.quantities import parse_budget
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """One adaptable matrix of the base.
-
-    Attributes:
-        path: Module path, ``model.layers.0.self_attn.q_proj``.
-        out_features: N.
-        in_features: K.
-        layer: Index of the decoder layer, -1 for a module outside the layers.
-    """
-
-    path: str
-    out_features: int
-    in_features: int
-    layer: int
-
-    @property
-    def size(self) -> int:
-        """Number of weights, N * K."""
-        return self.out_features * self.in_features
-
-    @property
-    def full_rank(self) -> int:
-        """The rank beyond which a low-rank part gains nothing, min(N, K)."""
-        return min(self.out_features, self.in_features)
-
-    def cost(self, rank: int, form: LowRankForm = LORA) -> int:
-        """Parameters of a low-rank part, rank * (N + K) for LoRA."""
-        return parameter_count(form, self.out_features, self.in_features, rank)
-
-
-def layer_index(path: str) -> int:
-    """Index of the decoder layer in a module's path, -1 when the path has none."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), -1)
 
 
 @dataclass(frozen=True)
@@ -142,6 +108,11 @@ def allocate(
     if not linears:
         raise InputError("the model has no linear layers to adapt", "use a decoder-only model, such as Llama or Qwen")
     form = form_named(config.low_rank)
+    if config.low_rank_init != "lora" and form is not LORA:
+        raise InputError(
+            f"--low-rank {form.name} cannot start at the error of the base, which is a product of two free matrices",
+            "leave --low-rank-init at lora",
+        )
     if config.budget is not None:
         given = None if ranks is None else {linear.path: ranks.get(linear.path, 0) for linear in linears}
         rank_of, nnz_of = _from_budget(config, linears, base_parameters, sensitivity, given, form)
@@ -150,7 +121,7 @@ def allocate(
     return Allocation(
         ranks=rank_of,
         nnz=nnz_of,
-        low_rank_parameters=sum(linear.cost(rank_of[linear.path], form) for linear in linears),
+        low_rank_parameters=rank_cost(linears, rank_of, form),
         sparse_parameters=sum(nnz_of.values()),
         base_parameters=base_parameters,
         linears=tuple(linears),
@@ -169,16 +140,16 @@ def _from_budget(
     total = _total(config, base_parameters)
     low_rank = total - math.floor(total * config.sparse_share)
     ranks = given or spend_on_ranks(linears, low_rank if config.sparse_share < 1 else 0, sensitivity, form)
-    used = sum(linear.cost(ranks[linear.path], form) for linear in linears)
+    used = rank_cost(linears, ranks, form)
     if config.sparse_share > 0:
         return ranks, _share_out(linears, total - used, f"budget {config.budget}")
-    cheapest = min(linear.cost(1, form) for linear in linears)
+    cheapest = min(unit.cost(1) for unit in rank_units(linears, form))
     if used == 0:
         raise InputError(
             f"budget {config.budget} is {total:,} parameters, less than one rank of the smallest layer ({cheapest:,})",
             f"raise the budget to {100 * cheapest / base_parameters:.2g}% or more, or leave --sparse-share above 0",
         )
-    most = sum(linear.cost(linear.full_rank, form) for linear in linears)
+    most = sum(unit.cost(unit.full_rank) for unit in rank_units(linears, form))
     if total > most:
         raise InputError(
             f"budget {config.budget} is {total:,} parameters, more than full-rank adapters have ({most:,})",
@@ -203,61 +174,6 @@ def _total(config: AdapterConfig, base_parameters: int) -> int:
             "lower the budget; 0.1% to 2% is usual",
         )
     return total
-
-
-def spend_on_ranks(
-    linears: Sequence[LinearShape],
-    budget: int,
-    sensitivity: Mapping[str, float] | None = None,
-    form: LowRankForm = LORA,
-) -> dict[str, int]:
-    """Spend at most ``budget`` parameters on whole ranks, by the rule of this module's docstring.
-
-    Returns:
-        Module path -> rank, at most min(N, K). One more rank of any module would exceed the budget, or its full rank.
-    """
-    ranks = dict.fromkeys((linear.path for linear in linears), 0)
-
-    def price(linear: LinearShape) -> int:
-        """Parameters that its next rank costs."""
-        return linear.cost(ranks[linear.path] + 1, form) - linear.cost(ranks[linear.path], form)
-
-    while open_ones := [linear for linear in linears if ranks[linear.path] < linear.full_rank]:
-        headroom = min(linear.full_rank - ranks[linear.path] for linear in open_ones)
-        step = min(headroom, budget // sum(price(linear) for linear in open_ones))
-        if step == 0:
-            break
-        for linear in open_ones:
-            held = linear.cost(ranks[linear.path], form)
-            ranks[linear.path] += step
-            budget -= linear.cost(ranks[linear.path], form) - held
-    order = _leftover_order(linears, sensitivity, form)
-    spent = True
-    while spent:  # a pass adds at most one rank a module, so cheap modules do not run away
-        spent = False
-        for linear in order:
-            if ranks[linear.path] < linear.full_rank and (cost := price(linear)) <= budget:
-                ranks[linear.path] += 1
-                budget -= cost
-                spent = True
-    return ranks
-
-
-def _leftover_order(
-    linears: Sequence[LinearShape], sensitivity: Mapping[str, float] | None, form: LowRankForm
-) -> list[LinearShape]:
-    cost = {linear.path: linear.cost(1, form) for linear in linears}
-    if sensitivity is None:
-        return sorted(linears, key=lambda linear: (cost[linear.path], -linear.layer, linear.path))
-    known = set(sensitivity) & {linear.path for linear in linears}
-    if not known:
-        raise InputError("the sensitivities name no module of this model", "measure them on this base")
-
-    def order(linear: LinearShape) -> tuple[float, int, int, str]:
-        gain = sensitivity.get(linear.path, 0.0) / cost[linear.path]
-        return -gain, cost[linear.path], -linear.layer, linear.path
-
-    return sorted(linears, key=order)
 
 
 def _explicit(config: AdapterConfig, linears: Sequence[LinearShape]) -> tuple[dict[str, int], dict[str, int]]:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from qrosa.adapters.lora import Lora
+from qrosa.adapters.shared import SharedBasis, kind_of
+from qrosa.adapters.singlora import SingLora
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,15 +42,18 @@ class LowRankForm(Protocol):
     def shapes(self, rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the tensors of an [N, K] matrix at a rank from 1 on; their sizes are what the rank costs.
 
-        No two forms have the same names, which tell a saved part's form. The first rank may cost more than the others,
-        which must all cost the same.
+        No two forms have the same names, which tell a saved part's form. No rank may cost less than the one before it.
         """
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the tensors that all matrices of a kind (``kind_of``) and shape have in common, as their rank."""
 
     def rank(self, shapes: Shapes) -> int:
         """The rank of a part with tensors of these shapes."""
 
     def start(self, tensors: Mapping[str, Tensor], generator: Generator | None, weight: Callable[[], Tensor]) -> None:
-        """Fill new fp32 tensors on the CPU so that the layer's output does not change.
+        """Fill new fp32 tensors on the CPU so that the layer's output does not change, or not yet (``ramp_steps``).
 
         Args:
             tensors: By the names of ``shapes``.
@@ -66,13 +71,21 @@ class LowRankForm(Protocol):
     def factors(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """A [r, K] and B [N, r], contiguous, differentiable in the tensors."""
 
+    def made(self, rows: int, columns: int, rank: int) -> int:
+        """Elements of the factors that are not the part's own tensors, and are kept for backward beside them."""
+
+    def ramp_steps(self, total: int) -> int:
+        """Steps of a run of ``total`` over which the scale rises to what it is; 0 where it is so from the first on."""
+
     @property
     def gain(self) -> Gain | None:
         """Makes what the rows of the sum are multiplied by; None for a form that leaves them as they are."""
 
 
 LORA: LowRankForm = Lora()
-FORMS: dict[str, LowRankForm] = {form.name: form for form in (LORA,)}
+FORMS: dict[str, LowRankForm] = {form.name: form for form in (LORA, SharedBasis(), SingLora())}
+
+_SHARED = frozenset(f"{PREFIX}{name}" for form in FORMS.values() for name in form.shared)
 
 
 def form_named(name: str) -> LowRankForm:
@@ -103,6 +116,31 @@ def saved_rank(shapes: Shapes) -> int:
     return 0 if form is None or not all(shapes.values()) else form.rank(shapes)
 
 
-def parameter_count(form: LowRankForm, rows: int, columns: int, rank: int) -> int:
-    """Parameters of a part of an [N, K] matrix; none at rank 0."""
-    return sum(math.prod(shape) for shape in form.shapes(rows, columns, rank).values()) if rank else 0
+def parameter_count(form: LowRankForm, rows: int, columns: int, rank: int, matrices: int = 1) -> int:
+    """Parameters of the parts of so many [N, K] matrices of a kind; none at rank 0."""
+    if not rank:
+        return 0
+    sizes = {name: math.prod(shape) for name, shape in form.shapes(rows, columns, rank).items()}
+    return sum(size if name in form.shared else matrices * size for name, size in sizes.items())
+
+
+def with_shared(
+    tensors: Mapping[str, Mapping[str, T]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, dict[str, T]]:
+    """Give every layer what a file has once for all of its kind.
+
+    Args:
+        tensors: Layer -> name in the file -> what is known of the tensor.
+        shapes: Layer -> (N, K).
+
+    Returns:
+        The same, where a layer with a low-rank part has the shared tensors of its kind and shape, too.
+    """
+    bases: dict[tuple[str, tuple[int, ...]], dict[str, T]] = {}
+    for path, own in tensors.items():
+        held = {name: known for name, known in own.items() if name in _SHARED}
+        bases.setdefault((kind_of(path), tuple(shapes[path])), {}).update(held)
+    return {
+        path: {**bases[kind_of(path), tuple(shapes[path])], **own} if of_low_rank(own) else dict(own)
+        for path, own in tensors.items()
+    }

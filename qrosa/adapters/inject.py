@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qrosa.adapters.budget import LinearShape, layer_index
-from qrosa.adapters.forms import LORA, PREFIX, LowRankForm
+from qrosa.adapters.forms import LORA, PREFIX, LowRankForm, with_shared
 from qrosa.adapters.linear import SPARSE_TENSORS, QRosaLinear
 from qrosa.adapters.low_rank import LowRank
+from qrosa.adapters.rank_units import LinearShape, layer_index
+from qrosa.adapters.shared import kind_of
 from qrosa.errors import InputError
 from qrosa.sparse.csr import CsrDelta
 
@@ -97,28 +98,64 @@ def inject_low_rank(
     for path, layer in layers.items():
         if ranks.get(path, 0):
             layer.add_low_rank(ranks[path], alpha, dropout, generator, form)
+    tie_shared(model)
+
+
+def tie_shared(model: nn.Module) -> None:
+    """Make what the low-rank parts of a kind share one parameter each: those of the first such layer."""
+    first: dict[tuple[str, tuple[int, int]], LowRank] = {}
+    for path, layer in quantized_linears(model).items():
+        if layer.low_rank is not None:
+            layer.low_rank.share(first.setdefault((kind_of(path), layer.weight.shape), layer.low_rank))
+
+
+def ramp_low_rank(model: nn.Module, alpha: float, step: int, total: int) -> None:
+    """Set the scale of low-rank parts whose form lets it rise over the first steps.
+
+    Args:
+        model: A model with an adapter.
+        alpha: Scale numerator at the end of the rise.
+        step: The step that comes, from 0.
+        total: Steps of the run.
+    """
+    for layer in quantized_linears(model).values():
+        part = layer.low_rank
+        if part is not None and (rise := part.form.ramp_steps(total)):
+            part.alpha = alpha * min(1.0, (step + 1) / rise)
 
 
 def adapter_parameters(model: nn.Module) -> AdapterParameters:
-    """The parameters of every adapter, by part."""
+    """The parameters of every adapter, by part; shared ones once."""
     layers = quantized_linears(model).values()
     low_rank = [tensor for layer in layers if layer.low_rank for tensor in layer.low_rank.tensors().values()]
-    return AdapterParameters(low_rank, [layer.sparse_values for layer in layers if layer.sparse_values is not None])
+    sparse = [layer.sparse_values for layer in layers if layer.sparse_values is not None]
+    return AdapterParameters(list(dict.fromkeys(low_rank)), sparse)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every adapter parameter, in model order."""
-    return [
-        parameter for layer in quantized_linears(model).values() for parameter in layer.adapter_parameters().values()
-    ]
+    """Every adapter parameter once, in model order."""
+    layers = quantized_linears(model).values()
+    return list(dict.fromkeys(tensor for layer in layers for tensor in layer.adapter_parameters().values()))
+
+
+def saved_names(model: nn.Module) -> dict[str, str]:
+    """Name of each layer's adapter tensors -> their names in a file, where shared ones stand with the first layer."""
+    first: dict[int, str] = {}
+    return {
+        f"{path}.{name}": first.setdefault(id(tensor), f"{path}.{name}")
+        for path, layer in quantized_linears(model).items()
+        for name, tensor in layer.adapter_tensors().items()
+    }
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """All adapter tensors by name, on the CPU, as they are saved."""
+    """All adapter tensors by their names in a file, on the CPU."""
+    layers, names = quantized_linears(model), saved_names(model)
     return {
         f"{path}.{name}": tensor.detach().cpu().clone()
-        for path, layer in quantized_linears(model).items()
+        for path, layer in layers.items()
         for name, tensor in layer.adapter_tensors().items()
+        if names[f"{path}.{name}"] == f"{path}.{name}"
     }
 
 
@@ -146,14 +183,16 @@ def load_adapter_state(
                 f"the adapter holds {full_name!r}, which this base does not have", "use the adapter's own base"
             )
         by_layer.setdefault(path, {})[name] = tensor
+    shapes = {path: layer.weight.shape for path, layer in layers.items()}
     checked = {}
-    for path, tensors in by_layer.items():
+    for path, tensors in with_shared(by_layer, shapes).items():
         alpha = alphas if isinstance(alphas, (int, float)) else alphas[path]
         checked[path] = saved_parts(path, tensors, layers[path].weight.shape, alpha, dropout)
     for path, layer in layers.items():
         low_rank, sparse = checked.get(path, (None, None))
         layer.set_low_rank(low_rank)
         layer.set_sparse(sparse)
+    tie_shared(model)
 
 
 def saved_parts(

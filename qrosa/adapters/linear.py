@@ -207,7 +207,7 @@ class QRosaLinear(nn.Module):
         seed = int(torch.randint(2**31, ())) if dropout else 0
         a, b = part.factors()
         if not part.has_gain:
-            return self._differentiable(x, nf4, features, bias, csr, a, b, part.alpha / part.rank, dropout, seed)
+            return self._differentiable(x, nf4, features, bias, csr, a, b, part.scale, dropout, seed)
         y = ops.linear(x, nf4, features, None, csr, a, b, part.scale, dropout, seed)
         y = y * part.gain(self._sum).to(x.dtype)
         return y if bias is None else y + bias.to(x.dtype)

@@ -15,6 +15,7 @@ class Lora:
 
     name = "lora"
     gain: None = None
+    shared: tuple[str, ...] = ()
 
     def shapes(self, rows: int, columns: int, rank: int) -> dict[str, tuple[int, ...]]:
         """A [r, K] and B [N, r]."""
@@ -38,3 +39,11 @@ class Lora:
     def factors(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """A and B themselves."""
         return tensors["A"], tensors["B"]
+
+    def made(self, rows: int, columns: int, rank: int) -> int:
+        """None: A and B are tensors of the part."""
+        return 0
+
+    def ramp_steps(self, total: int) -> int:
+        """None: B is zero at first."""
+        return 0

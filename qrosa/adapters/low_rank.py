@@ -126,6 +126,11 @@ class LowRank(nn.Module):
         """The trained tensors, by their names in a file."""
         return {f"{PREFIX}{name}": tensor for name, tensor in self.named_parameters()}
 
+    def share(self, other: LowRank) -> None:
+        """Take over the parameters of ``other`` that the form shares."""
+        for name in self.form.shared:
+            self.register_parameter(name, other._parameters[name])
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [r, K] and B [N, r] in bf16, differentiable in the part's tensors."""
         return self.form.factors(self._parameters, *self.shape)  # type: ignore[arg-type]

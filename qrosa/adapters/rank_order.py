@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from qrosa.adapters.budget import LinearShape, allocate
+from qrosa.adapters.budget import allocate
+from qrosa.adapters.rank_units import LinearShape
 from qrosa.config import AdapterConfig
 
 

@@ -118,6 +118,12 @@ def adapter_config(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def adapter_alpha(model: nn.Module) -> float:
+    """The scale numerator that the model's adapter was made with."""
+    settings: AdapterConfig | None = getattr(model, "qrosa_adapter", None)
+    return AdapterConfig.alpha if settings is None else settings.alpha
+
+
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
     """Put a saved adapter on the base that it was trained on.
 

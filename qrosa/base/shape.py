@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qrosa.adapters.budget import LinearShape, layer_index
+from qrosa.adapters.rank_units import LinearShape, layer_index
 from qrosa.base.checkpoint import quantisation
 from qrosa.base.dimensions import KNOWN_HINT, Dimensions
 from qrosa.base.model_config import model_config

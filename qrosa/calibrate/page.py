@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qrosa.adapters.budget import layer_index
+from qrosa.adapters.rank_units import layer_index
 from qrosa.report.bars import heat_map
 from qrosa.report.sheet import sheet
 

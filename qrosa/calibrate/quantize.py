@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qrosa.adapters.budget import Allocation, allocate, layer_index
+from qrosa.adapters.budget import Allocation, allocate
 from qrosa.adapters.inject import linear_shapes, load_adapter_state, quantized_linears
+from qrosa.adapters.rank_units import layer_index
 from qrosa.base.adapter_io import save_adapter
 from qrosa.base.base_files import BaseFiles
 from qrosa.base.blocks import Block, BlockwiseModel, Run, rounded_products

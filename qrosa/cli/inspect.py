@@ -54,6 +54,7 @@ def describe_adapter(source: str | Path) -> dict[str, Any]:
         InputError: There is no adapter.
         StorageError: Its files are damaged or do not belong together.
     """
+    from qrosa.adapters.forms import with_shared
     from qrosa.base.adapter_io import adapter_folder
     from qrosa.files import read_safetensors_header
     from qrosa.sparse.store import ADAPTER_FILE, read_adapter_config
@@ -61,10 +62,13 @@ def describe_adapter(source: str | Path) -> dict[str, Any]:
     folder = adapter_folder(source)
     config = read_adapter_config(folder)
     header, _ = read_safetensors_header(folder / ADAPTER_FILE)
-    held = _held(header)
-    modules = {path: _module(folder, path, entry, held.pop(path, {})) for path, entry in config["modules"].items()}
-    if held:
-        raise _mismatch(folder, next(iter(held)))
+    held, entries = _held(header), config["modules"]
+    if unknown := held.keys() - entries.keys():
+        raise _mismatch(folder, min(unknown))
+    whole = with_shared(held, {path: tuple(entry["shape"]) for path, entry in entries.items()})
+    modules = {
+        path: _module(folder, path, entry, whole.get(path, {}), held.get(path, {})) for path, entry in entries.items()
+    }
     ranks = [module["rank"] for module in modules.values()]
     nnz = sum(module["nnz"] for module in modules.values())
     weights = sum(module["shape"][0] * module["shape"][1] for module in modules.values())
@@ -93,8 +97,11 @@ def _held(header: Any) -> dict[str, dict[str, tuple[tuple[int, ...], int]]]:
     return dict(held)
 
 
-def _module(folder: Path, path: str, entry: Any, tensors: dict[str, tuple[tuple[int, ...], int]]) -> dict[str, Any]:
-    """One module's figures, from its tensors.
+_Tensors = dict[str, tuple[tuple[int, ...], int]]
+
+
+def _module(folder: Path, path: str, entry: Any, tensors: _Tensors, own: _Tensors) -> dict[str, Any]:
+    """One module's figures, from its tensors; those that it shares count where they stand in the file, in ``own``.
 
     Raises:
         StorageError: They are not what the config says.
@@ -117,8 +124,8 @@ def _module(folder: Path, path: str, entry: Any, tensors: dict[str, tuple[tuple[
         "nnz": nnz,
         "density": nnz / (rows * columns),
         "shape": [rows, columns],
-        "trainable": nnz + sum(math.prod(shape) for shape in low_rank.values()),
-        "bytes": sum(size for _, size in tensors.values()),
+        "trainable": nnz + sum(math.prod(shape) for shape, _ in of_low_rank(own).values()),
+        "bytes": sum(size for _, size in own.values()),
     }
 
 

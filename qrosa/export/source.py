@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from qrosa.adapters.inject import AdapterParts, load_adapter_state, saved_parts
+from qrosa.adapters.inject import AdapterParts, load_adapter_state, saved_names, saved_parts
 from qrosa.adapters.linear import QRosaLinear
 from qrosa.base.adapter_io import adapter_folder, is_run_or_adapter
 from qrosa.base.base_files import BaseFiles, SafetensorsBase
@@ -62,10 +63,14 @@ class OpenedAdapter:
         """The base's tokenizer, with the chat template that was trained with."""
         return self.speech.put_on(self.base_files.tokenizer())
 
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return saved_names(self.model)
+
     def parts(self, path: str) -> AdapterParts:
         """The adapter of the layer at ``path``, on the CPU."""
         layer = cast(QRosaLinear, self.model.get_submodule(path))
-        own = {name: self.tensors[f"{path}.{name}"] for name in layer.adapter_tensors()}
+        own = {name: self.tensors[self._names[f"{path}.{name}"]] for name in layer.adapter_tensors()}
         return saved_parts(path, own, layer.weight.shape, layer.alpha)
 
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qrosa.adapters.budget import layer_index
 from qrosa.adapters.inject import quantized_linears
 from qrosa.adapters.linear import QRosaLinear
+from qrosa.adapters.rank_units import layer_index
 from qrosa.offload.packing import FlatWeight
 from qrosa.offload.staging import StagedBlocks
 from qrosa.quant.nf4 import NF4Weight

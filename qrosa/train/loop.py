@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from qrosa.adapters.inject import ramp_low_rank
 from qrosa.config import RunConfig
 from qrosa.data.batching import Limits, step_rows, supervised_tokens
 from qrosa.errors import InterruptedRunError
@@ -124,6 +125,7 @@ class TrainingLoop:
         """
         parts, state = self.parts, self.parts.state
         self._remember_start()
+        self._ramp()
         if state.step and not self._done:
             state.resumed_at.append(state.step)
         parts.model.train()
@@ -202,6 +204,7 @@ class TrainingLoop:
         rows = [parts.rows[place * group + member] for place in places for member in range(group)]
         supervised = sum(supervised_tokens(row) for row in rows)
         guard.check_supervised(supervised, step + 1)
+        self._ramp()
         with parts.meter.phase("train"):
             share = own_share(rows, group, parts.accelerator)
             count = len(places) if train.goal.compares else supervised
@@ -223,6 +226,11 @@ class TrainingLoop:
         record = self._record(phase, tokens, supervised, seconds, memory, loss=loss, lr=lr, norm=norm)
         self._log(record)
         self.callbacks.on_step(record)
+
+    def _ramp(self) -> None:
+        """Set the scale of low-rank parts that do not start with all of it, for the step that comes."""
+        parts = self.parts
+        ramp_low_rank(parts.model, parts.config.adapter.alpha, parts.state.step, parts.phases.total)
 
     def _record(
         self,

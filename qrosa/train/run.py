@@ -360,7 +360,7 @@ class _Run:
 
 def module_shares(model: nn.Module) -> list[ModuleShare]:
     """What each matrix of a model got of the adapter."""
-    from qrosa.adapters.budget import layer_index
+    from qrosa.adapters.rank_units import layer_index
 
     shares = []
     for path, layer in quantized_linears(model).items():

@@ -19,7 +19,8 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from qrosa.adapters.inject import adapter_parameters, quantized_linears, trainable_parameters
+from qrosa.adapters.inject import adapter_parameters, quantized_linears, ramp_low_rank, trainable_parameters
+from qrosa.base.adapter_io import adapter_alpha
 from qrosa.base.load import base_info
 from qrosa.config import MaskConfig
 from qrosa.errors import InputError
@@ -139,12 +140,14 @@ class RosaCallback(TrainerCallback, ExportableState):
         processing_class: Any = None,
         **_: Any,
     ) -> None:
-        """Pick the masks once warm-up is over."""
+        """Pick the masks once warm-up is over; let the scale rise of low-rank parts whose form wants that."""
+        assert model is not None
+        ramp_low_rank(model, adapter_alpha(model), state.global_step, state.max_steps)
         if self.selected_at is not None or self._phases.phase(state.global_step) == "warmup":
             return
         if not self._phases.sparse:
             return
-        assert model is not None and train_dataloader is not None
+        assert train_dataloader is not None
         rows = trainer_rows(model, args, train_dataloader, processing_class, self.masks.mask_samples, self.seed)
         pick_masks(model, args, rows, self.masks, self.seed)
         leave_base_out(model)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qrosa.adapters.budget import Allocation, LinearShape, allocate, spend_on_ranks
+from qrosa.adapters.budget import Allocation, allocate
 from qrosa.adapters.describe import describe_allocation
+from qrosa.adapters.rank_units import LinearShape, RankUnit, spend_on_ranks
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
 
@@ -74,14 +75,14 @@ def test_a_small_model_gets_ranks_where_they_are_cheap_then_from_the_last_layer(
 def test_a_count() -> None:
     allocation = allocate(AdapterConfig(budget="20M"), LLAMA_8B, LLAMA_8B_PARAMETERS)
     assert allocation.trainable == 20_000_000
-    assert abs(allocation.sparse_parameters - 10_000_000) < sum(x.cost(1) for x in LLAMA_8B)
+    assert abs(allocation.sparse_parameters - 10_000_000) < sum(RankUnit((x,)).cost(1) for x in LLAMA_8B)
 
 
 def test_share_zero_is_lora_and_share_one_is_sparse_only() -> None:
     lora = allocate(AdapterConfig(budget="0.3%", sparse_share=0), LLAMA_8B, LLAMA_8B_PARAMETERS)
     assert lora.nnz_total == 0 and lora.density == 0
     left = math.floor(0.003 * LLAMA_8B_PARAMETERS) - lora.trainable
-    assert 0 <= left < min(x.cost(1) for x in LLAMA_8B)
+    assert 0 <= left < min(RankUnit((x,)).cost(1) for x in LLAMA_8B)
     sparse = allocate(AdapterConfig(budget="0.3%", sparse_share=1), LLAMA_8B, LLAMA_8B_PARAMETERS)
     assert set(sparse.ranks.values()) == {0} and sparse.rank == 0
     assert sparse.trainable == math.floor(0.003 * LLAMA_8B_PARAMETERS)
@@ -171,7 +172,7 @@ def test_invariants(shapes: list[tuple[int, int]], other: int, percent: float, s
         assert allocation.nnz[linears[largest].path] == max(allocation.nnz.values())
     else:
         left = budget - allocation.trainable
-        assert all(x.cost(1) > left or allocation.ranks[x.path] == x.full_rank for x in linears)
+        assert all(RankUnit((x,)).cost(1) > left or allocation.ranks[x.path] == x.full_rank for x in linears)
 
 
 @settings(max_examples=100, deadline=None)
@@ -179,9 +180,9 @@ def test_invariants(shapes: list[tuple[int, int]], other: int, percent: float, s
 def test_ranks_spend_all_that_whole_ranks_can(shapes: list[tuple[int, int]], budget: int) -> None:
     linears = [LinearShape(f"layers.{i}.x", n, k, i) for i, (n, k) in enumerate(shapes)]
     ranks = spend_on_ranks(linears, budget)
-    left = budget - sum(ranks[x.path] * x.cost(1) for x in linears)
+    left = budget - sum(ranks[x.path] * RankUnit((x,)).cost(1) for x in linears)
     assert left >= 0
-    assert all(x.cost(1) > left or ranks[x.path] == x.full_rank for x in linears)
+    assert all(RankUnit((x,)).cost(1) > left or ranks[x.path] == x.full_rank for x in linears)
 
 
 @settings(max_examples=100, deadline=None)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qrosa.adapters.budget import LinearShape
 from qrosa.adapters.rank_order import with_rank_order
+from qrosa.adapters.rank_units import LinearShape, RankUnit
 from qrosa.config import AdapterConfig
 
 LINEARS = [
@@ -15,7 +15,7 @@ LINEARS = [
     for layer in range(30)
     for name, rows, columns in (("q_proj", 576, 576), ("up_proj", 1536, 576), ("down_proj", 576, 1536))
 ]
-ONE_RANK = sum(linear.cost(1) for linear in LINEARS)
+ONE_RANK = sum(RankUnit((linear,)).cost(1) for linear in LINEARS)
 BASE = 100_000_000
 
 

@@ -34,7 +34,8 @@ def test_a_grid_broken_off_is_whole_for_the_seeds_that_are_done() -> None:
 
 
 def test_methods_train_the_same_number_of_parameters() -> None:
-    from qrosa.adapters.budget import LinearShape, allocate
+    from qrosa.adapters.budget import allocate
+    from qrosa.adapters.rank_units import LinearShape
 
     sizes = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
     sizes |= {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}

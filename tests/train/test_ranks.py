@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import qrosa
 from qrosa.adapters.budget import allocate
 from qrosa.adapters.inject import linear_shapes, quantized_linears
+from qrosa.adapters.rank_units import RankUnit
 from qrosa.base.load import load_base
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig, make_run_config, to_flat
 from qrosa.errors import InputError, InterruptedRunError
@@ -60,13 +61,13 @@ def test_ranks_go_to_the_matrices_with_large_gradients(config, monkeypatch, tmp_
     model = load_base(settings.model)[0]
     shapes = {linear.path: linear for linear in linear_shapes(model)}
     assert set(seen) == set(shapes)
-    best = max(shapes, key=lambda path: seen[path] / shapes[path].cost(1))
+    best = max(shapes, key=lambda path: seen[path] / RankUnit((shapes[path],)).cost(1))
     without = {path for path in shapes if path not in found}
     assert best in found and without
     # Of two matrices that cost the same, one without a rank is not the more sensitive one.
     for path in without:
         for other in found:
-            if shapes[other].cost(1) == shapes[path].cost(1):
+            if RankUnit((shapes[other],)).cost(1) == RankUnit((shapes[path],)).cost(1):
                 assert seen[other] >= seen[path]
 
     in_order = config(**SMALL | {"rank_by": "order"}, sparse_share=0.0, output=str(tmp_path / "order"))

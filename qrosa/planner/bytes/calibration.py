@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qrosa.adapters.budget import LinearShape
+from qrosa.adapters.rank_units import LinearShape
 from qrosa.base.shape import ModelShape
 from qrosa.planner.bytes.activations import FULL, HALF, MicroBatch, forward_workspace, rotary_bytes
 from qrosa.planner.bytes.components import unquantised_bytes

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
-from qrosa.adapters.budget import Allocation, LinearShape
+from qrosa.adapters.budget import Allocation
+from qrosa.adapters.rank_units import LinearShape
 from qrosa.base.dimensions import Dimensions
 from qrosa.base.shape import ModelShape
 from qrosa.masks.passes import STATISTIC_BYTES, group_matrices

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from qrosa.adapters.forms import form_named
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.bytes.activations import (
     FULL,
@@ -181,6 +182,7 @@ def _saved(work: Workload, batch: MicroBatch, layers: int) -> tuple[int, int]:
         return recomputed_bytes(work, batch), kept * _boundary(work, batch) + rotary_bytes(dims, batch)
     mean_rank = sum(_rank_sums(work).values()) / dims.layers
     saved = layers * sum(saved_by_layer(dims, batch, work.attention, mean_rank).values())
+    saved += layers * sum(_made_factors(work).values()) // dims.layers
     # The first norm reads the embeddings, which need no gradient.
     return 0, saved - first_norm_bytes(dims, batch) + rotary_bytes(dims, batch)
 
@@ -188,6 +190,7 @@ def _saved(work: Workload, batch: MicroBatch, layers: int) -> tuple[int, int]:
 def recomputed_bytes(work: Workload, batch: MicroBatch) -> int:
     """What the layer with the most low-rank parameters saves beside its input, which is kept all the time."""
     saved = sum(saved_by_layer(work.shape.dims, batch, work.attention, max(_rank_sums(work).values())).values())
+    saved += max(_made_factors(work).values())
     return saved if work.shape.dims.counted is not None else saved - HALF * batch.tokens * work.shape.dims.hidden
 
 
@@ -197,6 +200,17 @@ def _rank_sums(work: Workload) -> dict[int, int]:
     for linear in work.allocation.linears:
         ranks[linear.layer] = ranks.get(linear.layer, 0) + work.allocation.ranks[linear.path]
     return ranks
+
+
+def _made_factors(work: Workload) -> dict[int, int]:
+    """Layer -> bytes of the factors that its low-rank parts make of their tensors and keep for backward."""
+    form = form_named(work.allocation.form)
+    made: dict[int, int] = {}
+    for linear in work.allocation.linears:
+        rank = work.allocation.ranks[linear.path]
+        size = HALF * form.made(linear.out_features, linear.in_features, rank) if rank else 0
+        made[linear.layer] = made.get(linear.layer, 0) + size
+    return made
 
 
 def _boundary(work: Workload, batch: MicroBatch) -> int:

@@ -92,7 +92,7 @@ def passes(work: Workload) -> Passes:
     """What a micro-batch of ``work.tokens`` asks for, all its rows as long as the longest."""
     dims, tokens = work.shape.dims, work.tokens
     matrices = sum(linear.size for linear in work.shape.linears)
-    low_rank = work.allocation.low_rank_parameters
+    low_rank = sum(work.allocation.ranks[x.path] * (x.out_features + x.in_features) for x in work.allocation.linears)
     eager = work.attention == "eager"
     keys = work.length if eager else (work.length + 1) / 2
     scores = tokens * keys * dims.query_width * dims.layers

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bench.real_models import MODELS
-from qrosa.adapters.budget import LinearShape
+from qrosa.adapters.rank_units import LinearShape
 from qrosa.base.shape import from_config
 from qrosa.calibrate.matrices import quantize_matrices
 from qrosa.measure.tracker import StorageTracker
