@@ -10,6 +10,7 @@ A cell is one training run and its score. The stages:
     search      every method at every rate, on the validation splits of three tasks
     searched    the primary grid at the rates that the search finds; cells at ``RATE`` are the primary's own
     full        all parameters in 16 bits, the ceiling, one seed, at a rate searched in the same way
+    secondary   other budgets, sparse shares and forms of the low-rank part, on four tasks, all of seed 0 first
 
 ``RATE`` is that of earlier trials with this model on other splits; no test split was looked at to choose it. Methods
 train the same number of parameters, on the same rows and the same 4-bit base.
@@ -49,6 +50,21 @@ TRIALS = (
     ("sarcasm", 0.5, "sensitivity"),
 )
 """Task, sparse share, and what ranks go by."""
+SECONDARY_TASKS = ("rt", "sarcasm", "topic", "sense")
+SECONDARY: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        f"budget {budget}, {method}": (method, {"budget": budget})
+        for budget in ("0.1%", "1%")
+        for method in ("low-rank", "sparse", "both", "random")
+    },
+    "sparse share 0.25": ("both", {"sparse_share": 0.25}),
+    "sparse share 0.75": ("both", {"sparse_share": 0.75}),
+    "--low-rank shared": ("both", {"low_rank": "shared"}),
+    "--low-rank singlora": ("both", {"low_rank": "singlora"}),
+    "--mask-scope global": ("both", {"mask_scope": "global"}),
+    "sparse values start at zero": ("both", {"sparse_init": "zero"}),
+}
+"""What differs from the primary grid -> method and settings."""
 TITLES = {
     "low-rank": "low-rank",
     "sparse": "sparse",
@@ -127,6 +143,14 @@ def full(found: Mapping[str, float]) -> Iterator[Cell]:
     """The ceiling, one seed."""
     for task in TASKS:
         yield Cell("full", task, "full", 0, "test", {"lr": found["full"]})
+
+
+def secondary() -> Iterator[Cell]:
+    """What else could be chosen."""
+    for seed in SEEDS:
+        for task in SECONDARY_TASKS:
+            for method, changes in SECONDARY.values():
+                yield Cell("secondary", task, method, seed, "test", {**METHODS[method], **rates(RATE), **changes})
 
 
 def rates(rate: float) -> dict[str, float]:

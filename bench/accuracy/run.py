@@ -30,13 +30,14 @@ from bench.assets import cache_folder, smollm2
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).parent / "results.csv"
-STAGES = ("trial", "zero-shot", "primary", "search", "searched", "full")
+STAGES = ("trial", "zero-shot", "primary", "search", "searched", "full", "secondary")
 WAIT = 5  # seconds until a process looks again whether another's run is done
 
 
 def cells_of(stage: str, table: Table) -> list[Cell] | None:
     """The cells of a stage; None where a search that it waits for is not whole."""
     fixed = {"trial": grid.trials, "zero-shot": grid.zero_shot, "primary": grid.primary, "search": grid.search}
+    fixed["secondary"] = grid.secondary
     if stage in fixed:
         return list(fixed[stage]())
     rows = table.rows()

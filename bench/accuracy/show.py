@@ -166,6 +166,28 @@ def summary(found: Grid) -> str:
     return markdown(["method", "mean score", "both - method", "p", "average rank"], rows) + text
 
 
+def secondary(found: Grid) -> str:
+    """Each change against low-rank + sparse of the primary grid, on the same tasks and seeds."""
+    cells = list(grid.secondary())
+    primary_cells = {(cell.task, cell.seed): cell for cell in grid.primary() if cell.method == "both"}
+    rows = []
+    for place, name in enumerate(grid.SECONDARY):
+        pairs = [
+            (float(found.rows[cell.key]["score"]), float(found.rows[other.key]["score"]))
+            for cell in cells[place :: len(grid.SECONDARY)]
+            if cell.key in found.rows and (other := primary_cells[cell.task, cell.seed]).key in found.rows
+        ]
+        if pairs:
+            differences = [score - other for score, other in pairs]
+            error = f" ± {standard_error(differences):.3f}" if len(pairs) > 1 else ""
+            rows.append([name, str(len(pairs)), f"{mean(s for s, _ in pairs):.3f}", f"{mean(differences):+.3f}{error}"])
+    if not rows:
+        return "None has run yet.\n"
+    most = len(grid.SECONDARY_TASKS) * len(SEEDS)
+    text = f"\nOf {most} runs each. The difference is to low-rank + sparse at 0.3%, share 0.5, run by run.\n"
+    return markdown(["change", "runs", "mean score", "change - low-rank + sparse"], rows) + text
+
+
 def cost(found: Grid) -> str:
     """What a run takes: medians would hide the load of the machine, so the least and the most are given."""
     rows = []
@@ -248,6 +270,7 @@ TABLES = {
     "accuracy-search": search,
     "accuracy-primary": primary,
     "accuracy-summary": summary,
+    "accuracy-secondary": secondary,
     "accuracy-cost": cost,
 }
 

@@ -51,7 +51,7 @@ def test_methods_train_the_same_number_of_parameters() -> None:
 
 
 def test_every_cell_has_settings_that_qrosa_takes() -> None:
-    for cell in [*grid.primary(), *grid.search(), *grid.trials()]:
+    for cell in [*grid.primary(), *grid.search(), *grid.trials(), *grid.secondary()]:
         make_run_config({"model": "m", "output": "o", "data": "d", "seed": cell.seed, **FIXED, **cell.settings})
 
 
@@ -61,6 +61,13 @@ def test_searches_are_of_equal_size() -> None:
     assert len(set(sizes.values())) == 1
     assert {cell.split for cell in cells} == {"validation"}
     assert sum(cell.method == "full" for cell in grid.full_search()) == next(iter(sizes.values()))
+
+
+def test_changes_are_run_on_four_tasks_and_none_twice() -> None:
+    cells = list(grid.secondary())
+    assert len({cell.key for cell in cells}) == len(cells) == 3 * 4 * len(grid.SECONDARY)
+    assert not {cell.key for cell in cells} & {cell.key for cell in grid.primary()}
+    assert set(grid.SECONDARY_TASKS) <= set(TASKS)
 
 
 def test_the_rate_with_the_best_mean_is_found_and_the_lower_one_among_equals() -> None:

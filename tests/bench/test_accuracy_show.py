@@ -54,6 +54,16 @@ def test_a_whole_grid_has_its_figures(tmp_path: Path) -> None:
     assert "1,008" in show.cost(found)
 
 
+def test_a_change_is_compared_on_the_runs_that_both_have(tmp_path: Path) -> None:
+    cells = list(grid.secondary())
+    change = "--low-rank shared"
+    own = cells[list(grid.SECONDARY).index(change) :: len(grid.SECONDARY)][:5]  # seed 0 whole, one task of seed 1
+    both = [cell for cell in grid.primary() if cell.method == "both" and cell.seed == 0]
+    found = filled(tmp_path / "t.csv", [*own, *both])
+    assert f"| {change} | 4 | 0.800 | +0.000 ± 0.000 |" in show.secondary(found)
+    assert "budget 1%" not in show.secondary(found)
+
+
 def test_the_plot_has_a_dot_for_every_method_of_every_task(tmp_path: Path) -> None:
     found = filled(tmp_path / "t.csv", [*grid.primary(), *grid.zero_shot()])
     text = show.plot(found)

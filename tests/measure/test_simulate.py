@@ -67,6 +67,17 @@ def test_smollm2_allocates_what_is_simulated(smollm2: Path) -> None:
         assert peak.components["base"] == real[phase].components["base"]
 
 
+@pytest.mark.parametrize("form", ["shared", "singlora"])
+def test_factors_that_a_form_makes_are_planned(tmp_path: Path, form: str) -> None:
+    """At a rank so high that what is kept of them for backward is several per cent of the step."""
+    folder = write_layers(tmp_path, 8)
+    shape = read_shape(str(folder))
+    allocation = allocate(AdapterConfig(rank=48, density=0.01, low_rank=form), shape.linears, shape.base_parameters)
+    work = workload(folder, allocation=allocation, checkpointing=False, dropout=0.0)
+    simulated = simulate(str(folder), work, select=False).phases["train"].total
+    assert sum(phases(work)["train"].device.values()) == pytest.approx(simulated, rel=0.002)
+
+
 def test_the_allocator_agrees(smollm2: Path) -> None:
     """torch's profiler sees each allocation, also inside kernels: a judge that shares nothing with the tracker."""
     work = workload(smollm2, mask_score="random")
