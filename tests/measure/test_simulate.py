@@ -74,7 +74,7 @@ def test_factors_that_a_form_makes_are_planned(tmp_path: Path, form: str) -> Non
     shape = read_shape(str(folder))
     allocation = allocate(AdapterConfig(rank=48, density=0.01, low_rank=form), shape.linears, shape.base_parameters)
     work = workload(folder, allocation=allocation, checkpointing=False, dropout=0.0)
-    simulated = simulate(str(folder), work, select=False).phases["train"].total
+    simulated = simulate(str(folder), work).phases["train"].total
     assert sum(phases(work)["train"].device.values()) == pytest.approx(simulated, rel=0.002)
 
 
