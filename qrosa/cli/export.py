@@ -180,11 +180,14 @@ def _refuse(format_: str, given: Sequence[str]) -> None:
 def _verify_rows(source: str, data: str | None, model: str | None) -> Sequence[EncodedRow]:
     """Rows to compare on, read before the export is written, so that a bad --data costs nothing.
 
+    Models are compared on whatever the rows say, so a run's own may be pairs, and given ones of any kind.
+
     Raises:
         InputError: No rows are named, or none can be read.
     """
     from qrosa.data.dataset import EVAL_SPLITS, load_rows
     from qrosa.data.length import row_length
+    from qrosa.eval.objectives import OBJECTIVES
     from qrosa.export.source import open_adapter
     from qrosa.export.verify import VERIFY_ROWS
 
@@ -195,20 +198,26 @@ def _verify_rows(source: str, data: str | None, model: str | None) -> Sequence[E
     opened = open_adapter(source, model)
     seq_len = row_length(settings.get("seq_len"), getattr(opened.base_files.config, "max_position_embeddings", None))
     split = "train" if data is None and not settings.get("eval_data") else EVAL_SPLITS
-    train_on = str(settings.get("train_on") or "completion")
-    try:
-        found = load_rows(
-            rows,
-            opened.tokenizer(),
-            seq_len=seq_len,
-            train_on=train_on,
-            limit=VERIFY_ROWS,
-            split=split,
-            columns=settings.get("columns"),
-        )
-    except InputError as error:
-        raise InputError(error.message, error.hint if data else "give rows to verify on with --data") from error
-    return found.rows[:VERIFY_ROWS]
+    own = OBJECTIVES[str(settings.get("objective") or "sft")].answers
+    every = [objective.answers for objective in OBJECTIVES.values()]
+    refused: InputError | None = None
+    for answers in dict.fromkeys((own, *every) if data else (own,)):
+        try:
+            found = load_rows(
+                rows,
+                opened.tokenizer(),
+                seq_len=seq_len,
+                train_on=str(settings.get("train_on") or "completion"),
+                limit=VERIFY_ROWS,
+                split=split,
+                columns=settings.get("columns"),
+                answers=answers,
+            )
+            return found.rows[:VERIFY_ROWS]
+        except InputError as error:
+            refused = refused or error
+    assert refused is not None
+    raise InputError(refused.message, refused.hint if data else "give rows to verify on with --data") from refused
 
 
 def _run_settings(source: Path) -> dict[str, Any]:

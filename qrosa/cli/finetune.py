@@ -167,6 +167,10 @@ def _show_setup(console: Console, prepared: Prepared) -> None:
     console.print(f"{phases.total} steps of {prepared.config.train.batch_size} {what}{warmup}", markup=False)
 
 
+# What a row is to its neighbours, by how answers stand in the data; the last where it is not wanted.
+_WORDS = {"single": ("",), "pairs": (": chosen", ": rejected"), "judged": (": wanted", ": wanted", ": not wanted")}
+
+
 def _show_rows(console: Console, prepared: Prepared) -> None:
     """Three rows as the model reads them, the learnt part in colour (and in brackets where there is none)."""
     from rich.text import Text
@@ -174,8 +178,10 @@ def _show_rows(console: Console, prepared: Prepared) -> None:
     from qrosa.data.preview import preview
 
     console.print("\nThree rows; what is learnt is marked:", markup=False)
-    for row, pieces in zip(prepared.train.rows, preview(prepared.train.rows, prepared.tokenizer), strict=False):
-        text = Text(f"--- {printable(row.where)}\n", style="dim")
+    rows, words = prepared.train.rows, _WORDS[prepared.train.answers]
+    for place, (row, pieces) in enumerate(zip(rows, preview(rows, prepared.tokenizer), strict=False)):
+        which = words[place % len(words) if row.wanted else -1]
+        text = Text(f"--- {printable(row.where)}{which}\n", style="dim")
         for piece, learnt in pieces:
             plain = printable(f"[[{piece}]]" if learnt and not console.is_terminal else piece)
             text.append(plain, style="bold black on green" if learnt else "default")
@@ -192,7 +198,9 @@ def _say_done(console: Console, config: RunConfig, report: Mapping[str, Any]) ->
         console.print(f"{text} on {evaluation['rows']} rows", markup=False)
     for told in ending(report):
         console.print(told, markup=False, soft_wrap=True)
+    objective = f" --objective {config.train.objective}" if config.train.goal.compares else ""
     console.print(f"run: {config.output}  (curves: {config.output}/report.html)", markup=False)
     console.print(
-        f"next: qrosa eval {config.output} --data F, or qrosa export {config.output} --output DIR", markup=False
+        f"next: qrosa eval {config.output} --data F{objective}, or qrosa export {config.output} --output DIR",
+        markup=False,
     )

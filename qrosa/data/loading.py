@@ -174,7 +174,7 @@ class Loader:
             )
         raise InputError(
             f"{raw.where} is a preference, and one answer alone is not what it says",
-            "to train on both: --objective dpo; on one: --columns prompt=prompt,completion=chosen",
+            "to compare both: --objective dpo or orpo; to take one: --columns prompt=prompt,completion=chosen",
         )
 
     def _take(self, *rows: EncodedRow) -> None:

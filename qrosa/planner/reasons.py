@@ -31,6 +31,8 @@ def reasons(plan: Plan) -> dict[str, str]:
         "attention": _attention_reason(work),
         "loss_chunk_tokens": f"logits of {work.loss_chunk_tokens} positions exist at once",
     }
+    if train.goal.group == 2:
+        found["batch_size"] = "pairs, which are two rows each"
     optimizer = optimizer_reason(request, work)
     if optimizer is not None:
         found["deepspeed"] = optimizer

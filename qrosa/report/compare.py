@@ -12,7 +12,7 @@ from typing import Any
 
 from qrosa.errors import InputError
 from qrosa.quantities import bytes_text
-from qrosa.report.curves import points, smooth, window_of
+from qrosa.report.curves import number, points, smooth, window_of
 from qrosa.report.runs import Evaluation, RunFigures, read_run
 from qrosa.report.sheet import setting_text
 from qrosa.report.words import count_text, duration_text
@@ -78,6 +78,8 @@ class Comparison:
             unknown = [name for name, value in zip(self.names, known, strict=True) if value is None]
             if unknown:
                 notes.append(f"whether {', '.join(unknown)} had the same {word} as the others is not on record")
+        if "objective" in self.settings:
+            notes.append("the objectives differ: losses are of different things")
         for name, run in zip(self.names, self.runs, strict=True):
             if not run.finished:
                 notes.append(f"{name} is not finished: its figures are those of its first {run.last_step} steps")
@@ -125,6 +127,8 @@ class Comparison:
             self._row("peak memory, planned", lambda run: _known(run.planned, _bytes)),
             self._row("peak memory, measured", lambda run: _known(run.measured, _bytes)),
         ]
+        if any("accuracy" in (run.last or {}) for run in self.runs):
+            rows.insert(4, self._row("answers told apart, last", lambda run: _known(_accuracy(run), "{:.1%}".format)))
         for what, (word, _) in _MEANS.items():
             found = [run.fingerprints.get(what, "unknown")[:8] for run in self.runs]
             if len(set(found)) > 1:
@@ -153,6 +157,10 @@ def _trainable(run: RunFigures) -> str:
 
 def _evaluation(found: Evaluation | None) -> str:
     return "none" if found is None else f"{found['loss']:.4f} (step {found['step']:,})"
+
+
+def _accuracy(run: RunFigures) -> float | None:
+    return number((run.last or {}).get("accuracy"))
 
 
 def _known(value: float | None, form: Callable[[float], str]) -> str:

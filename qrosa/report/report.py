@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qrosa.eval.objectives import OBJECTIVES
 from qrosa.files import read_json, write_json, write_text
 from qrosa.record.folder import CARD_FILE, CARD_MARK, REPORT_HTML, REPORT_JSON, is_own_card
 from qrosa.record.logs import EVAL_FILE, METRICS_FILE, read_lines
@@ -80,6 +81,9 @@ def card(facts: Facts, report: Mapping[str, Any]) -> str:
         else "No rows were held out, so nothing is known about rows that it was not trained on."
     )
     first, last = report["loss"]["first"], report["loss"]["last"]
+    goal = OBJECTIVES[settings["objective"]]
+    what = "pairs" if goal.group == 2 else "rows"
+    learnt = f"| learnt | {goal.words}: {goal.name}, beta {settings['beta']:g} |\n" if goal.compares else ""
     output = settings["output"]
     ranks = [module.rank for module in facts.modules]
     low_rank = f"{sum(rank > 0 for rank in ranks)} of {len(ranks)} matrices, ranks up to {max(ranks)}"
@@ -97,7 +101,7 @@ low-rank and a sparse part.
 | | |
 |---|---|
 | rows | {facts.data.get("rows", "?")} from {", ".join(f"`{source}`" for source in settings["data"])} |
-| steps | {report["steps"]} of {settings["batch_size"]} rows ({report["tokens"]:,} tokens) |
+{learnt}| steps | {report["steps"]} of {settings["batch_size"]} {what} ({report["tokens"]:,} tokens) |
 | low-rank part | {low_rank} |
 | sparse part | {sum(m.nnz for m in facts.modules):,} values, chosen by `{settings["mask_score"]}` |
 | learning rates | {settings["lr"]:g} low-rank, {settings["sparse_lr"]:g} sparse, {settings["schedule"]} |

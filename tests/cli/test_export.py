@@ -56,6 +56,23 @@ def test_text_output_other_rows_and_peft(run: Path, tmp_path: Path, tiny_rows: C
     assert done.exit_code == 0 and json.loads(done.stdout)["dtype"] == "bf16", done.output
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_verify_on_answers_that_are_compared(
+    run: Path, tmp_path: Path, tiny_rows: Callable[..., Path], objective: str
+) -> None:
+    """A run's own rows, and the same given to a run of another objective."""
+    rows: list[dict[str, Any]] = [{"prompt": "the film", "chosen": " good", "rejected": " bad"}] * 3
+    if objective == "kto":
+        rows = [{"prompt": "the film", "completion": " good", "label": index % 2 == 0} for index in range(6)]
+    data = tiny_rows(rows, name=f"{objective}.jsonl")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    other = _run(run, "--output", tmp_path / "other", "--verify", "--data", data)
+    (run / "config.yaml").write_text(yaml.safe_dump(settings | {"data": str(data), "objective": objective}))
+    own = _run(run, "--output", tmp_path / "own", "--verify")
+    for done in (other, own):
+        assert done.exit_code == 0 and "drift over 6 rows" in done.stdout, done.output
+
+
 def test_a_checkpoint_of_the_run(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "adapter", run / "checkpoints" / "step-3")
     done = _run(run / "checkpoints" / "step-3", "--output", tmp_path / "out", "--verify")

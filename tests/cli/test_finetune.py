@@ -82,6 +82,21 @@ def test_a_dry_run_shows_plan_and_rows_and_writes_nothing(arguments, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_says_which_answer_is_which(tiny_model_dir, tiny_rows):
+    """Of the rows that are compared, and that a step is counted in pairs."""
+    pair = {"prompt": "the film was", "chosen": " good", "rejected": " bad"}
+    judged = [{"prompt": "the film was", "completion": " good", "label": label} for label in (False, True, False)]
+    shown = {}
+    for objective, rows in (("dpo", [pair] * 3), ("kto", judged)):
+        data = tiny_rows(rows, name=f"{objective}.jsonl")
+        asked = ["--model", str(tiny_model_dir()), "--data", str(data), "--rank", "2", "--objective", objective]
+        shown[objective] = CliRunner().invoke(command, [*asked, "--dry-run"]).output
+    first = [line.partition(":")[2] for line in shown["dpo"].splitlines() if line.startswith("--- ")]
+    assert first == ["1: chosen", "1: rejected", "2: chosen"] and "two rows each" in shown["dpo"]
+    first = [line.partition(":")[2] for line in shown["kto"].splitlines() if line.startswith("--- ")]
+    assert first == ["1: not wanted", "2: wanted", "3: not wanted"] and "two rows each" not in shown["kto"]
+
+
 def test_a_dry_run_needs_no_output_and_speaks_json(arguments):
     del arguments[-2:]
     result = CliRunner().invoke(command, [*arguments, "--dry-run", "--json"])

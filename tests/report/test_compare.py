@@ -53,6 +53,16 @@ def make_run(tmp_path: Path) -> MakeRun:
     return make
 
 
+def test_answers_told_apart_stand_beside_the_loss(make_run: MakeRun) -> None:
+    plain, compared = make_run("a"), make_run("b", objective="dpo")
+    (compared / "eval.jsonl").write_text(json.dumps({"step": 20, "loss": 0.5, "accuracy": 0.75, "margin": 1.0}) + "\n")
+    comparison = Comparison([plain, compared])
+    assert "the objectives differ: losses are of different things" in comparison.notes
+    words = dict((what, texts) for what, *texts in comparison.rows())
+    assert words["answers told apart, last"] == ["unknown", "75.0%"]
+    assert "answers told apart, last" not in [row[0] for row in Comparison([plain, make_run("c")]).rows()]
+
+
 def test_figures_of_finished_runs(make_run: MakeRun) -> None:
     comparison = Comparison([make_run("a"), make_run("b", lr=2e-3, evals=(), seed=7, log_to=["wandb"])])
     document = comparison.document()

@@ -238,7 +238,8 @@ def test_a_run_learns_to_prefer_and_resumes_to_the_bit(tiny_model_dir, tiny_rows
     assert report["eval"]["rows"] == 4 and report["eval"]["accuracy"] > 0.5 and report["eval"]["margin"] > 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["phase"] for line in lines][:4] == ["warmup", "warmup", "select", "train"]
-    assert f"{report['eval']['accuracy']:.1%}" in (tmp_path / "run" / "README.md").read_text()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"{report['eval']['accuracy']:.1%}" in card and f": {objective}, beta 0.1 |" in card
 
     for step in (6, 9, 12):
         folder = tmp_path / "run" / "checkpoints" / f"step-{step}"
