@@ -38,9 +38,10 @@ from qrosa.base.adapter_io import attach_adapter
 from qrosa.base.load import load_base
 from qrosa.base.open import open_tokenizer
 from qrosa.config import AdapterConfig
-from qrosa.data.batching import Limits, MicroBatch, micro_batches, step_rows, supervised_tokens
+from qrosa.data.batching import Limits, MicroBatch, micro_batches, supervised_tokens
 from qrosa.data.dataset import load_rows
 from qrosa.data.encode import EncodedRow
+from qrosa.data.order import step_rows
 from qrosa.eval.generate import continue_ids
 from qrosa.model.modes import set_attention, set_checkpointing
 from qrosa.optim.adamw import AdapterOptimizer

@@ -214,6 +214,12 @@ class TrainConfig:
         32, "Sequences (for dpo and orpo: pairs of them) per optimizer step, over all micro-batches and cards."
     )
     micro_batch: str = setting("auto", "Sequences computed at once, or auto.", metavar="N|auto")
+    packing: str = setting(
+        "auto",
+        "Lay the rows of a training micro-batch end to end, each attending to itself alone, instead of padding them to "
+        "one length: where padding would be much of the work (auto), always, or never.",
+        choices=("auto", "on", "off"),
+    )
     epochs: float | None = setting(None, "Passes over the training rows.  [default: 1, unless --max-steps]")
     max_steps: int | None = setting(None, "Optimizer steps, instead of --epochs.")
     lr: float | None = setting(
@@ -310,6 +316,11 @@ class TrainConfig:
             raise InputError("--epochs and --max-steps contradict each other", "give one of them")
         if self.base is not None and self.base_rounding == "feedback":
             raise InputError("--base and --base-rounding feedback contradict each other", "leave one of them out")
+        if self.packing == "on" and self.goal.compares:
+            raise InputError(
+                f"--packing on and --objective {self.objective} contradict each other: compared answers are padded",
+                "leave --packing at auto",
+            )
         if self.micro_batch != "auto" and not (self.micro_batch.isdigit() and int(self.micro_batch) > 0):
             raise InputError(f"--micro-batch {self.micro_batch!r} is not a count", "use a number such as 4, or auto")
         check_range("lr_warmup", self.lr_warmup, 0, 1)

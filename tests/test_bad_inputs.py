@@ -103,6 +103,8 @@ SETTINGS = [
     Case(train(optimizer="sgd"), 2, "--optimizer 'sgd' is unknown", "adamw8bit"),
     Case(train(mask_score="best"), 2, "--mask-score 'best' is unknown", "squared"),
     Case(train(log_to="tensorbord"), 2, "--log-to 'tensorbord' is unknown", "tensorboard"),
+    Case(train(packing="maybe"), 2, "--packing 'maybe' is unknown", "auto"),
+    Case(train(packing="on", objective="dpo"), 2, "contradict each other", "--packing at auto"),
     Case(train(dropout="1"), 2, "--dropout 1 is out of range", "from 0"),
     Case(train(seq_len="1"), 2, "--seq-len 1 is too short", "2 or more"),
     Case(train(seed="-1"), 2, "--seed -1 is out of range", "from 0"),

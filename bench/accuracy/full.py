@@ -33,8 +33,9 @@ def train_all(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from qrosa.data.batching import micro_batches, step_rows
+    from qrosa.data.batching import micro_batches
     from qrosa.data.dataset import load_rows
+    from qrosa.data.order import step_rows
     from qrosa.optim.schedule import learning_rate_factor, phases_of
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2())

@@ -26,13 +26,12 @@ from qrosa.cli.plan_extras import (
     simulate_option,
     simulation_json,
 )
-from qrosa.config import DataConfig, make_groups, read_yaml
+from qrosa.config import DataConfig, TrainConfig, make_groups, read_yaml
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qrosa.eval.objectives import Answers
     from qrosa.planner.cards import Machines
     from qrosa.planner.plan import Plan
     from qrosa.planner.request import Rows
@@ -43,8 +42,8 @@ _SETTINGS = (
     *("low_rank", "sparse_init", "low_rank_init", "rank_by"),
     *("mask_score", "mask_scope", "mask_memory"),
     *("data", "seq_len", "train_on", "columns", "chat_template"),
-    *("batch_size", "micro_batch", "optimizer", "checkpointing", "offload", "deepspeed", "keep", "vram", "host_memory"),
-    *("keep_best", "samples", "base_rounding", "objective"),
+    *("batch_size", "micro_batch", "packing", "optimizer", "checkpointing", "offload", "deepspeed", "keep"),
+    *("vram", "host_memory", "keep_best", "samples", "base_rounding", "objective"),
 )
 _EXAMPLES = """\b
 Examples:
@@ -115,12 +114,12 @@ def make_plan(source: str, values: dict[str, Any], machines: Machines | None = N
     rows = UNKNOWN_ROWS
     if groups.data.data:
         longest = row_length(groups.data.seq_len, shape.dims.max_positions)
-        rows = measure_rows(source, groups.data, longest, answers=groups.train.goal.answers)
+        rows = measure_rows(source, groups.data, groups.train, longest)
     return solve(make_request(shape, groups, read_here(), rows=rows, device=device, machines=machines))
 
 
-def measure_rows(source: str, data: DataConfig, seq_len: int, *, answers: Answers = "single") -> Rows:
-    """Tokens of the longest training row, cut at ``seq_len``, and of all rows, or of both rows of all pairs.
+def measure_rows(source: str, data: DataConfig, train: TrainConfig, seq_len: int) -> Rows:
+    """What a plan wants to know of the training rows, cut at ``seq_len``.
 
     Raises:
         InputError: No usable tokenizer or rows.
@@ -128,16 +127,21 @@ def measure_rows(source: str, data: DataConfig, seq_len: int, *, answers: Answer
     from qrosa.base.open import open_tokenizer
     from qrosa.data.dataset import load_rows
     from qrosa.data.rendering import read_template
-    from qrosa.planner.request import Rows
+    from qrosa.planner.request import known_rows
 
     tokenizer = open_tokenizer(source)
     if data.chat_template is not None:
         tokenizer.chat_template = read_template(data.chat_template)
     with progress_console().status("measuring the rows"):
         rows = load_rows(
-            data.data, tokenizer, seq_len=seq_len, train_on=data.train_on, columns=data.columns, answers=answers
+            data.data,
+            tokenizer,
+            seq_len=seq_len,
+            train_on=data.train_on,
+            columns=data.columns,
+            answers=train.goal.answers,
         )
-    return Rows(rows.report.longest, rows.report.tokens, rows.report.rows)
+    return known_rows(rows.lengths, train, longest=rows.report.longest, tokens=rows.report.tokens)
 
 
 def show(made: Plan, console: Console) -> None:

@@ -1,57 +1,38 @@
-"""Which rows make a step, and how a step's rows are laid out as tensors.
+"""How a step's rows are laid out as tensors; which rows those are, and how they are cut, ``qrosa.data.order`` says.
 
-The order of rows is a **pure function of seed and step**: epochs are seeded permutations laid end to end, a step
-takes the next ``batch_size`` places. There is no sampler to save: a resumed run computes where it was.
+A loss summed over tokens and divided by the step's supervised tokens does not depend on the cut. Padding is to the
+right and known by place (``attention_mask``, label -100), never by the pad token's value.
 
-A step's rows are sorted by length and cut into micro-batches bounded in rows and in padded tokens, so little is
-padding, and memory is bounded by the longest micro-batch, which comes **first**: what does not fit fails at once,
-not at the worst step. A loss summed over tokens and divided by the step's supervised tokens does not depend on
-the cut. Padding is to the right and known by place (``attention_mask``, label -100), never by the pad token's value.
+*Packed*, a micro-batch has no padding: its rows lie end to end as one, positions start over with each of them, and
+their lengths tell attention where one ends (``qrosa.model.attention``). Which rows a step takes does not change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-import numpy as np
 import torch
 
 from qrosa.data.encode import IGNORE, EncodedRow
+from qrosa.data.order import cut
 from qrosa.data.store import row_lengths
-
-
-def step_rows(n_rows: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Row numbers of one optimizer step; every row comes once before any comes again.
-
-    Args:
-        n_rows: Rows of the data set, above 0.
-        batch_size: Rows a step.
-        step: Counted from 0.
-        seed: Of the order.
-    """
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_epoch_order(n_rows, place // n_rows, seed)[place % n_rows]) for place in places]
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(n_rows: int, epoch: int, seed: int) -> np.ndarray:
-    # RandomState, not default_rng: NumPy promises that its streams never change, so old runs resume under a new NumPy.
-    return np.random.RandomState([seed, epoch]).permutation(n_rows)
 
 
 @dataclass
 class MicroBatch:
-    """Rows computed at once, padded to the right.
+    """Rows computed at once, padded to the right; or packed, end to end in [1, T].
 
     Attributes:
         input_ids: [B, L] int64.
         attention_mask: [B, L] int64, 1 on the rows' own tokens.
-        labels: [B, L] int64, -100 where no loss falls; not shifted.
-        row_ids: Which of the rows that were given, [B].
+        labels: [B, L] int64, -100 where no loss falls; not shifted. Packed, no loss falls on the first token of a row,
+            which the row before would predict.
+        row_ids: Which of the rows that were given.
         tokens: Tokens without padding.
         supervised: int64 [S], places in the flat [B * L] whose next token carries loss.
+        lengths: Tokens of each row where they are packed, else None.
+        position_ids: [1, T] int64, from 0 in each row, where they are packed, else None.
     """
 
     input_ids: torch.Tensor
@@ -60,6 +41,8 @@ class MicroBatch:
     row_ids: list[int]
     tokens: int = -1
     supervised: torch.Tensor = None  # type: ignore[assignment]  # found in labels unless given
+    lengths: list[int] | None = None
+    position_ids: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         # Looked at once, while the tensors are on the host: later the host would wait for the whole forward pass.
@@ -89,6 +72,7 @@ class MicroBatch:
             attention_mask=_moved(self.attention_mask, there),
             labels=_moved(self.labels, there),
             supervised=_moved(self.supervised, there),
+            position_ids=None if self.position_ids is None else _moved(self.position_ids, there),
         )
 
 
@@ -98,7 +82,9 @@ def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def micro_batches(rows: Sequence[EncodedRow], *, max_rows: int, max_tokens: int, pad_id: int) -> list[MicroBatch]:
+def micro_batches(
+    rows: Sequence[EncodedRow], *, max_rows: int, max_tokens: int, pad_id: int, packed: bool = False
+) -> list[MicroBatch]:
     """Lay out the rows of one optimizer step, or of an evaluation, longest first.
 
     Args:
@@ -106,20 +92,18 @@ def micro_batches(rows: Sequence[EncodedRow], *, max_rows: int, max_tokens: int,
         max_rows: Most rows a micro-batch, at least 1.
         max_tokens: Most tokens a micro-batch, padding included. A row that is longer by itself stands alone.
         pad_id: What fills the padding; any token will do.
+        packed: Lay rows end to end instead, without padding.
     """
-    return list(each_micro_batch(rows, max_rows=max_rows, max_tokens=max_tokens, pad_id=pad_id))
+    return list(each_micro_batch(rows, max_rows=max_rows, max_tokens=max_tokens, pad_id=pad_id, packed=packed))
 
 
 def each_micro_batch(
-    rows: Sequence[EncodedRow], *, max_rows: int, max_tokens: int, pad_id: int
+    rows: Sequence[EncodedRow], *, max_rows: int, max_tokens: int, pad_id: int, packed: bool = False
 ) -> Iterator[MicroBatch]:
     """As :func:`micro_batches`, one at a time: a whole data set is laid out without being held in memory."""
-    lengths = row_lengths(rows)
-    order = sorted(range(len(rows)), key=lambda index: -lengths[index])
-    while order:
-        count = max(1, min(max_rows, max_tokens // max(1, lengths[order[0]])))
-        yield _pad([rows[index] for index in order[:count]], order[:count], pad_id)
-        order = order[count:]
+    for places in cut(row_lengths(rows), max_rows=max_rows, max_tokens=max_tokens, packed=packed):
+        chosen = [rows[place] for place in places]
+        yield _pack(chosen, places) if packed else _pad(chosen, places, pad_id)
 
 
 def _pad(rows: list[EncodedRow], row_ids: list[int], pad_id: int) -> MicroBatch:
@@ -133,6 +117,20 @@ def _pad(rows: list[EncodedRow], row_ids: list[int], pad_id: int) -> MicroBatch:
         attention_mask[index, :size] = 1
         labels[index, :size] = torch.tensor(row.labels, dtype=torch.int64)
     return MicroBatch(input_ids, attention_mask, labels, list(row_ids))
+
+
+def _pack(rows: list[EncodedRow], row_ids: list[int]) -> MicroBatch:
+    input_ids = torch.tensor([[token for row in rows for token in row.input_ids]], dtype=torch.int64)
+    labels = [label for row in rows for label in (IGNORE, *row.labels[1:])]
+    lengths = [len(row.input_ids) for row in rows]
+    return MicroBatch(
+        input_ids,
+        torch.ones_like(input_ids),
+        torch.tensor([labels], dtype=torch.int64),
+        list(row_ids),
+        lengths=lengths,
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+    )
 
 
 @dataclass(frozen=True)

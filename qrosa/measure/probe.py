@@ -278,6 +278,7 @@ class _Probing:
             seed=self.seed,
             device=self.device,
             chunk_tokens=work.loss_chunk_tokens,
+            packed=work.packed,
             on_shrink=_refuse,
         )
         model.train()
@@ -296,18 +297,21 @@ class _Probing:
 
     def _note_times(self, backward: float, update: float) -> None:
         """Times of a micro-batch and an update, and of the whole step that they are parts of."""
-        batch = self.made.request.train.step_rows
-        seconds = batch / len(self.rows) * backward + update
+        batch, work = self.made.request.train.step_rows, self.work
+        # A micro-batch, in longest rows.
+        held = sum(work.packed_lengths) / work.length if work.packed else len(self.rows)
+        seconds = batch / held * backward + update
         self.times = {
             "micro_batch_seconds": backward,
             "optimizer_seconds": update,
             "step_seconds": seconds,
-            "tokens_per_s": batch * self.work.length / seconds,
+            "tokens_per_s": batch * work.length / seconds,
         }
 
     def _evaluate(self, model: nn.Module) -> None:
         tokens = max(self.work.eval_tokens, self.work.length)
-        rows = worst_rows(dataclasses.replace(self.work, rows=tokens, tokens=tokens), self.vocabulary, self.seed)
+        padded = dataclasses.replace(self.work, rows=tokens, tokens=tokens, packed=False)
+        rows = worst_rows(padded, self.vocabulary, self.seed)
         with self._phase("eval"):
             if self.work.goal.compares:
                 sum_preferences(model, rows * 2, self.work.goal, self.made.request.train, max_tokens=tokens)
@@ -326,10 +330,11 @@ class _Probing:
 
 
 def worst_rows(work: Workload, vocabulary: int, seed: int) -> list[EncodedRow]:
-    """Rows that fill the largest micro-batch, the last one a token short so that a mask is needed; all supervised."""
+    """Rows that fill the largest micro-batch, all supervised; padded, the last one is a token short, to need a mask."""
     count = min(work.rows, max(1, work.tokens // work.length))
     draw = random.Random(seed)
-    lengths = [work.length] * (count - 1) + [work.length - (count > 1 and work.length > 2)]
+    padded = [work.length] * (count - 1) + [work.length - (count > 1 and work.length > 2)]
+    lengths = work.packed_lengths if work.packed else padded
     rows = [[draw.randrange(vocabulary) for _ in range(length)] for length in lengths]
     return [EncodedRow(row, list(row)) for row in rows]
 

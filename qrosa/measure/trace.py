@@ -50,8 +50,10 @@ def worst_micro_batches(work: Workload) -> list[MicroBatchRows]:
     """Micro-batches that may be the largest, as rows of tokens.
 
     Rows that fill the longest length, the last one a token short, so that a mask is needed; where only one such row
-    fits, also two of half its length.
+    fits, also two of half its length. Packed, as many tokens as fit, the last row as long as is left.
     """
+    if work.packed:
+        return packed_micro_batches(work)
     count = min(work.rows, max(1, work.tokens // work.length))
     full = [[1] * work.length for _ in range(count)]
     if count > 1:
@@ -61,6 +63,15 @@ def worst_micro_batches(work: Workload) -> list[MicroBatchRows]:
     if work.rows == 1 or half < 3 or work.attention == "eager":  # half as long rows have half the scores
         return [full]
     return [full, [[1] * half, [1] * (half - 1)]]
+
+
+def packed_micro_batches(work: Workload) -> list[MicroBatchRows]:
+    """The same of packed rows; where one fills a micro-batch, attention takes it without joining rows."""
+    lengths = work.packed_lengths
+    found = [[[1] * length for length in lengths]]
+    if len(lengths) == 1 and work.rows > 1 and work.tokens > 3:
+        found.append([[1] * (work.tokens - work.tokens // 2), [1] * (work.tokens // 2)])
+    return found
 
 
 class Trace:
@@ -93,7 +104,7 @@ class Trace:
     def run(self, rows: list[list[int]], *, select: bool) -> dict[str, Peak]:
         """All phases in a run's order: adapter, selection, sparse part, a training step, evaluation."""
         work, found = self.work, {}
-        set_attention(self.model, work.attention)
+        set_attention(self.model, work.attention, by_row=work.packed)
         set_checkpointing(self.model, work.checkpointing)
         if work.offload_activations:
             offload_activations(self.model, self.device)
@@ -218,6 +229,7 @@ class Trace:
             seed=0,
             device=self.device,
             chunk_tokens=work.loss_chunk_tokens,
+            packed=work.packed,
         )
         self.model.train()
         self.tracker.padded = len({len(row) for row in rows}) > 1
@@ -233,7 +245,7 @@ class Trace:
         """A micro-batch of the evaluation's size, training's state in place."""
         work = self.work
         tokens = max(work.eval_tokens, work.length)
-        rows = worst_micro_batches(replace(work, rows=tokens, tokens=tokens))[-1]
+        rows = worst_micro_batches(replace(work, rows=tokens, tokens=tokens, packed=False))[-1]
         self.tracker.padded = len({len(row) for row in rows}) > 1
         self.tracker.stage = EVALUATION
         with self.tracker.phase() as found:

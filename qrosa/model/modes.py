@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qrosa.model.attention import attention_name
 from qrosa.model.unread import watch_unread_outputs
-from qrosa.model.wide_attention import wide_attention
 from qrosa.ops.products import widens
 from qrosa.ops.recompute import contexts
 
@@ -45,10 +45,15 @@ def offload_activations(model: nn.Module, device: torch.device) -> None:
     cast(Any, model)._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=offload.checkpoint)
 
 
-def set_attention(model: nn.Module, kind: str) -> None:
-    """Use ``eager`` or ``sdpa`` attention, as the plan counted on; in fp32 where 16-bit products are not to be had."""
+def set_attention(model: nn.Module, kind: str, *, by_row: bool = False) -> None:
+    """Use ``eager`` or ``sdpa`` attention, as the plan counted on; in fp32 where 16-bit products are not to be had.
+
+    Args:
+        model: The model.
+        kind: ``eager`` or ``sdpa``.
+        by_row: Packed micro-batches come, whose rows are kept apart.
+    """
     hf = cast(Any, model)
-    if widens(hf.get_input_embeddings().weight):
-        kind = wide_attention(kind)
-    if hf.config._attn_implementation != kind:
-        hf.set_attn_implementation(kind)
+    name = attention_name(kind, wide=widens(hf.get_input_embeddings().weight), by_row=by_row)
+    if hf.config._attn_implementation != name:
+        hf.set_attn_implementation(name)

@@ -45,7 +45,7 @@ def load_planned(
         model, _ = load_base(base_files, device, progress=progress)
     else:
         model = load_streamed(base_files, device, work.resident_blocks, disk, progress)
-    set_attention(model, work.attention)
+    set_attention(model, work.attention, by_row=work.packed)
     set_checkpointing(model, work.checkpointing)
     if work.offload_activations:
         offload_activations(model, device)

@@ -148,6 +148,7 @@ class Plan:
             "batch_size": self.request.train.batch_size,
             "micro_batch": work.rows,
             "micro_batch_tokens": work.tokens,
+            "packing": work.packed,
             "eval_tokens": work.eval_tokens,
             "checkpointing": work.checkpointing,
             "offload": self.offload,

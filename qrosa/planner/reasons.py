@@ -11,6 +11,7 @@ from qrosa.planner.bytes.zero import drive_bytes, offload_seconds, resident_byte
 from qrosa.planner.plan import Choice, Plan
 from qrosa.planner.request import Request
 from qrosa.planner.search.candidates import EAGER_TOKENS, WANTED_TOKENS
+from qrosa.planner.search.packing import padding, why_padded
 from qrosa.planner.search.solve import solve
 from qrosa.planner.time.cost import BANDWIDTH_SHARE
 from qrosa.planner.workload import Workload
@@ -26,6 +27,7 @@ def reasons(plan: Plan) -> dict[str, str]:
         "longest_row": "the longest row of the data" if known else "rows are taken to fill seq-len; --data would tell",
         "micro_batch": "as asked" if train.micro_batch != "auto" else "bounded by tokens, not by rows",
         "micro_batch_tokens": _token_reason(request, work),
+        "packing": _packing_reason(plan),
         "checkpointing": _checkpointing_reason(request, work, choice),
         "offload": _offload_reason(request, work, choice),
         "attention": _attention_reason(work),
@@ -57,6 +59,16 @@ def _token_reason(request: Request, work: Workload) -> str:
     if work.tokens == work.length * request.train.step_rows:
         return "the whole batch at once"
     return "the most that fits" if work.tokens > work.length else "one longest row at a time"
+
+
+def _packing_reason(plan: Plan) -> str:
+    if not plan.work.packed:
+        return (
+            why_padded(plan) or f"{padding(plan):.1%} of the tokens are padding; turned off, or packed rows do not fit"
+        )
+    if not plan.request.rows.steps:
+        return "rows end to end, each with its own attention"
+    return f"rows end to end; padded, {padding(plan):.1%} of the tokens would be padding"
 
 
 def _passed_over(choice: Choice | None, pulled: Callable[[Workload], bool]) -> str | None:

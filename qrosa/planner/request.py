@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qrosa.adapters.rank_order import with_rank_order
 from qrosa.base.shape import ModelShape
 from qrosa.config import AdapterConfig, DataConfig, Groups, MaskConfig, TrainConfig
 from qrosa.data.length import row_length
+from qrosa.data.order import longest_of_any_step, step_rows
+from qrosa.errors import InputError
 from qrosa.optim.zero.settings import ZeroSettings, zero_settings
 from qrosa.planner.cards import Machines
 from qrosa.planner.hardware import UNMEASURED, Here, Overhead
@@ -23,14 +26,36 @@ class Rows:
         longest: Tokens of the longest, None where no rows are known: then they are taken to fill ``seq_len``.
         tokens: Tokens of all of them, which lie encoded in host memory; 0 where no rows are known.
         count: How many there are; 0 where none are known.
+        most: Tokens of the longest rows that one step can have, longest first; empty where no rows are known.
+        steps: Tokens of the rows of the first steps; the same.
     """
 
     longest: int | None = None
     tokens: int = 0
     count: int = 0
+    most: Sequence[int] = ()
+    steps: Sequence[Sequence[int]] = ()
 
 
 UNKNOWN_ROWS = Rows()
+_STEPS = 64  # steps that say how much of the micro-batches is padding
+
+
+def known_rows(lengths: Sequence[int], train: TrainConfig, *, longest: int, tokens: int) -> Rows:
+    """What is known of rows that were read.
+
+    Args:
+        lengths: Tokens of each training row, in order; of pairs, of both.
+        train: Batch size and seed.
+        longest: Tokens of the longest row, held-out ones among them.
+        tokens: Tokens of all rows.
+    """
+    if train.goal.compares:
+        return Rows(longest, tokens, len(lengths))
+    count = min(_STEPS, -(-len(lengths) // train.batch_size))
+    places = [step_rows(len(lengths), train.batch_size, step, train.seed) for step in range(count)]
+    steps = [[lengths[place] for place in step] for step in places]
+    return Rows(longest, tokens, len(lengths), longest_of_any_step(lengths, train.batch_size), steps)
 
 
 @dataclass(frozen=True)
@@ -96,9 +121,15 @@ def make_request(
         machines: What to estimate the time of a step on; its card's memory is the cap where none is set.
 
     Raises:
-        InputError: Sizes that cannot be read, longer rows than the model reads, DeepSpeed settings that cannot be.
+        InputError: Sizes that cannot be read, longer rows than the model reads, DeepSpeed settings that cannot be, rows
+            to pack in a model that may not keep them apart.
     """
     train = groups.train
+    if train.packing == "on" and not shape.dims.known:
+        raise InputError(
+            f"--packing on: rows may see each other in a model of the family {shape.dims.family}, which is not known",
+            "leave --packing at auto, which pads its rows",
+        )
     if vram is None and train.vram is not None:
         vram = parse_size(train.vram, "--vram")
     if vram is None and machines is not None:

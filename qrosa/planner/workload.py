@@ -51,6 +51,7 @@ class Workload:
         widens: Products of 16-bit floats are taken in fp32, as on a CPU that is slow at them.
         samples: Prompts that are answered before and after training.
         objective: What is learnt; some score rows before they are trained on.
+        packed: Rows of a training micro-batch lie end to end, without padding.
     """
 
     shape: ModelShape
@@ -85,6 +86,14 @@ class Workload:
     widens: bool = False
     objective: str = "sft"
     samples: int = 0
+    packed: bool = False
+
+    @property
+    def packed_lengths(self) -> list[int]:
+        """Rows that fill a packed micro-batch: of the longest length, and the last of what is left."""
+        full, left = divmod(self.tokens, self.length)
+        lengths = [self.length] * full + ([left] if left else [])
+        return lengths[: self.rows] or [self.length]
 
     @property
     def answered_length(self) -> int:

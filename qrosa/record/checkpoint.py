@@ -61,6 +61,7 @@ FREE_SETTINGS = frozenset(
         "vram",
         "host_memory",
         "micro_batch",
+        "packing",
         "checkpointing",
         "offload",
         "deepspeed",  # states are stored whole, under the same names

@@ -64,6 +64,7 @@ def figures(facts: Facts) -> dict[str, Any]:
         "resumed_at": state.resumed_at,
         "micro_batch_changes": state.changes,
         "micro_batch": {"rows": state.limits.rows, "tokens": state.limits.tokens},
+        "packing": facts.settings.get("packing", "off"),
         "trainable": facts.trainable,
         "share": facts.trainable / facts.base["parameters"],
         "where": list(facts.where),

@@ -23,7 +23,8 @@ from torch import nn
 
 from qrosa.adapters.inject import ramp_low_rank
 from qrosa.config import RunConfig
-from qrosa.data.batching import Limits, step_rows, supervised_tokens
+from qrosa.data.batching import Limits, supervised_tokens
+from qrosa.data.order import step_rows
 from qrosa.errors import InterruptedRunError
 from qrosa.optim.parts import Optimizer
 from qrosa.optim.schedule import Phases, learning_rate_factor, sparse_learning_rate_factor
@@ -108,6 +109,7 @@ class TrainingLoop:
             device=parts.accelerator.device,
             chunk_tokens=parts.state.chunk_tokens,
             process=parts.accelerator.process_index,
+            packed=parts.config.train.packing == "on",
             on_shrink=self._shrunk,
             add_up=partial(add_up, parts.accelerator),
         )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qrosa.data.encode import IGNORE
 from qrosa.errors import InputError
 from qrosa.heap import look
+from qrosa.model.attention import rows_of
 from qrosa.model.head import CHUNK_TOKENS, logit_rule
 from qrosa.ops import products
 
@@ -36,6 +37,8 @@ class TokenBatch(Protocol):
     attention_mask: Tensor
     labels: Tensor
     supervised: Tensor
+    lengths: list[int] | None
+    position_ids: Tensor | None
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -202,16 +205,18 @@ def model_loss(
     Args:
         model: A transformers causal language model, its decoder and head on the batch's device.
         batch: int64 [B, L] ``input_ids``, ``attention_mask`` and (unshifted) ``labels``, and int64 [S] ``supervised``,
-            the flat places whose next token carries loss.
+            the flat places whose next token carries loss. Packed rows need attention by row (``set_attention``).
         chunk_tokens: Most positions whose logits exist at once.
-        row_weights: fp32 [B], what each row's losses count; 1 where none are given.
+        row_weights: fp32 [B], what each row's losses count; 1 where none are given. Rows with weights are not packed.
 
     Returns:
         ``(fp32 scalar, count)``: the mean loss is their quotient.
     """
     hf = cast(Any, model)
-    output = hf.get_decoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    hidden = output.last_hidden_state
+    told: dict[str, Any] = {"attention_mask": batch.attention_mask}
+    if batch.lengths is not None and batch.position_ids is not None:
+        told = rows_of(batch.lengths, batch.position_ids)
+    hidden = hf.get_decoder()(input_ids=batch.input_ids, use_cache=False, **told).last_hidden_state
     # Labels move one to the left, and the last position predicts nothing: cutting it off hidden would copy [T, d].
     labels = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)
     softcap, scale = logit_rule(hf.config)

@@ -27,7 +27,8 @@ from qrosa.optim.zero.settings import ZeroSettings, zero_settings
 from qrosa.planner.bytes.zero import drive_bytes
 from qrosa.planner.hardware import Here, processes_here, read_here
 from qrosa.planner.plan import Plan
-from qrosa.planner.request import Rows, make_request
+from qrosa.planner.reasons import reasons
+from qrosa.planner.request import Rows, known_rows, make_request
 from qrosa.planner.search.alternatives import require_fit
 from qrosa.planner.search.solve import solve
 from qrosa.quantities import parse_share, parse_size
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qrosa.base.base_files import BaseFiles
-    from qrosa.data.dataset import DataReport, Dataset
+    from qrosa.data.dataset import Dataset
 
 
 @dataclass
@@ -101,7 +102,10 @@ class Prepared:
 
     def told(self) -> list[str]:
         """What people should know before anything runs: what is not used of the data, and choices made by rule."""
-        return [*self.unused(), *([self.rates.reason] if self.rates.reason else [])]
+        made = [self.rates.reason] if self.rates.reason else []
+        if self.plan.work.packed:
+            made.append(f"packing: {reasons(self.plan)['packing']}")
+        return [*self.unused(), *made]
 
     def fingerprints(self) -> dict[str, str]:
         """What a resumed run must find unchanged."""
@@ -157,7 +161,13 @@ def prepare(
         config, train.examples, low_rank=allocation.low_rank_parameters > 0, sparse=allocation.nnz_total > 0
     )
     reports = [rows.report for rows in (train, heldout) if rows]
-    plan, cap = _plan(config, shape, allocation, reports, here)
+    rows = known_rows(
+        train.lengths,
+        config.train,
+        longest=max(report.longest for report in reports),
+        tokens=sum(report.tokens for report in reports),
+    )
+    plan, cap = _plan(config, shape, allocation, rows, here)
     if not dry_run:
         require_fit(plan)
         check_room(Path(config.output), max(phase.disk for name, phase in plan.phases.items() if name != "export"))
@@ -226,14 +236,13 @@ def _here(config: RunConfig) -> Here:
 
 
 def _plan(
-    config: RunConfig, shape: ModelShape, allocation: Allocation, reports: list[DataReport], here: Here
+    config: RunConfig, shape: ModelShape, allocation: Allocation, rows: Rows, here: Here
 ) -> tuple[Plan, int | None]:
     """The plan for the device that the run will use, and the cap it holds itself to."""
     on_card = _on_card()
     cap = parse_size(config.train.vram, "--vram") if config.train.vram is not None else None
     if on_card and cap is not None:
         cap = min(cap, here.card_room or cap)  # a cap above what the card has free promises nothing
-    rows = Rows(max(report.longest for report in reports), sum(report.tokens for report in reports), reports[0].rows)
     device = "cuda" if on_card else "cpu"
     return solve(make_request(shape, config.groups, here, rows=rows, vram=cap, device=device), allocation), cap
 
@@ -309,6 +318,7 @@ def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: Plan, rates:
             lr=rates.low_rank,
             sparse_lr=rates.sparse,
             micro_batch=str(plan.work.rows),
+            packing="on" if plan.work.packed else "off",
             checkpointing="on" if plan.work.checkpointing else "off",
             offload=plan.offload,
             eval_every=steps_between_evaluations(train, phases.total),

@@ -65,6 +65,7 @@ class StepRunner:
         device: Where the model is.
         chunk_tokens: Positions whose logits exist at once.
         process: Index of this process among those that share a step.
+        packed: Micro-batches have no padding; the model's attention goes by row.
         on_shrink: Called with (step, limits before, limits after) when memory ran out.
     """
 
@@ -79,6 +80,7 @@ class StepRunner:
         device: torch.device,
         chunk_tokens: int = CHUNK_TOKENS,
         process: int = 0,
+        packed: bool = False,
         on_shrink: Callable[[int, Limits, Limits], None] | None = None,
     ) -> None:
         self.model = model
@@ -89,6 +91,7 @@ class StepRunner:
         self.device = device
         self.chunk_tokens = chunk_tokens
         self.process = process
+        self.packed = packed
         self.on_shrink = on_shrink
 
     def gradients(self, rows: Sequence[EncodedRow], step: int, normaliser: int) -> float:
@@ -110,7 +113,13 @@ class StepRunner:
     def _fitted(self, rows: Sequence[EncodedRow], step: int, compute: Callable[[list[MicroBatch]], _Found]) -> _Found:
         """What ``compute`` makes of the rows' micro-batches, begun again with smaller ones where memory runs out."""
         while True:
-            batches = micro_batches(rows, max_rows=self.limits.rows, max_tokens=self.limits.tokens, pad_id=self.pad_id)
+            batches = micro_batches(
+                rows,
+                max_rows=self.limits.rows,
+                max_tokens=self.limits.tokens,
+                pad_id=self.pad_id,
+                packed=self.packed,
+            )
             try:
                 return compute(batches)
             except Exception as error:
@@ -132,8 +141,8 @@ class StepRunner:
 
     def _shrink(self, batches: Sequence[MicroBatch], step: int) -> None:
         free_memory()
-        rows = max(batch.input_ids.shape[0] for batch in batches)
-        tokens = max(batch.input_ids.numel() for batch in batches)
+        rows = max(len(batch.row_ids) for batch in batches)
+        tokens = max(batch.padded_tokens for batch in batches)
         if rows == 1:
             raise DoesNotFitError(
                 f"one row of {tokens} tokens does not fit the memory",

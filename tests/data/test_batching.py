@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qrosa.data.batching import MicroBatch, micro_batches, step_rows
+from qrosa.data.batching import MicroBatch, micro_batches
 from qrosa.data.encode import IGNORE, EncodedRow
+from qrosa.data.order import step_rows
 
 PAD = 2
 

@@ -22,6 +22,7 @@ from qrosa.cli.main import cli
 from qrosa.config import AdapterConfig
 from qrosa.errors import InputError
 from qrosa.measure.simulate import largest_tensors, measure, simulate
+from qrosa.measure.trace import worst_micro_batches
 from qrosa.measure.tracker import StorageTracker
 from qrosa.ops import release_workspace
 from qrosa.ops.card_attention import card_attention
@@ -201,7 +202,10 @@ def test_the_command(tmp_path: Path, tiny_model_dir: Callable[..., Path]) -> Non
     assert people.exit_code == 0 and "Largest tensors" in people.stdout and "simulated" in people.stdout
 
 
-@pytest.mark.parametrize("changes", [{"checkpointing": False}, {"length": 128, "tokens": 256, "rows": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"checkpointing": False}, {"length": 128, "tokens": 256, "rows": 2}, {"packed": True, "tokens": 160, "rows": 3}],
+)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_products_in_fp32(smollm2: Path, attention: str, changes: dict[str, Any]) -> None:
     """On a processor that is slow in 16 bits: what is allocated, what is simulated and what is planned."""
@@ -209,7 +213,7 @@ def test_products_in_fp32(smollm2: Path, attention: str, changes: dict[str, Any]
     with widening("cpu", True):
         release_workspace()
         model, _ = load_base(str(smollm2))
-        real = measure(model, work, token_rows(work)).phases
+        real = measure(model, work, worst_micro_batches(work)[-1] if work.packed else token_rows(work)).phases
     planned = phases(work)
     for phase, peak in simulate(str(smollm2), work).phases.items():
         assert peak.total == pytest.approx(real[phase].total, rel=WITHIN)
@@ -232,6 +236,22 @@ def test_strict_determinism_has_its_price_in_the_plan(tmp_path: Path, heads: tup
         found[strict] = simulated.total
     # 43 parts of [4, 1024, 64] in fp32 instead of one, less what is free by then of the peak without them.
     assert found[True] - found[False] > 20 * 4 * 4 * 1024 * 64
+
+
+@pytest.mark.parametrize("changes", [{"tokens": 240, "rows": 9}, {"tokens": 96, "rows": 9}, {"checkpointing": False}])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_packed_rows_allocate_what_is_simulated(
+    tiny_model_dir: Callable[..., Path], family: str, changes: dict[str, Any]
+) -> None:
+    source = tiny_model_dir(family)
+    work = workload(source, **({"length": 96, "rows": 3, "tokens": 250, "packed": True} | changes))
+    tried = []
+    for rows in worst_micro_batches(work):
+        release_workspace()
+        tried.append(measure(load_base(str(source))[0], work, rows).phases)
+    real = {phase: max((found[phase] for found in tried), key=lambda peak: peak.total) for phase in tried[0]}
+    for phase, peak in simulate(str(source), work).phases.items():
+        assert peak.total == pytest.approx(real[phase].total, rel=WITHIN), phase
 
 
 def test_preferences_allocate_what_is_simulated(tiny_model_dir: Callable[..., Path]) -> None:

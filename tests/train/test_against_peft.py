@@ -24,8 +24,9 @@ from qrosa.adapters.inject import quantized_linears
 from qrosa.base.adapter_io import attach_adapter
 from qrosa.base.load import load_base
 from qrosa.config import make_run_config
-from qrosa.data.batching import micro_batches, step_rows
+from qrosa.data.batching import micro_batches
 from qrosa.data.dataset import load_rows
+from qrosa.data.order import step_rows
 from qrosa.optim.schedule import learning_rate_factor
 from qrosa.train.run import finetune
 from tests.train.conftest import losses

@@ -157,7 +157,7 @@ def test_a_step_without_supervised_tokens_fails_loudly(config, monkeypatch):
 
 def out_of_memory(most_rows):
     def act(call, batch):
-        if batch.input_ids.shape[0] > most_rows:
+        if len(batch.row_ids) > most_rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     return act

@@ -29,6 +29,7 @@ class MicroBatch:
         windowed: unless it is longer than the window of sliding attention.
         wide: Products are taken in fp32: attention widens what it reads, and so does a projection while it runs.
         split: On a card, gradients of attention are summed in an order that is always the same.
+        packed: Rows lie end to end, and attention goes row by row.
     """
 
     tokens: int
@@ -37,6 +38,12 @@ class MicroBatch:
     windowed: bool = False
     wide: bool = False
     split: bool = False
+    packed: bool = False
+
+    @property
+    def joined(self) -> bool:
+        """What attention gives for each row is copied into one tensor."""
+        return self.packed and self.rows != 1
 
     @property
     def product(self) -> int:
@@ -45,13 +52,13 @@ class MicroBatch:
 
     @property
     def mask_elements(self) -> int:
-        """Most elements of one attention mask [B, 1, L, L].
+        """Most elements of one attention mask [B, 1, L, L]; packed, of those of all rows.
 
         When one longest row fills the micro-batch, the worst are two rows of half its length.
         """
         if self.windowed:
             return self.tokens * self.length
-        return 0 if self.rows == 1 else self.tokens * min(self.length, max(1, self.tokens // 2))
+        return 0 if self.packed or self.rows == 1 else self.tokens * min(self.length, max(1, self.tokens // 2))
 
 
 def saved_by_layer(dims: Dimensions, batch: MicroBatch, attention: str, rank_sum: float) -> dict[str, int]:
@@ -111,6 +118,7 @@ def _saved_attention(dims: Dimensions, batch: MicroBatch, attention: str) -> int
     Phi's and Phi-3's partial rotation joins tensors, which gives flash attention's output a layout that has to be
     copied for the projection; Phi-3's values are a view that keeps the whole fused projection alive. Wide: all of it
     in fp32, eager attention's probabilities only so, and the fused kind's output once more than the projection's input.
+    Packed rows' outputs are copied where they are joined.
     """
     query, key = batch.product * batch.tokens * dims.query_width, batch.product * batch.tokens * dims.key_width
     if attention == "eager":
@@ -118,6 +126,8 @@ def _saved_attention(dims: Dimensions, batch: MicroBatch, attention: str) -> int
         return 3 * query + score_bytes * batch.tokens * batch.length * dims.heads
     saved, masked = FULL * batch.tokens * dims.heads, batch.product * batch.mask_elements
     if batch.wide:
+        saved += query
+    elif batch.joined and (masked or not dims.switches.partial_rotation):
         saved += query
     if masked and dims.kv_heads < dims.heads:
         return saved + 3 * query + masked
@@ -130,8 +140,10 @@ def mask_bytes(dims: Dimensions, batch: MicroBatch, attention: str) -> int:
     """Attention masks that all layers read; families that mix full and sliding attention keep two kinds.
 
     Fused attention gets one byte an element, and none at all where rows need no padding; eager attention always adds a
-    mask to its scores, in bf16.
+    mask to its scores, in bf16. Packed rows share the longest one's.
     """
+    if batch.packed and (attention == "eager" or batch.windowed):
+        return dims.masks * (batch.product if attention == "eager" else 1) * batch.length**2
     if attention == "eager":
         return dims.masks * HALF * batch.tokens * batch.length
     return dims.masks * batch.mask_elements
@@ -143,8 +155,8 @@ def first_norm_bytes(dims: Dimensions, batch: MicroBatch) -> int:
 
 
 def rotary_bytes(dims: Dimensions, batch: MicroBatch) -> int:
-    """Cosines and sines [1, L, head_dim] of the rotation, which all layers share."""
-    return 2 * HALF * batch.length * dims.head_dim
+    """Cosines and sines [1, L, head_dim] of the rotation, which all layers share; [1, T, head_dim] for packed rows."""
+    return 2 * HALF * (batch.tokens if batch.packed else batch.length) * dims.head_dim
 
 
 def backward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps_scratch: bool) -> int:
@@ -209,7 +221,7 @@ def _flash_workspace(dims: Dimensions, batch: MicroBatch) -> int:
 
     Free by then: the feed-forward block, the norm and the input that belong to it.
     """
-    rows = max(1, batch.tokens // batch.length)
+    rows = 1 if batch.packed else max(1, batch.tokens // batch.length)
     inside = flash_backward_bytes(rows, batch.length, dims.heads, dims.kv_heads, dims.head_dim, True)
     stream, query = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.query_width
     gradients = stream + 2 * query + 2 * HALF * batch.tokens * dims.key_width
@@ -222,13 +234,13 @@ def _score_workspace(dims: Dimensions, batch: MicroBatch) -> int:
     """Softmax's backward in eager attention: two fp32 gradients of the scores, the stream's and the values'.
 
     Free by then: the feed-forward block with its norms and input, the output projection's input, the bf16 probabilities
-    and the repeated values.
+    and the repeated values. Packed, one row of them at a time, beside the gradient of all rows' outputs.
     """
     stream, query = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.query_width
     inner = HALF * batch.tokens * dims.intermediate
-    scores = batch.tokens * batch.length * dims.heads
+    scores = (batch.length if batch.joined else batch.tokens) * batch.length * dims.heads
     freed = dims.switches.inner_saved * inner + (dims.switches.wide_norms - 1) * _norm_bytes(dims, batch)
-    freed += stream + 2 * query + HALF * scores
+    freed += stream + (1 if batch.joined else 2) * query + HALF * scores
     return 2 * FULL * scores + stream + query - freed
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.bytes.activations import MicroBatch, backward_workspace, forward_workspace, norm_workspace
-from qrosa.planner.bytes.peaks import PhaseMemory, micro_batch, recomputed_bytes
+from qrosa.planner.bytes.peaks import PhaseMemory, micro_batch, recomputed_bytes, training_micro_batch
 from qrosa.planner.workload import Workload
 
 # Fitted to half of the settings of bench/bench_host_memory.py: in any phase, of what comes and goes in it, and of what
@@ -41,7 +41,7 @@ def _coming(work: Workload, phase: str) -> int:
     if phase == "select":
         return layer_bytes(work, micro_batch(work, work.length, 1))
     if phase == "train":
-        return layer_bytes(work, micro_batch(work, work.tokens, work.rows))
+        return layer_bytes(work, training_micro_batch(work))
     if phase == "eval":
         batch = micro_batch(work, max(work.eval_tokens, work.length), 0)
         return round(_IN_PASSING * forward_workspace(work.shape.dims, batch, work.attention, True))

@@ -8,7 +8,7 @@ tensors that never meet are not added. Adding up each component's own peak would
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qrosa.adapters.forms import form_named
 from qrosa.planner.bytes import components as parts
@@ -117,10 +117,15 @@ def _overhead(work: Workload) -> Components:
 
 
 def micro_batch(work: Workload, tokens: int, rows: int) -> MicroBatch:
-    """A micro-batch of a run's longest rows."""
+    """A micro-batch of a run's longest rows, padded."""
     window = work.shape.dims.sliding_window
     split = work.deterministic and not work.on_cpu
     return MicroBatch(tokens, work.length, rows, 0 < window <= work.length, work.widens, split)
+
+
+def training_micro_batch(work: Workload) -> MicroBatch:
+    """The largest micro-batch that is trained on, padded or packed."""
+    return replace(micro_batch(work, work.tokens, work.rows), packed=work.packed)
 
 
 def boundary_bytes(work: Workload, tokens: int) -> int:

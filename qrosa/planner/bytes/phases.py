@@ -31,6 +31,7 @@ from qrosa.planner.bytes.peaks import (
     forward_moments,
     micro_batch,
     scratch_bytes,
+    training_micro_batch,
 )
 from qrosa.planner.workload import Workload
 
@@ -248,7 +249,7 @@ def _train(work: Workload) -> PhaseMemory:
     """Joint training: micro-batches of the longest rows."""
     allocation = work.allocation
     gradients = parts.micro_batch_gradient_bytes(allocation.low_rank_parameters, allocation.sparse_parameters)
-    batch = micro_batch(work, work.tokens, work.rows)
+    batch = training_micro_batch(work)
     moments = backward_moments(work, batch, _resident(work), gradients, work.shape.dims.layers)
     if work.goal.compares:
         moments += forward_moments(work, batch, _resident(work), work.loss_chunk_tokens)

@@ -13,6 +13,7 @@ from qrosa.errors import DoesNotFitError, InputError
 from qrosa.optim.kinds import OPTIMIZERS, leanest
 from qrosa.planner.plan import Plan
 from qrosa.planner.request import Request
+from qrosa.planner.search.packing import may_pack
 from qrosa.planner.search.solve import solve_smallest
 from qrosa.quantities import bytes_text, optimizer_parts, parse_offload, parse_size
 
@@ -57,8 +58,8 @@ def require_fit(plan: Plan) -> None:
 def alternatives(plan: Plan) -> list[Suggestion]:
     """Single changes that make ``plan`` fit, the least painful first; empty where it fits as it is.
 
-    Undoing a forced micro-batch, checkpointing or offload comes first, then 8-bit optimizer states, shorter rows, a
-    smaller budget, a base that is mapped from files, and more memory, which always helps.
+    Undoing a forced micro-batch, checkpointing or offload comes first, then 8-bit optimizer states, packing, shorter
+    rows, a smaller budget, a base that is mapped from files, and more memory, which always helps.
     """
     return [] if plan.fits else [suggestion for suggestion in _tries(plan) if suggestion is not None]
 
@@ -73,6 +74,8 @@ def _tries(plan: Plan) -> Iterator[Suggestion | None]:
     }
     if not OPTIMIZERS[train.optimizer].paged and request.zero is None:  # DeepSpeed runs one optimizer only
         freed["optimizer"] = leanest().name
+    if may_pack(request):
+        freed["packing"] = "on"
     for name, free in freed.items():
         if getattr(train, name) != free:
             change: dict[str, Any] = {name: free}

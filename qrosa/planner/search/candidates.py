@@ -127,6 +127,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         widens=request.widens,
         objective=train.objective,
         samples=train.samples,
+        packed=train.packing == "on",
     )
 
 
@@ -143,10 +144,18 @@ def _token_ladder(request: Request, length: int, *, down_to_one_row: bool) -> li
     """Sizes of a micro-batch in tokens, falling; a fixed micro-batch has one."""
     train = request.train
     if train.micro_batch != "auto":
-        return [min(int(train.micro_batch), train.step_rows) * length]
-    tokens = max(length, min(WANTED_TOKENS[request.device], train.step_rows * length))
+        return [_most_tokens(request, min(int(train.micro_batch), train.step_rows), length)]
+    tokens = max(length, min(WANTED_TOKENS[request.device], _most_tokens(request, train.step_rows, length)))
     floor = length if down_to_one_row else max(length, min(tokens, BUSY_TOKENS[request.device]))
     ladder = [tokens]
     while ladder[-1] > floor:
         ladder.append(max(floor, ladder[-1] // 2))
     return ladder
+
+
+def _most_tokens(request: Request, rows: int, length: int) -> int:
+    """The most tokens of so many rows of a step: padded they are as long as the longest, packed as long as they are."""
+    most = request.rows.most
+    if request.train.packing != "on" or len(most) < rows:
+        return rows * length
+    return sum(min(one, length) for one in most[:rows])

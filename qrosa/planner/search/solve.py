@@ -23,6 +23,7 @@ from qrosa.planner.cards import LARGEST, Machines, smallest_card
 from qrosa.planner.plan import Choice, Plan, Timed
 from qrosa.planner.request import Request
 from qrosa.planner.search.candidates import candidates
+from qrosa.planner.search.packing import why_padded, with_packing
 from qrosa.planner.time.estimate import estimate
 from qrosa.planner.workload import Workload
 from qrosa.quantities import parse_size
@@ -33,7 +34,20 @@ STATISTICS_SHARE = 0.9  # of the memory that selection leaves: one more pass is 
 
 
 def solve(request: Request, allocation: Allocation | None = None) -> Plan:
-    """Choose the settings of a request whose device and cap are known: the fastest that fit, else the smallest."""
+    """Choose the settings of a request whose device and cap are known: the fastest that fit, else the smallest.
+
+    Rows are packed where that was left open and padding would be much of the work.
+    """
+    if request.train.packing != "auto":
+        return _solve(request, allocation)
+    padded = _solve(with_packing(request, "off"), allocation)
+    if why_padded(padded) is not None:
+        return padded
+    packed = _solve(with_packing(request, "on"), allocation)
+    return packed if packed.fits else padded
+
+
+def _solve(request: Request, allocation: Allocation | None) -> Plan:
     allocation = allocation or allocate(request.adapter, request.shape.linears, request.shape.base_parameters)
     if request.device == "cuda":
         ranked = _fastest_first(request, allocation)

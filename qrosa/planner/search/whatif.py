@@ -104,7 +104,7 @@ def longest_row(request: Request, allocation: Allocation) -> int | None:
 
     def fits(steps: int) -> bool:
         data = dataclasses.replace(request.data, seq_len=min(steps * LENGTH_STEP, limit))
-        rows = dataclasses.replace(request.rows, longest=None)
+        rows = dataclasses.replace(request.rows, longest=None, most=())
         return least(dataclasses.replace(request, data=data, rows=rows), allocation).fits
 
     steps = last(fits, -(-limit // LENGTH_STEP))
@@ -116,7 +116,8 @@ def _largest(request: Request, allocation: Allocation, length: int) -> int | Non
 
     def fits(rows: int) -> bool:
         train = dataclasses.replace(request.train, micro_batch=str(rows), batch_size=rows)
-        return least(dataclasses.replace(request, train=train), allocation).fits
+        of_length = dataclasses.replace(request.rows, most=())
+        return least(dataclasses.replace(request, train=train, rows=of_length), allocation).fits
 
     return last(fits, max(1, _MOST_TOKENS // length)) or None
 

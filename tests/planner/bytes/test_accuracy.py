@@ -23,6 +23,7 @@ RECOMPUTE, KEEP = {"checkpointing": True}, {"checkpointing": False}
 OFFLOAD = {"checkpointing": True, "offload_activations": True}
 STREAM = {"checkpointing": True, "resident_blocks": 1}
 CANDIDATES = {"mask_candidates": 16}
+PACKED = {"packed": True, "rows": 3}
 CASES = [
     ("Llama-3.1-8B", 2048, RECOMPUTE),
     ("Llama-3.1-8B", 512, OFFLOAD),
@@ -39,6 +40,11 @@ CASES = [
     ("Gemma-2-9B", 8192, KEEP),
     ("Phi-3-medium", 512, RECOMPUTE),
     ("Phi-3-medium", 2048, KEEP),
+    ("Llama-3.1-8B", 2048, RECOMPUTE | PACKED),
+    ("Llama-3.1-8B", 512, KEEP | PACKED),
+    ("Mistral-7B", 8192, RECOMPUTE | PACKED),
+    ("Gemma-2-9B", 2048, RECOMPUTE | PACKED),
+    ("Phi-3-medium", 512, KEEP | PACKED),
 ]
 # Steps that score answers first; what picks masks is the same as ever, and not run again here.
 COMPARED = {"dropout": 0.0, "mask_score": "random"}
@@ -97,13 +103,22 @@ def test_scoring_with_few_logits_at_once(monkeypatch: pytest.MonkeyPatch, name: 
     check(work, model_config(name), {"train", "eval"})
 
 
+@pytest.mark.parametrize("changes", [RECOMPUTE, KEEP])
+def test_packed_rows_under_a_window(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    sliding = MODELS["Mistral-7B"].config | {"num_hidden_layers": 3, "sliding_window": 1024}
+    monkeypatch.setitem(memory_cases.MODELS, "Mistral-7B", RealModel(7.2, sliding))
+    check(workload("Mistral-7B", 2048, **(changes | PACKED)), model_config("Mistral-7B"))
+
+
 def test_a_whole_8b_model() -> None:
     check(workload("Llama-3.1-8B", 1024, checkpointing=True), model_config("Llama-3.1-8B"))
 
 
-def test_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cpu(monkeypatch: pytest.MonkeyPatch, packed: bool) -> None:
     monkeypatch.setitem(memory_cases.MODELS, "SmolLM2", RealModel(0.1345, SMOLLM2))
     work = workload("SmolLM2", 512, rows=4, checkpointing=True, device="cpu", attention="eager", eval_tokens=1024)
+    work = replace(work, packed=packed)
     check(replace(work, mask_group_bytes=2**27), model_config("SmolLM2"))
 
 
