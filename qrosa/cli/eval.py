@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qrosa.cli.loading import base_option, choose_device, load, offload_option, open_source, progress_bar
+from qrosa.cli.loading import Opened, base_option, choose_device, load, offload_option, open_source, progress_bar
 from qrosa.cli.options import (
     device_option,
     emit_json,
@@ -27,6 +27,7 @@ Examples:
   qrosa eval HuggingFaceTB/SmolLM2-135M-Instruct --data test.jsonl --limit 500 --json
   qrosa eval run/checkpoints/step-200 --data folder --split validation
   qrosa eval run --objective dpo --data pairs.jsonl
+  qrosa eval run --tasks hellaswag,arc_easy
 """
 _PERCENT = ("accuracy", "exact_match")
 _SETTINGS = (
@@ -37,7 +38,14 @@ _SETTINGS = (
 
 @click.command(epilog=_EXAMPLES)
 @click.argument("source", metavar="RUN-OR-MODEL")
-@settings_options("data", "train", required=("data",), only=_SETTINGS)
+@settings_options("data", "train", only=_SETTINGS)
+@click.option("--tasks", metavar="NAME,...", help="Score on tasks of lm_eval instead of rows.")
+@click.option(
+    "--task-files",
+    metavar="FOLDER",
+    help="More tasks for lm_eval, as YAML files; code that they name runs.",
+)
+@click.option("--as-chat", is_flag=True, help="Put the tasks' prompts through the chat template.")
 @click.option(
     "--split",
     type=click.Choice(["train", "validation", "test"]),
@@ -50,6 +58,9 @@ _SETTINGS = (
 @json_option
 def command(
     source: str,
+    tasks: str | None,
+    task_files: str | None,
+    as_chat: bool,
     split: str | None,
     limit: int | None,
     base_model: str | None,
@@ -58,7 +69,7 @@ def command(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Score a model or a run on rows: loss, perplexity, accuracy.
+    """Score a model or a run on rows: loss, perplexity, accuracy. Or on tasks of lm_eval.
 
     Loss is the mean over completion tokens. Where the rows' completions are few and short (at most 64 different ones of
     32 tokens), they are taken as labels: accuracy is how often the row's own is the likeliest of them, exact match how
@@ -68,13 +79,19 @@ def command(
     more likely than the rejected one, against the base without it; the margin says by how much. With orpo the same
     without the base, by the log odds ratio, of models too; with kto, rows of prompt, completion and label: how often a
     wanted answer gained more than answers to other prompts did, and an unwanted one less.
+
+    With --tasks, the tasks' own metrics, as lm_eval has them, of the 4-bit base with the adapter.
     """
     from qrosa.data.dataset import EVAL_SPLITS, load_rows
     from qrosa.data.length import row_length
 
     data, train = make_group(DataConfig, settings), make_group(TrainConfig, settings)
-    if not data.data:
-        raise InputError("--data is missing", "give the rows to score on")
+    _check_asked(data.data, tasks, task_files, as_chat)
+    if tasks is not None:
+        opened = open_source(source, base_model)
+        document = _on_tasks(opened, tasks, task_files, device, offload, data, limit, as_chat=as_chat)
+        emit_json({"model": source, "tasks": document}) if as_json else _show_tasks(result_console(), document)
+        return
     goal = train.goal
     console = progress_console()
     place = choose_device(device)
@@ -109,6 +126,38 @@ def command(
         _show(result_console(), result)
 
 
+def _check_asked(data: Any, tasks: str | None, task_files: str | None, as_chat: bool) -> None:
+    """Refuse what leaves open, or contradicts, what to score on."""
+    if data and tasks is not None:
+        raise InputError("--data and --tasks contradict each other", "give one of them")
+    if tasks is None and (task_files is not None or as_chat):
+        flag = "--task-files" if task_files is not None else "--as-chat"
+        raise InputError(f"{flag} is of --tasks, which is missing", "name the tasks, or leave it out")
+    if not data and tasks is None:
+        raise InputError("--data is missing", "give the rows to score on, or --tasks of lm_eval")
+
+
+def _on_tasks(
+    opened: Opened,
+    names: str,
+    folder: str | None,
+    device: str | None,
+    offload: str,
+    data: DataConfig,
+    limit: int | None,
+    *,
+    as_chat: bool,
+) -> Any:
+    """The figures of lm_eval's tasks."""
+    from qrosa.eval.harness import Tasks
+
+    console, place = progress_console(), choose_device(device)
+    tasks = Tasks([name.strip() for name in names.split(",") if name.strip()], folder)
+    tokenizer = opened.tokenizer(data.chat_template)
+    model = load(opened, place, console, offload)
+    return tasks.score(model, tokenizer, limit=limit, longest=data.seq_len, as_chat=as_chat)
+
+
 def _scored(model: Any, tokenizer: Any, rows: Any, train: TrainConfig, progress: Any) -> Any:
     """The figures of rows, or what compares them."""
     from qrosa.eval.generate import padding_token
@@ -121,6 +170,21 @@ def _scored(model: Any, tokenizer: Any, rows: Any, train: TrainConfig, progress:
     pad_id = padding_token(model, tokenizer)
     sums = sum_preferences(model, rows, train.goal, train, max_tokens=MAX_TOKENS, pad_id=pad_id, progress=progress)
     return preference_result(sums, train.goal)
+
+
+def _show_tasks(console: Console, tasks: Any) -> None:
+    from rich.table import Table
+
+    table = Table(box=None)
+    for heading in ("task", "rows", "metric", "value"):
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    for name, figures in tasks.items():
+        rows = str(figures.get("rows", ""))
+        for metric, value in figures.items():
+            if metric != "rows" and "_stderr" not in metric:
+                table.add_row(name, rows, metric, f"{value:.4f}")
+                name = rows = ""
+    console.print(table)
 
 
 def _show(console: Console, result: Any) -> None:
