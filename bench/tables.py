@@ -255,6 +255,39 @@ def rank_by() -> str:
     return markdown(["sparse share", "seed", "--rank-by order", "--rank-by sensitivity"], rows) + text
 
 
+def far_apart() -> str:
+    """Steps of machines on their own, against gradients that are summed in every one."""
+    record = read("far-apart-cpu")
+    cases: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for row in sorted(record["rows"], key=lambda row: (row["machines"], row["every"], row["more"])):
+        cases.setdefault((row["machines"], row["every"], row["more"]), []).append(row)
+    rows = []
+    for (machines, every, more), found in cases.items():
+        losses, plain = [row["loss"] for row in found], cases[machines, 1, ""]
+        spread = f" ({min(losses):.3f} to {max(losses):.3f}, {len(losses)} seeds)" if len(losses) > 1 else " (one seed)"
+        sent = sum(row["bytes"] for row in found) / len(found)
+        share = sent / (sum(row["bytes"] for row in plain) / len(plain))
+        seconds = sum(row["seconds"] for row in found) / len(found)
+        how = "every step" if every == 1 else f"`{f'--sync-every {every} {more}'.strip()}`"
+        what = f"{machines} machines, {how}"
+        loss = f"{sum(losses) / len(losses):.3f}{spread}"
+        rows.append([what, loss, f"{sent / 1e6:.1f} MB", f"{share:.1%}", f"{seconds:.0f} s"])
+    text = (
+        f"\nFirst {record['layers']} layers of SmolLM2-135M, {record['rows'][0]['steps']} steps of 8 rows, "
+        f"{record['test_rows']} held-out rows; {record['mbit']:.0f} Mbit/s and {record['round_trip_ms']:.0f} ms "
+        "for each machine; all machines are processes on two cores, which other work shared, so seconds say little. "
+    )
+    lost = record.get("lost")
+    if lost:
+        same = "the same bits as without that" if lost["same_adapter"] else "another adapter than without that"
+        text += (
+            f"One of two machines killed after step {lost['killed_after']}: the other ended "
+            f"{lost['noticed_after_seconds']:.1f} s later, and both, started again, ended with {same}. "
+        )
+    headings = ["", "held-out loss", "sent by a machine", "of every step's", "steps and meetings"]
+    return markdown(headings, rows) + text + "Reproduce: `python bench/bench_far_apart.py`\n"
+
+
 # What the first table of the README asks: models as their config.json says, cards with the memory that people own.
 _FIT_MODELS = (
     *(("Llama-3.1-8B", "sft"), ("Llama-3.1-8B", "dpo"), ("Mistral-Nemo-12B", "sft"), ("Qwen2.5-14B", "sft")),
@@ -410,6 +443,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan": plan,
     "host-memory": host_memory,
     "rank-by": rank_by,
+    "far-apart": far_apart,
     "fit": fit,
     "published": published,
     "promises": promises,

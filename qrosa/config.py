@@ -292,6 +292,17 @@ class TrainConfig:
         "file says.",
         metavar="zero2|zero3|FILE.json",
     )
+    sync_every: int = setting(
+        1,
+        "Steps that each machine takes on its own before the machines' adapters are averaged, for machines that a slow "
+        "network joins; 1 sums gradients in every step.",
+    )
+    outer_lr: float = setting(
+        1.0, "With --sync-every: learning rate of the step that takes the machines' averaged moves; 1 takes them whole."
+    )
+    outer_momentum: float = setting(
+        0.0, "With --sync-every: Nesterov momentum of that step, for runs of hundreds of meetings."
+    )
     timeout: float = setting(
         1800.0, "Seconds that one of several processes waits for the others before the run ends with an error."
     )
@@ -305,7 +316,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         weights = ("beta", "desirable_weight", "undesirable_weight")
-        for name in ("batch_size", *weights, "max_grad_norm", "keep", "timeout"):
+        for name in ("batch_size", *weights, "max_grad_norm", "keep", "timeout", "sync_every", "outer_lr"):
             check_positive(name, getattr(self, name))
         for name in ("lr", "sparse_lr", "max_steps", "epochs", "eval_every", "stop_after", "save_every"):
             if getattr(self, name) is not None:
@@ -352,6 +363,28 @@ class TrainConfig:
             raise InputError(
                 f"{flag} runs {SHARED.words}, and --optimizer is {self.optimizer}",
                 f"leave --optimizer at {SHARED.name}, or leave {flag} out",
+            )
+
+        self._check_meetings()
+
+    def _check_meetings(self) -> None:
+        """Refuse what machines that step on their own cannot do."""
+        if not 0 <= self.outer_momentum < 1:
+            raise InputError(
+                f"--outer-momentum {self.outer_momentum:g} is out of range", "use 0 (none) up to, not including, 1"
+            )
+        if self.sync_every == 1:
+            return
+        if self.deepspeed is not None or parse_offload(self.offload).optimizer:
+            flag = "--deepspeed" if self.deepspeed is not None else "--offload optimizer"
+            raise InputError(
+                f"{flag} shares the optimizer over all processes in every step, and --sync-every has them apart",
+                "leave out one of the two",
+            )
+        if self.base_rounding == "feedback":
+            raise InputError(
+                "--base-rounding feedback makes the base on one machine, and --sync-every is for machines apart",
+                "make it with 'qrosa quantize', take it to each machine, and name it with --base",
             )
 
     @property

@@ -26,6 +26,7 @@ from qrosa.cli.options import (
 )
 from qrosa.config import RunConfig, make_run_config, read_yaml
 from qrosa.errors import InputError, StorageError
+from qrosa.planner.hardware import machine_here
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,6 +54,8 @@ Examples:
   qrosa finetune --resume --output run                                     # goes on, bit for bit
   torchrun --nproc-per-node 2 --no-python qrosa finetune --config recipe.yaml --deepspeed zero2      # two cards
   qrosa finetune --config recipe.yaml --offload auto,optimizer             # masters and AdamW in host memory
+  torchrun --nnodes 2 --node-rank 0 --nproc-per-node 1 --master-addr HOST --no-python \\
+      qrosa finetune --config recipe.yaml --sync-every 100                 # machines that a slow network joins
 """
 
 
@@ -101,20 +104,33 @@ def resolve(config_file: str | None, settings: Mapping[str, str | None], *, resu
     below = read_yaml(config_file) if config_file else {}
     values = overlay(below, flags)
     if resume and values.get("output"):
-        values = overlay(_stored(Path(str(values["output"]))), values)
+        apart = str(values.get("sync_every", 1)) != "1"
+        values = overlay(_stored(Path(str(values["output"])), apart=apart), values)
     if dry_run:
         values.setdefault("output", "run")
     return make_run_config(values)
 
 
-def _stored(run: Path) -> dict[str, Any]:
+def _stored(run: Path, *, apart: bool) -> dict[str, Any]:
     """The settings of the run to resume.
+
+    Args:
+        run: Its folder.
+        apart: Machines step on their own: all but the first may be new to the run, and then go by what they are given.
 
     Raises:
         InputError: There is no run.
         StorageError: Its settings are damaged.
     """
     path = run / "config.yaml"
+    if machine_here():
+        from qrosa.record.folder import machine_folder
+
+        own = machine_folder(run, machine_here()) / "config.yaml"
+        if own.is_file():
+            path = own
+        elif apart and not path.is_file():
+            return {}
     if not path.is_file():
         raise InputError(f"there is no run to resume in {run}", "check --output, or leave --resume out")
     try:

@@ -43,7 +43,7 @@ _SETTINGS = (
     *("mask_score", "mask_scope", "mask_memory"),
     *("data", "seq_len", "train_on", "columns", "chat_template"),
     *("batch_size", "micro_batch", "packing", "optimizer", "checkpointing", "offload", "deepspeed", "keep"),
-    *("vram", "host_memory", "keep_best", "samples", "base_rounding", "objective"),
+    *("vram", "host_memory", "keep_best", "samples", "base_rounding", "objective", "sync_every"),
 )
 _EXAMPLES = """\b
 Examples:
@@ -51,6 +51,7 @@ Examples:
   qrosa plan --model ./model --budget 20M --vram 12GB --seq-len 4096 --optimizer adamw8bit
   qrosa plan --model ./model --rank 16 --density 0.6% --data rows.jsonl --json
   qrosa plan --model ./model --budget 0.3% --gpu rtx4090 --gpus 2 --nodes 4 --network 10gbe
+  qrosa plan --model ./model --budget 0.3% --gpu rtx4090 --nodes 2 --network 20mbit,80ms --sync-every 100
   qrosa plan --model ./model --budget 0.3% --data rows.jsonl --probe      # a few real steps on this machine
 """
 

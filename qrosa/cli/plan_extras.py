@@ -29,7 +29,9 @@ def machine_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the four options; :func:`read_machines` takes them out of its settings again."""
     for option in (
         click.option(
-            "--network", metavar="1gbe|10gbe|100gbe", help=f"What joins the machines.  [default: {DEFAULT_NETWORK}]"
+            "--network",
+            metavar="1gbe|10gbe|100gbe|RATE,MS",
+            help=f"What joins the machines; 20mbit,80ms is a rate and a round trip.  [default: {DEFAULT_NETWORK}]",
         ),
         click.option("--nodes", type=click.IntRange(1, 100_000), metavar="N", help="Machines.  [default: 1]"),
         click.option("--gpus", type=click.IntRange(1, 64), metavar="N", help="Cards in a machine.  [default: 1]"),

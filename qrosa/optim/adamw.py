@@ -30,7 +30,7 @@ from qrosa.optim.kinds import OPTIMIZERS
 from qrosa.optim.parts import LOW_RANK, SPARSE, FlatParameters, Optimizer, check_sparse
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from qrosa.optim.machines import Processes
 
 _MakeOptimizer = Callable[[nn.Parameter], torch.optim.Optimizer]
 
@@ -133,7 +133,7 @@ class AdapterOptimizer(Optimizer):
         *,
         kind: str = "adamw",
         weight_decay: float = 0.0,
-        accelerator: Accelerator | None = None,
+        accelerator: Processes | None = None,
     ) -> None:
         if kind not in OPTIMIZERS:
             raise InputError(f"optimizer {kind!r} is unknown", f"use one of: {', '.join(OPTIMIZERS)}")

@@ -19,7 +19,7 @@ from qrosa.adapters.inject import adapter_parameters
 from qrosa.errors import InputError
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from qrosa.optim.machines import Processes
 
 LOW_RANK, SPARSE = "low_rank", "sparse"
 
@@ -102,7 +102,7 @@ class Optimizer(ABC):
         accelerator: The processes that share a step; None for this one alone.
     """
 
-    accelerator: Accelerator | None
+    accelerator: Processes | None
 
     @property
     @abstractmethod

@@ -70,6 +70,11 @@ def steps_between_evaluations(train: TrainConfig, total: int) -> int | None:
     return train.eval_every or (max(1, total // 20) if judged else None)
 
 
+def steps_between_saves(train: TrainConfig, total: int) -> int:
+    """Steps from one checkpoint to the next; where machines step on their own, one at each of their meetings."""
+    return train.save_every or (train.sync_every if train.sync_every > 1 else max(1, total // 10))
+
+
 def phases_of(total: int, warmup_steps: int | None, *, low_rank: bool, sparse: bool) -> Phases:
     """The phases of ``total`` steps.
 

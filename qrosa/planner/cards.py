@@ -28,6 +28,7 @@ RTX 4070 11.56; RTX 4090 23.64 (ali-vilab/VGen#104) to 23.68 of nvidia-smi's 245
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from qrosa.errors import InputError
@@ -85,10 +86,12 @@ class Network:
     Attributes:
         name: As ``--network`` names it.
         rate: Bytes a second, each way.
+        latency: Seconds from one machine to the next.
     """
 
     name: str
     rate: float
+    latency: float = 50e-6
 
 
 CARDS = {
@@ -132,6 +135,9 @@ NETWORKS = {
 }
 
 
+_RATE = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([kmg])bit(?:,([0-9]{1,6}(?:\.[0-9]{1,6})?)ms)?")
+
+
 def find_card(name: str) -> Card:
     """A card by name; ``RTX 4090`` and ``rtx-4090`` are ``rtx4090``.
 
@@ -146,14 +152,20 @@ def find_card(name: str) -> Card:
 
 
 def find_network(name: str) -> Network:
-    """A network by name.
+    """A network by name, or by its rate and round trip: ``20mbit,80ms``.
 
     Raises:
-        InputError: It is not in the table.
+        InputError: It is not in the table, and no rate.
     """
-    if name.lower() not in NETWORKS:
-        raise InputError(f"--network {name} is unknown", f"use one of: {', '.join(NETWORKS)}")
-    return NETWORKS[name.lower()]
+    plain = name.lower().replace(" ", "")
+    if plain in NETWORKS:
+        return NETWORKS[plain]
+    found = _RATE.fullmatch(plain)
+    if found is None or float(found[1]) == 0:
+        hint = f"use one of: {', '.join(NETWORKS)}; or a rate with the round trip, such as 20mbit,80ms"
+        raise InputError(f"--network {name} is unknown", hint)
+    rate = float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]] / 8
+    return Network(plain, rate, float(found[3]) / 2e3) if found[3] else Network(plain, rate)
 
 
 def smallest_card(memory: int, *, as_sold: bool = False) -> Card | None:

@@ -171,6 +171,12 @@ def processes_on_this_host() -> int:
     return _count("LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in os.environ else "LOCAL_SIZE")
 
 
+def machine_here() -> int:
+    """Index of this machine among those of the run, whose processes launchers number machine by machine."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) // processes_on_this_host() if rank.isdigit() else 0
+
+
 def _count(name: str) -> int:
     text = os.environ.get(name, "1")
     return int(text) if text.isdigit() and int(text) > 0 else 1

@@ -161,6 +161,7 @@ class Plan:
             "mask_passes": self.mask_passes,
             "optimizer": work.optimizer,
             "deterministic": work.deterministic,
+            "sync_every": work.sync_every if work.sync_every > 1 else None,
             "deepspeed": work.zero.words if work.zero is not None else None,
         }
 

@@ -52,6 +52,7 @@ class Workload:
         samples: Prompts that are answered before and after training.
         objective: What is learnt; some score rows before they are trained on.
         packed: Rows of a training micro-batch lie end to end, without padding.
+        sync_every: Steps that machines take on their own between two exchanges; 1 where they do not.
     """
 
     shape: ModelShape
@@ -87,6 +88,7 @@ class Workload:
     objective: str = "sft"
     samples: int = 0
     packed: bool = False
+    sync_every: int = 1
 
     @property
     def packed_lengths(self) -> list[int]:

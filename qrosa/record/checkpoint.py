@@ -46,7 +46,7 @@ CHECKPOINTS = "checkpoints"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 FORMAT = 2
-_FILES = (ADAPTER_FILE, CONFIG_FILE, OPTIMIZER_FILE)
+FILES = (ADAPTER_FILE, CONFIG_FILE, OPTIMIZER_FILE)
 _SEAL = "sha256"  # of state.json without this key
 
 # Settings that may change between the two halves of a run without changing what is computed.
@@ -140,7 +140,7 @@ def save_checkpoint(
             "fingerprints": dict(fingerprints),
             "run": state.to_json(),
             "logs": dict(logs),
-            "files": {name: file_digest(draft / name) for name in _FILES},
+            "files": {name: file_digest(draft / name) for name in FILES},
         }
         write_json(draft / STATE_FILE, {**document, _SEAL: document_digest(document)})
         aside = _aside(final)
@@ -205,7 +205,7 @@ def delete_checkpoints(run: Path) -> None:
     folder = run / CHECKPOINTS
     for path in [*folder.glob("step-*"), *folder.glob(".step-*")]:
         known = {entry.name.removesuffix(".tmp") for entry in path.iterdir()} if path.is_dir() else {""}
-        if re.fullmatch(r"\.?step-[0-9]+(\.old|\.tmp)?", path.name) and known <= {*_FILES, STATE_FILE}:
+        if re.fullmatch(r"\.?step-[0-9]+(\.old|\.tmp)?", path.name) and known <= {*FILES, STATE_FILE}:
             shutil.rmtree(path)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
@@ -220,7 +220,7 @@ def latest(run: Path, notice: Callable[[str], None]) -> Checkpoint | None:
     steps = checkpoint_steps(run)
     for step in steps:
         try:
-            return _open(step_folder(run, step), step)
+            return open_checkpoint(run, step)
         except QrosaError as error:
             notice(f"checkpoint step-{step} is damaged and is passed over: {error.message}")
     if steps:
@@ -233,17 +233,18 @@ def latest(run: Path, notice: Callable[[str], None]) -> Checkpoint | None:
 def is_sound(run: Path, step: int) -> bool:
     """Whether the checkpoint of a step is there, byte for byte as it was written."""
     try:
-        return _open(step_folder(run, step), step).step == step
+        return open_checkpoint(run, step).step == step
     except QrosaError:
         return False
 
 
-def _open(folder: Path, step: int) -> Checkpoint:
+def open_checkpoint(run: Path, step: int) -> Checkpoint:
     """The checkpoint of a step.
 
     Raises:
         QrosaError: It is not, byte for byte, what was written there.
     """
+    folder = step_folder(run, step)
     path, elsewhere = folder / STATE_FILE, "resume from another checkpoint"
     document = read_json(path)
     seal = document.pop(_SEAL, None)
@@ -252,7 +253,7 @@ def _open(folder: Path, step: int) -> Checkpoint:
     state = RunState.from_json(document.get("run", {}))
     files, logs = document.get("files"), document.get("logs")
     settings, fingerprints = document.get("settings"), document.get("fingerprints")
-    if state.step != step or not isinstance(files, dict) or set(files) != set(_FILES):
+    if state.step != step or not isinstance(files, dict) or set(files) != set(FILES):
         raise StorageError(f"{path} is incomplete", elsewhere)
     if not all(isinstance(part, dict) for part in (logs, settings, fingerprints)):
         raise StorageError(f"{path} is incomplete", elsewhere)

@@ -52,6 +52,17 @@ OWN_NAMES = (
 )
 
 
+def machine_folder(output: Path, machine: int) -> Path:
+    """Where a machine keeps a run whose machines step on their own: a run folder each, so that each can stand for all.
+
+    Args:
+        output: As the settings name it; the first machine's.
+        machine: Index of the machine.
+    """
+    place = output.absolute()
+    return output if machine == 0 else place.with_name(f"{place.name}.machine-{machine}")
+
+
 def check_output(output: Path, *, resume: bool, force: bool) -> None:
     """Refuse an output that a run cannot or must not be written to; changes nothing on disk.
 

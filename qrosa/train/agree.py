@@ -37,3 +37,12 @@ def agree(accelerator: Accelerator | PartialState, tensors: Sequence[Tensor]) ->
             sent = torch.zeros(count, dtype=tensor.dtype, device=accelerator.device)
         agreed.append(broadcast(sent).to(tensor.device))
     return agreed
+
+
+def agree_on_bytes(accelerator: Accelerator, data: bytes) -> bytes:
+    """The main process's bytes, on every process; what the others give is not looked at."""
+    if accelerator.num_processes == 1:
+        return data
+    # Never empty: a view of nothing has no storage to send from.
+    mine = torch.frombuffer(bytearray(data + b"\0"), dtype=torch.uint8)
+    return agree(accelerator, [mine])[0].numpy().tobytes()[:-1]

@@ -17,6 +17,7 @@ from qrosa.data.store import row_lengths, with_supervised_tokens
 from qrosa.errors import DoesNotFitError
 from qrosa.eval.perplexity import evaluate_loss, loss_result
 from qrosa.eval.preferences import PreferenceSums, preference_result, sum_preferences
+from qrosa.optim.machines import Machines, Processes
 from qrosa.train.callbacks import Advance
 from qrosa.train.step import free_memory, is_out_of_memory
 
@@ -81,18 +82,25 @@ def evaluate(
     return dict(loss_result(len(rows), int(sums["supervised_tokens"]), sums["loss"])), max_tokens
 
 
-def add_up(accelerator: Accelerator, values: Sequence[float]) -> list[float]:
-    """The sums of numbers over all processes."""
-    if accelerator.num_processes == 1:
+def add_up(processes: Processes, values: Sequence[float]) -> list[float]:
+    """The sums of numbers over all of some processes."""
+    if processes.num_processes == 1:
         return list(values)
-    added = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device))
-    return cast(list[float], cast(torch.Tensor, added).tolist())
+    return cast(
+        list[float], processes.reduce(torch.tensor(values, dtype=torch.float64, device=processes.device)).tolist()
+    )
 
 
 def own_share(rows: Sequence[EncodedRow], group: int, accelerator: Accelerator) -> list[EncodedRow]:
     """This process's share of rows of which ``group`` that follow each other belong together."""
     process, processes = accelerator.process_index, accelerator.num_processes
     return [row for index, row in enumerate(rows) if index // group % processes == process]
+
+
+def machine_share(rows: Sequence[EncodedRow], group: int, machines: Machines) -> list[EncodedRow]:
+    """The shares of all processes of this machine."""
+    processes = machines.accelerator.num_processes
+    return [row for index, row in enumerate(rows) if index // group % processes in machines.own]
 
 
 def _share(

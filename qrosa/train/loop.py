@@ -5,7 +5,8 @@ and which units dropout zeroes all follow from the seed and the step. A run can 
 on bit for bit from a checkpoint.
 
 Several processes (started by ``torchrun``, ``accelerate launch`` or ``deepspeed``) each compute their share of a
-step's rows; then the optimizer sums the two flat gradients over them, and nothing else travels. There is no
+step's rows; then the optimizer sums the two flat gradients over them, and nothing else travels. Where machines step on
+their own, only the processes of one machine do that, and what all must do together waits for a meeting. There is no
 DistributedDataParallel wrapper: it would hook every parameter and all-reduce per micro-batch what travels here once a
 step.
 """
@@ -26,8 +27,9 @@ from qrosa.config import RunConfig
 from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.order import step_rows
 from qrosa.errors import InterruptedRunError
+from qrosa.optim.machines import Machines, Processes
 from qrosa.optim.parts import Optimizer
-from qrosa.optim.schedule import Phases, learning_rate_factor, sparse_learning_rate_factor
+from qrosa.optim.schedule import Phases, learning_rate_factor, sparse_learning_rate_factor, steps_between_saves
 from qrosa.record.checkpoint import checkpoint_steps, prune, save_checkpoint, step_folder
 from qrosa.record.logs import EVAL_FILE, METRICS_FILE, StepRecord, append_line, log_sizes
 from qrosa.record.meter import MemoryMeter
@@ -36,8 +38,9 @@ from qrosa.report.words import stop_words
 from qrosa.train import guard
 from qrosa.train.best import is_best_now, kept_step, note_evaluation, out_of_patience
 from qrosa.train.callbacks import Advance, Callbacks
-from qrosa.train.evaluate import add_up, evaluate, own_share
+from qrosa.train.evaluate import add_up, evaluate, machine_share, own_share
 from qrosa.train.interrupt import Interrupts
+from qrosa.train.meetings import Meetings
 from qrosa.train.preferences import make_runner
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ class LoopParts:
         pad_id: Token to pad with.
         state: What changes.
         accelerator: Device, and the other processes.
+        machines: Where this process stands, if machines step on their own; the optimizer is then one for that.
         meter: Memory peaks.
         identity: ``settings`` and ``fingerprints``, stored with each checkpoint.
         select: Picks the masks and returns (tokens, supervised tokens) that it read; called once, with what is told of
@@ -84,6 +88,17 @@ class LoopParts:
     select: Callable[[Advance], tuple[int, int]]
     write_adapter: Callable[[Path], None]
     planned: Mapping[str, int]
+    machines: Machines | None = None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run folder: the main one, or each machine's first."""
+        return self.machines.leads if self.machines is not None else bool(self.accelerator.is_main_process)
+
+    @property
+    def together(self) -> Processes:
+        """The processes that share each step: all, or those of one machine."""
+        return self.machines or self.accelerator
 
 
 class TrainingLoop:
@@ -98,6 +113,7 @@ class TrainingLoop:
         self.parts = parts
         self.callbacks = callbacks
         self.zero_gradients = guard.ZeroGradientGuard()
+        self.meetings = Meetings(parts.config.train, parts.phases, parts.state, parts.optimizer, callbacks.on_notice)
         self._saved = parts.state.step  # the step that the newest checkpoint is of; nothing is lost at step 0
         self.runner = make_runner(
             parts.config.train,
@@ -111,7 +127,7 @@ class TrainingLoop:
             process=parts.accelerator.process_index,
             packed=parts.config.train.packing == "on",
             on_shrink=self._shrunk,
-            add_up=partial(add_up, parts.accelerator),
+            add_up=partial(add_up, parts.together),
         )
 
     def fit(self) -> None:
@@ -137,10 +153,12 @@ class TrainingLoop:
                     self._select(interrupts)
                 else:
                     self._step()
-                    if self._due(parts.config.train.eval_every):
+                    if not self.meetings.after_step(interrupts.requested):
+                        continue
+                    if self.meetings.due(parts.config.train.eval_every):
                         self.evaluate()
                 stop = self._any_process(interrupts.requested is not None)
-                if stop or self._done or self._due(self._save_every) or self._best_is_unsaved:
+                if stop or self._done or self.meetings.due(self._save_every) or self._best_is_unsaved:
                     self.save()
                 if stop and not self._done:
                     raise InterruptedRunError(
@@ -170,7 +188,7 @@ class TrainingLoop:
             self._note_change("eval", {"tokens": state.eval_tokens}, {"tokens": tokens})
             state.eval_tokens = tokens
         state.evaluation = {"step": state.step, **result}
-        if parts.accelerator.is_main_process:
+        if parts.writes:
             append_line(parts.folder / EVAL_FILE, state.evaluation)
         self.callbacks.on_evaluation(state.step, result)
         if state.selected_at is not None or not parts.phases.sparse:
@@ -180,8 +198,8 @@ class TrainingLoop:
         """Write a checkpoint of now and delete the oldest ones beyond ``keep``."""
         parts, state = self.parts, self.parts.state
         with parts.meter.phase("save"):
-            optimizer = parts.optimizer.state_tensors(wanted=parts.accelerator.is_main_process)
-            if parts.accelerator.is_main_process:
+            optimizer = parts.optimizer.state_tensors(wanted=parts.writes)
+            if parts.writes:
                 state.peaks = dict(parts.meter.peaks)
                 save_checkpoint(
                     parts.folder,
@@ -191,10 +209,11 @@ class TrainingLoop:
                     logs=log_sizes(parts.folder),
                     **parts.identity,
                 )
-                prune(parts.folder, parts.config.train.keep, spare=kept_step(parts.config.train, state))
         self._saved = state.step
         self.callbacks.on_save(state.step, step_folder(parts.folder, state.step))
         parts.accelerator.wait_for_everyone()
+        if parts.writes:  # only now: machines go on from the newest step that all of them have
+            prune(parts.folder, parts.config.train.keep, spare=kept_step(parts.config.train, state))
 
     def _step(self) -> None:
         """One optimizer step: gradients, checks, update, a line in the log."""
@@ -207,10 +226,12 @@ class TrainingLoop:
         supervised = sum(supervised_tokens(row) for row in rows)
         guard.check_supervised(supervised, step + 1)
         self._ramp()
+        mine = rows if parts.machines is None else machine_share(rows, group, parts.machines)
+        learnt = supervised if mine is rows else sum(supervised_tokens(row) for row in mine)
+        count = len(mine) // group if train.goal.compares else max(1, learnt)  # a machine may get none of the tokens
         with parts.meter.phase("train"):
             share = own_share(rows, group, parts.accelerator)
-            count = len(places) if train.goal.compares else supervised
-            loss = self._sum(self.runner.gradients(share, step, count)) / count
+            loss = add_up(parts.together, [self.runner.gradients(share, step, count)])[0] / count
             if self.zero_gradients.watches(parts.optimizer.parts):
                 self.zero_gradients.see(parts.optimizer.gradient_norms())
             lr, sparse_lr = self._learning_rates(step)
@@ -264,7 +285,7 @@ class TrainingLoop:
         )
 
     def _log(self, record: StepRecord) -> None:
-        if self.parts.accelerator.is_main_process:
+        if self.parts.writes:
             append_line(self.parts.folder / METRICS_FILE, record.line())
 
     def _select(self, interrupts: Interrupts) -> None:
@@ -335,10 +356,7 @@ class TrainingLoop:
 
     @property
     def _save_every(self) -> int:
-        return self.parts.config.train.save_every or max(1, self.parts.phases.total // 10)
-
-    def _due(self, every: int | None) -> bool:
-        return every is not None and self.parts.state.step > 0 and self.parts.state.step % every == 0
+        return steps_between_saves(self.parts.config.train, self.parts.phases.total)
 
     def _last_good(self) -> str | None:
         steps = checkpoint_steps(self.parts.folder)

@@ -22,7 +22,7 @@ from qrosa.data.length import row_length
 from qrosa.data.rendering import read_template
 from qrosa.errors import InputError
 from qrosa.optim.rates import Rates, choose_rates
-from qrosa.optim.schedule import Phases, steps_between_evaluations, warmup_and_total
+from qrosa.optim.schedule import Phases, steps_between_evaluations, steps_between_saves, warmup_and_total
 from qrosa.optim.zero.settings import ZeroSettings, zero_settings
 from qrosa.planner.bytes.zero import drive_bytes
 from qrosa.planner.hardware import Here, processes_here, read_here
@@ -322,6 +322,6 @@ def _resolve(config: RunConfig, seq_len: int, phases: Phases, plan: Plan, rates:
             checkpointing="on" if plan.work.checkpointing else "off",
             offload=plan.offload,
             eval_every=steps_between_evaluations(train, phases.total),
-            save_every=train.save_every or max(1, phases.total // 10),
+            save_every=steps_between_saves(train, phases.total),
         ),
     )

@@ -17,6 +17,7 @@ from qrosa.adapters.inject import quantized_linears
 from qrosa.base.adapter_io import attach_adapter, load_adapter, save_adapter, set_speech
 from qrosa.config import RunConfig, to_flat
 from qrosa.data.batching import Limits, supervised_tokens
+from qrosa.errors import InputError
 from qrosa.files import write_json, write_text
 from qrosa.heap import look_at_each
 from qrosa.masks.repair import init_low_rank, set_masks
@@ -27,13 +28,15 @@ from qrosa.model.place import load_planned
 from qrosa.ops.determinism import deterministic, fix_workspace
 from qrosa.optim.adamw import AdapterOptimizer
 from qrosa.optim.kinds import OPTIMIZERS
+from qrosa.optim.local_steps import LocalStepsOptimizer
+from qrosa.optim.machines import Machines
 from qrosa.optim.parts import Optimizer, adapter_parts
 from qrosa.optim.zero.optimizer import ZeroOptimizer
-from qrosa.planner.hardware import ask_for_expandable_segments
+from qrosa.planner.hardware import ask_for_expandable_segments, processes_on_this_host
 from qrosa.planner.show import document
 from qrosa.quantities import parse_offload
 from qrosa.record.checkpoint import Checkpoint, check_same_run, latest, recover, step_folder
-from qrosa.record.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, check_output, open_folder
+from qrosa.record.folder import ADAPTER_FOLDER, CONFIG_FILE, PLAN_FILE, check_output, machine_folder, open_folder
 from qrosa.record.lock import RunLock
 from qrosa.record.logs import restore
 from qrosa.record.machine import describe_machine
@@ -48,6 +51,7 @@ from qrosa.train.callbacks import Advance, Callback, Callbacks
 from qrosa.train.loop import LoopParts, TrainingLoop
 from qrosa.train.prepare import Prepared, prepare, with_absolute_places
 from qrosa.train.ranks import measure_ranks, stored_ranks, with_ranks
+from qrosa.train.rejoin import agree_on_best, check_same_everywhere, common_checkpoint
 from qrosa.train.samples import Samples, make_samples
 from qrosa.train.selection import sample_loss, selection_rows
 from qrosa.train.trackers import Trackers, check_trackers, make_accelerator
@@ -84,6 +88,10 @@ def finetune(
     fix_workspace()
     check_trackers(config.train.log_to)
     accelerator = make_accelerator(config.train.log_to, folder, config.train.timeout)
+    machines = find_machines(config, accelerator)
+    if machines is not None and machines.index:
+        folder = machine_folder(folder, machines.index)
+        config = dataclasses.replace(config, output=str(folder))
     listeners = Callbacks([*callbacks, Trackers(accelerator, folder)] if accelerator.is_main_process else [])
     try:
         with RunLock(folder) as lock, deterministic(config.train.deterministic == "on"):
@@ -97,18 +105,40 @@ def finetune(
                 with meter.phase("quantise"):
                     base = feedback_base(prepared.config, prepared.train.rows, accelerator, listeners)
                 prepared = dataclasses.replace(prepared, base_files=base)
-            run = _Run(prepared, accelerator, listeners, lock, meter)
+            run = _Run(prepared, accelerator, listeners, lock, meter, machines)
             with held_to(run.device, prepared.cap, prepared.plan.beside):
                 return run.go(resume=resume, force=force)
     finally:
         listeners.on_end()
 
 
+def find_machines(config: RunConfig, accelerator: Accelerator) -> Machines | None:
+    """Where this process stands, if machines are to step on their own.
+
+    Raises:
+        InputError: A machine would have nothing to do.
+    """
+    if config.train.sync_every == 1:
+        return None
+    if config.train.batch_size < accelerator.num_processes:
+        raise InputError(
+            f"a step of {config.train.batch_size} rows has none for some of {accelerator.num_processes} processes",
+            f"raise --batch-size to {accelerator.num_processes} or more",
+        )
+    return Machines(accelerator, processes_on_this_host())
+
+
 class _Run:
     """One run in the making: what is loaded, and where it goes."""
 
     def __init__(
-        self, prepared: Prepared, accelerator: Accelerator, callbacks: Callbacks, lock: RunLock, meter: MemoryMeter
+        self,
+        prepared: Prepared,
+        accelerator: Accelerator,
+        callbacks: Callbacks,
+        lock: RunLock,
+        meter: MemoryMeter,
+        machines: Machines | None,
     ) -> None:
         self.prepared = prepared
         self.config = prepared.config
@@ -116,6 +146,8 @@ class _Run:
         self.lock = lock
         self.folder = Path(self.config.output)
         self.accelerator = accelerator
+        self.machines = machines
+        self.writes = accelerator.is_main_process if machines is None else machines.leads
         self.device = meter.device
         self.meter = meter
         self.samples: Samples | None = None
@@ -123,6 +155,11 @@ class _Run:
 
     def go(self, *, resume: bool, force: bool) -> dict[str, Any]:
         """Everything from loading the base to the report, in order; returns the report."""
+        if self.machines is not None:
+            if self.machines.count == 1:
+                self.callbacks.on_notice("one machine meets nobody: --sync-every is for several")
+            told = {**self.identity["settings"], "resume": resume}
+            check_same_everywhere(self.machines, told, self.identity["fingerprints"])
         checkpoint = self._newest_checkpoint() if resume else None
         for text in (*self.prepared.plan.request.shape.all_notes, *self.prepared.told()):
             self.callbacks.on_notice(text)
@@ -156,26 +193,37 @@ class _Run:
 
     def _newest_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from; None where the run stopped before its first one."""
-        if self.accelerator.is_main_process:
+        if self.writes:
+            # The main process was refused before if it has no run; another machine may join one.
+            is_new = not (self.folder / CONFIG_FILE).is_file()
+            open_folder(self.folder, self.lock, fresh=is_new, force=False)
+            if is_new:
+                self._write_settings()
             recover(self.folder)
         self.accelerator.wait_for_everyone()
-        checkpoint = latest(self.folder, self.callbacks.on_notice)
+        if self.machines is None:
+            checkpoint = latest(self.folder, self.callbacks.on_notice)
+        else:
+            checkpoint = common_checkpoint(self.machines, self.folder, self.callbacks.on_notice)
         if checkpoint is None:
             self.callbacks.on_notice("the run has no checkpoint yet: it starts from the beginning")
         else:
             check_same_run(checkpoint, self.identity["settings"], self.identity["fingerprints"])
         return checkpoint
 
-    def _open_folder(self, checkpoint: Checkpoint | None, *, fresh: bool, force: bool) -> None:
+    def _write_settings(self) -> None:
         import yaml
 
-        if self.accelerator.is_main_process:
+        settings = with_absolute_places(self.identity["settings"])
+        write_text(self.folder / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
+
+    def _open_folder(self, checkpoint: Checkpoint | None, *, fresh: bool, force: bool) -> None:
+        if self.writes:
             open_folder(self.folder, self.lock, fresh=fresh, force=force)
             for notice in restore(self.folder, checkpoint.logs if checkpoint else {}):
                 self.callbacks.on_notice(notice)
             if fresh:
-                settings = with_absolute_places(self.identity["settings"])
-                write_text(self.folder / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
+                self._write_settings()
             if fresh or checkpoint is None:
                 write_json(self.folder / PLAN_FILE, document(self.prepared.plan))
         self.accelerator.wait_for_everyone()
@@ -239,6 +287,8 @@ class _Run:
             optimizer.load_state_tensors(checkpoint.optimizer_tensors())
             state = checkpoint.run
             check_best(train, state, self.folder, self.callbacks.on_notice)
+            if self.machines is not None:
+                agree_on_best(self.accelerator, state)
             self.meter.peaks = {**state.peaks, **self.meter.peaks}
             self.callbacks.on_notice(f"going on after step {state.step}")
         return LoopParts(
@@ -252,6 +302,7 @@ class _Run:
             pad_id=prepared.pad_id,
             state=state,
             accelerator=self.accelerator,
+            machines=self.machines,
             meter=self.meter,
             identity=self.identity,
             select=lambda advance: self._select(model, optimizer, advance),
@@ -264,20 +315,25 @@ class _Run:
         train, settings = self.config.train, self.prepared.zero
         low_rank, sparse = adapter_parts(model)
         self._agree_on([*low_rank, *sparse])
-        if settings is None:
-            return AdapterOptimizer(
+        kind, decay = train.optimizer, train.weight_decay
+        if self.machines is not None:
+            return LocalStepsOptimizer(
                 low_rank,
                 sparse,
-                kind=train.optimizer,
-                weight_decay=train.weight_decay,
-                accelerator=self.accelerator,
+                machines=self.machines,
+                outer_lr=train.outer_lr,
+                outer_momentum=train.outer_momentum,
+                kind=kind,
+                weight_decay=decay,
             )
+        if settings is None:
+            return AdapterOptimizer(low_rank, sparse, kind=kind, weight_decay=decay, accelerator=self.accelerator)
         self.callbacks.on_notice(f"DeepSpeed: {settings.words}, {self.accelerator.num_processes} processes")
         return ZeroOptimizer(
             low_rank,
             sparse,
             settings=settings,
-            weight_decay=train.weight_decay,
+            weight_decay=decay,
             max_norm=train.max_grad_norm,
             accelerator=self.accelerator,
         )
@@ -327,7 +383,8 @@ class _Run:
         """Save the adapter, the last or the best, and write the report."""
         best = kept_step(self.config.train, parts.state)
         with self.meter.phase("save"):
-            if best is not None and best != parts.state.step:
+            # The first machine has the checkpoint; one that came later need not, and writes nothing here.
+            if best is not None and best != parts.state.step and (self.machines is None or not self.machines.index):
                 take_values(parts.model, step_folder(self.folder, best))
             if self.accelerator.is_main_process:
                 save_adapter(parts.model, self.folder / ADAPTER_FOLDER)

@@ -54,6 +54,15 @@ def test_machines_join_over_10_gigabit_unless_told_otherwise(llama: Path) -> Non
     assert faster["estimate"]["scaling"]["efficiency"] > made["efficiency"]
 
 
+def test_a_slow_network_is_told_with_what_it_costs(llama: Path) -> None:
+    far = ("--gpu", "rtx4090", "--nodes", "2", "--network", "20mbit,80ms")
+    result = run(llama, *far, "--sync-every", "100")
+    assert result.exit_code == 0 and "exchange adapters every 100 steps" in result.stdout.replace("\n", " ")
+    made = document(llama, *far, "--sync-every", "100")
+    assert made["settings"]["sync_every"] == made["estimate"]["scaling"]["meeting"]["sync_every"] == 100
+    assert document(llama, *far)["settings"]["sync_every"] is None
+
+
 def test_without_a_card_there_are_rows_and_no_estimate(llama: Path) -> None:
     made = document(llama, "--vram", "6GB")
     assert made["estimate"] is None and len(made["what_if"]) == 5

@@ -80,6 +80,15 @@ def test_what_is_not_in_the_tables_is_refused_with_the_choices() -> None:
     assert find_network("10GbE").rate == 1.25e9
 
 
+def test_a_network_may_be_a_rate_and_a_round_trip() -> None:
+    far = find_network("20Mbit,80ms")
+    assert (far.rate, far.latency) == (2.5e6, 0.04)
+    assert find_network("1gbit").rate == NETWORKS["1gbe"].rate
+    for wrong in ("0mbit", "20", "mbit", "20mbit,80", "20mbit,,80ms", "-20mbit", "20mbit,80s"):
+        with pytest.raises(InputError, match="is unknown"):
+            find_network(wrong)
+
+
 def test_the_smallest_card_that_is_large_enough() -> None:
     assert smallest_card(8 * GB, as_sold=True) is CARDS["rtx4060"]  # the slowest of those with 8 GB
     assert smallest_card(7 * GB) is CARDS["rtx4060"]

@@ -166,6 +166,11 @@ def optimizer_bytes(low_rank: int, sparse: int, optimizer: str) -> int:
     return FULL * low_rank + sum(states(size) for size in (low_rank, sparse) if size)
 
 
+def outer_bytes(low_rank: int, sparse: int) -> int:
+    """The common values and their velocity, fp32 in host memory, where machines step on their own."""
+    return 2 * FULL * (low_rank + sparse)
+
+
 def observed(allocation: Allocation, scope: str) -> dict[str, int]:
     """Path -> N * K of the matrices whose statistics selection collects."""
     wanted = [x for x in allocation.linears if scope == "global" or allocation.nnz[x.path]]

@@ -271,14 +271,17 @@ def _host_boundaries(work: Workload, tokens: int) -> int:
 
 
 def _host_optimizer(work: Workload, *, sparse: bool = True) -> Components:
-    """Optimizer states in host memory: offloaded by DeepSpeed, or paged.
+    """Optimizer states in host memory: offloaded by DeepSpeed, paged, or the outer step's.
 
     Paged ones are in unified memory: they move to the card while they are used and leave it under pressure.
     """
     low, high = work.allocation.low_rank_parameters, work.allocation.sparse_parameters if sparse else 0
     if work.zero is not None:
         return deepspeed.host_bytes(work, low, high)
-    return {"paged_optimizer": parts.optimizer_bytes(low, high, work.optimizer) if _is_paged(work) else 0}
+    return {
+        "paged_optimizer": parts.optimizer_bytes(low, high, work.optimizer) if _is_paged(work) else 0,
+        "outer_step": parts.outer_bytes(low, high) if work.sync_every > 1 else 0,
+    }
 
 
 def _eval(work: Workload) -> PhaseMemory:
@@ -302,7 +305,8 @@ def _state_bytes(work: Workload) -> tuple[int, int]:
     allocation = work.allocation
     adapter = parts.low_rank_bytes(allocation) + parts.sparse_bytes(allocation)
     low, high = allocation.low_rank_parameters, allocation.sparse_parameters
-    return adapter, parts.optimizer_bytes(low, high, work.optimizer) + FULL * high
+    velocity = FULL * (low + high) if work.sync_every > 1 else 0
+    return adapter, parts.optimizer_bytes(low, high, work.optimizer) + FULL * high + velocity
 
 
 def _save(work: Workload) -> PhaseMemory:

@@ -128,6 +128,7 @@ def _first(request: Request, allocation: Allocation) -> Workload:
         objective=train.objective,
         samples=train.samples,
         packed=train.packing == "on",
+        sync_every=train.sync_every,
     )
 
 

@@ -19,6 +19,7 @@ from qrosa.planner.bytes.phases import traffic
 from qrosa.planner.bytes.zero import offload_seconds, sent_bytes
 from qrosa.planner.cards import Card, Machines
 from qrosa.planner.time.cost import BANDWIDTH_SHARE, Cost, passes
+from qrosa.planner.time.meetings import Meeting
 from qrosa.planner.workload import Workload
 from qrosa.quantities import bytes_text
 
@@ -26,7 +27,7 @@ LINK_SHARE = 0.8  # pinned copies over PCIe
 NETWORK_SHARE = 0.9  # TCP over Ethernet
 DISK_RATE = 3e9  # bytes a second of an NVMe drive, reading
 HOST_SECONDS = 0.0008  # to start the kernels of a layer's forward pass; backward takes twice that
-CARD_LATENCY, NETWORK_LATENCY = 20e-6, 50e-6  # seconds of a hop of the ring
+CARD_LATENCY = 20e-6  # seconds of a hop of the ring
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,11 @@ def estimate(work: Workload, batch_size: int, machines: Machines) -> Estimate:
         for part in seconds:
             seconds[part] += getattr(took, part)
     seconds["optimizer"] = _optimizer_seconds(work, machines.card)
-    seconds["network"] = all_reduce_seconds(work, machines)
+    between = all_reduce_seconds(work, machines)
+    if work.sync_every > 1:
+        between /= work.sync_every
+        between += all_reduce_seconds(work, dataclasses.replace(machines, nodes=1))
+    seconds["network"] = between
     return Estimate(machines, work, batch_size, micro_batches, cost, seconds, step_traffic(work, micro_batches))
 
 
@@ -202,13 +207,24 @@ def all_reduce_seconds(work: Workload, machines: Machines) -> float:
     if machines.gpus > 1:
         rate, latency = LINK_SHARE * machines.card.link / 2, CARD_LATENCY
     if machines.network is not None and machines.nodes > 1:
-        rate, latency = min(rate, NETWORK_SHARE * machines.network.rate), NETWORK_LATENCY
+        rate, latency = min(rate, NETWORK_SHARE * machines.network.rate), machines.network.latency
     flats = sum(size > 0 for size in (work.allocation.low_rank_parameters, work.allocation.sparse_parameters))
     return all_reduce_bytes(work, cards) / rate + flats * 2 * (cards - 1) * latency
 
 
+def meeting_of(made: Estimate) -> Meeting | None:
+    """What the machines of a run pay for their exchanges; None for one machine."""
+    machines, work = made.machines, made.work
+    if machines.nodes == 1:
+        return None
+    inside = all_reduce_seconds(work, dataclasses.replace(machines, nodes=1))
+    step = made.step_seconds - made.seconds["network"] + inside
+    sent = round(all_reduce_bytes(work, machines.cards))
+    return Meeting(work.sync_every, sent, all_reduce_seconds(work, machines), step)
+
+
 def _scaling(made: Estimate) -> dict[str, Any]:
-    machines = made.machines
+    machines, meeting = made.machines, meeting_of(made)
     alone = estimate(dataclasses.replace(made.work, processes=1), made.batch_size, Machines(machines.card))
     return {
         "gpus": machines.gpus,
@@ -218,6 +234,7 @@ def _scaling(made: Estimate) -> dict[str, Any]:
         "network_seconds": made.seconds["network"],
         "efficiency": made.efficiency,
         "speedup": alone.step_seconds / made.step_seconds,
+        "meeting": meeting.to_json() if meeting else None,
         "idle_cards": max(0, machines.cards - made.batch_size),
     }
 
@@ -225,11 +242,14 @@ def _scaling(made: Estimate) -> dict[str, Any]:
 def _scaling_words(made: Estimate) -> list[str]:
     scaling, machines = _scaling(made), made.machines
     joined = f", {scaling['network']}" if scaling["network"] else ""
+    meeting = meeting_of(made)
+    sent = f"{bytes_text(scaling['bytes_per_card'])} of adapter gradients a step in {scaling['network_seconds']:.2f} s"
     lines = [
         f"{machines.cards} cards ({machines.gpus} a machine, {machines.nodes} machines{joined}), estimated: efficiency "
-        f"{made.efficiency:.0%}, {scaling['speedup']:.1f} times one card; each sends "
-        f"{bytes_text(scaling['bytes_per_card'])} of adapter gradients a step in {scaling['network_seconds']:.2f} s"
+        f"{made.efficiency:.0%}, {scaling['speedup']:.1f} times one card" + ("" if meeting else f"; each sends {sent}")
     ]
+    if meeting is not None:
+        lines.append(meeting.describe(scaling["network"]))
     idle = scaling["idle_cards"]
     if idle:
         lines.append(f"{idle} cards have nothing to do: a step has {made.batch_size} rows; raise --batch-size")

@@ -12,7 +12,7 @@ from typing import Any
 
 from qrosa.config import SPLITS
 from qrosa.masks.sizes import DENSE_SAMPLES
-from qrosa.optim.schedule import phases_of, steps_between_evaluations, steps_of
+from qrosa.optim.schedule import phases_of, steps_between_evaluations, steps_between_saves, steps_of
 from qrosa.planner.bytes import components as parts
 from qrosa.planner.cards import Card
 from qrosa.planner.plan import Plan
@@ -75,7 +75,7 @@ def run_time(plan: Plan) -> RunTime | None:
     )
     between = steps_between_evaluations(train, steps)
     evaluations = 1 + (steps // between if between else 0)
-    saves = -(-steps // (train.save_every or max(1, steps // 10))) + (evaluations if train.keep_best else 0)
+    saves = -(-steps // steps_between_saves(train, steps)) + (evaluations if train.keep_best else 0)
     seconds = {
         "load": START + _load_seconds(plan, card),
         "warmup": phases.warmup * step,

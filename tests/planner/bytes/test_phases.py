@@ -187,3 +187,15 @@ def test_components_and_phases_follow_the_run() -> None:
     on_cpu = phases(workload(shape, device="cpu", attention="eager"))["train"]
     assert "cuda_context" not in on_cpu.device and on_cpu.device["scratch"] == 2 * 4096 * 14336
     assert phases(workload(shape, optimizer="paged-adamw8bit"))["train"].host["paged_optimizer"]
+
+
+def test_machines_that_step_on_their_own_keep_the_common_values_and_their_velocity_on_the_host() -> None:
+    shape = from_config("test", LLAMA)
+    plain, apart = (phases(workload(shape, sync_every=every)) for every in (1, 100))
+    values = workload(shape).allocation.trainable
+    for name in ("train", "eval", "save"):
+        assert apart[name].host["outer_step"] == 8 * values and "outer_step" not in plain[name].host
+        assert apart[name].device == plain[name].device
+    low_rank = workload(shape).allocation.low_rank_parameters
+    assert apart["select"].host["outer_step"] == 8 * low_rank  # the sparse part is not there yet
+    assert apart["save"].disk - plain["save"].disk == 4 * values * (workload(shape).checkpoints + 1)

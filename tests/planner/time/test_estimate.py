@@ -15,7 +15,7 @@ from qrosa.base.shape import ModelShape, from_config
 from qrosa.config import AdapterConfig, DataConfig, MaskConfig, TrainConfig
 from qrosa.errors import InputError
 from qrosa.planner.bytes.phases import traffic
-from qrosa.planner.cards import CARDS, NETWORKS, Card, Machines, find_card
+from qrosa.planner.cards import CARDS, NETWORKS, Card, Machines, find_card, find_network
 from qrosa.planner.plan import Plan
 from qrosa.planner.show import document
 from qrosa.planner.time.cost import passes
@@ -171,6 +171,31 @@ def test_four_cards_over_10_gigabit_pay_and_what_travels_is_small() -> None:
     slow = on(WORK, nodes=4, network=NETWORKS["1gbe"])
     assert slow.efficiency == pytest.approx(1 - slow.seconds["network"] / slow.step_seconds)
     assert slow.efficiency < found.efficiency < on(WORK, gpus=4).efficiency
+
+
+def test_what_meetings_cost_and_from_which_number_of_steps_it_is_little() -> None:
+    far = find_network("20mbit,80ms")
+    often, seldom = (
+        on(dataclasses.replace(WORK, sync_every=every), nodes=2, network=far).to_json() for every in (1, 50)
+    )
+    each, rare = often["scaling"]["meeting"], seldom["scaling"]["meeting"]
+    assert each["bytes"] == rare["bytes"] == 4 * WORK.allocation.trainable
+    assert each["seconds"] == rare["seconds"] == pytest.approx(each["bytes"] / (0.9 * 2.5e6), rel=0.02)
+    assert seldom["seconds"]["network"] == pytest.approx(often["seconds"]["network"] / 50)
+    assert rare["share"] == pytest.approx(1 - seldom["scaling"]["efficiency"])
+    enough, fewer = (
+        on(dataclasses.replace(WORK, sync_every=each["enough"] - less), nodes=2, network=far) for less in (0, 1)
+    )
+    assert fewer.efficiency < 0.95 <= enough.efficiency + 1e-12
+    assert f"--sync-every {each['enough']} makes it 5%" in on(WORK, nodes=2, network=far).describe()[-1]
+    assert "makes it" not in enough.describe()[-1]
+
+
+def test_cards_of_one_machine_still_share_every_step() -> None:
+    apart = dataclasses.replace(WORK, sync_every=10**6)
+    inside = on(WORK, gpus=2).seconds["network"]
+    assert on(apart, gpus=2, nodes=2, network=NETWORKS["1gbe"]).seconds["network"] == pytest.approx(inside, rel=0.01)
+    assert on(apart, gpus=2).to_json()["scaling"]["meeting"] is None
 
 
 def test_more_cards_than_rows_stand_idle_and_are_told_so() -> None:
