@@ -215,9 +215,9 @@ def plan() -> str:
     return "\n".join(table) + "\n\n" + counted + "\n"
 
 
-def host_memory() -> str:
+def host_memory(record: str = "host-memory-cpu") -> str:
     """Planned against resident memory of runs on the CPU: the highest phase by setting, and the span of every phase."""
-    found = read("host-memory-cpu")["rows"]
+    found = read(record)["rows"]
     rows = []
     for name in dict.fromkeys(row["setting"] for row in found):
         phases = [row for row in found if row["setting"] == name]
@@ -236,6 +236,11 @@ def host_memory() -> str:
     )
     headings = ["setting", "highest phase", "planned MiB", "measured MiB", "all phases: plan over measured", "settings"]
     return markdown(headings, rows) + text
+
+
+def host_memory_avx2() -> str:
+    """The same on a processor without AVX-512."""
+    return host_memory("host-memory-avx2-cpu")
 
 
 def rank_by() -> str:
@@ -324,7 +329,7 @@ def promises() -> str:
     layers = [row["sparse_over_plain"] for row in read("linear-cpu")["rows"]]
     steps = [row["sparse_step_over_low_rank_step"] for row in read("training-cpu")["rows"] if "training" in row["work"]]
     grid = [row["percent"] for row in json.loads((RESULTS / "plan.json").read_text(encoding="utf-8"))]
-    host = [row["percent"] for row in read("host-memory-cpu")["rows"]]
+    host = [row["percent"] for name in ("", "-avx2") for row in read(f"host-memory{name}-cpu")["rows"]]
     won = {
         row["recipe"]: [found["share"] for found in row["won_back"].values()] for row in read("quantize-cpu")["rows"]
     }
@@ -442,6 +447,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
     "plan": plan,
     "host-memory": host_memory,
+    "host-memory-avx2": host_memory_avx2,
     "rank-by": rank_by,
     "far-apart": far_apart,
     "fit": fit,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-_AGAIN = 0.25  # of what may be kept: growth since memory was last given back that makes it worth asking again
+_AGAIN = 0.125  # of what may be kept: growth since memory was last given back that makes it worth asking again
 
 
 @dataclass
@@ -59,12 +59,15 @@ def bounded() -> bool:
 
 
 def look(coming: int | None = None) -> None:
-    """Have free memory given back if ``coming`` bytes, or what a layer takes, would go over the bound."""
+    """Have free memory given back if ``coming`` bytes, or what a layer takes, would go over the bound.
+
+    Or near it: between two times that memory is given back it may grow by the bound's step, which must have room too.
+    """
     if not _bounds:
         return
     bound = _bounds[-1]
     now = resident_now()
-    if now + (bound.coming if coming is None else coming) <= bound.planned:
+    if now + (bound.coming if coming is None else coming) <= bound.planned - bound.step:
         bound.left = 0
     elif now > bound.left + bound.step:
         give_back()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qrosa.adapters.inject import quantized_linears
 from qrosa.heap import look
+from qrosa.ops import products
 
 CHUNK_TOKENS = 256
 _LOGIT_BYTES = 8  # of a logit, beside the chunk's before: fp32, and its exponential or what it was rounded from
@@ -100,9 +101,16 @@ class Head:
         return cls(cast(Any, model).get_output_embeddings(), float(softcap) if softcap else None, scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [n, V] in fp32 of hidden states [n, d], as the model itself would give them."""
+        """Logits [n, V] in fp32 of hidden states [n, d], as the model itself would give them.
+
+        Where products are taken in fp32 for want of 16-bit ones, they are not rounded to 16 bits on the way.
+        """
         weight = cast(Tensor, self.layer.weight)
-        logits = cast(Tensor, self.layer(hidden.to(weight.device, weight.dtype))).float()
+        hidden = hidden.to(weight.device, weight.dtype)
+        if products.widens(hidden) and not torch.is_grad_enabled():
+            logits = products.linear(hidden, weight, cast("Tensor | None", self.layer.bias))
+        else:
+            logits = cast(Tensor, self.layer(hidden)).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

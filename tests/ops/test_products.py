@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qrosa.adapters.linear import QRosaLinear
+from qrosa.model.head import Head
 from qrosa.ops import products
 from qrosa.ops.few_rows_head import OutputHead
 from qrosa.quant.nf4 import NF4Weight
@@ -96,3 +97,13 @@ def test_the_output_head(rows: int) -> None:
     expected = nn.functional.linear(x.double(), head.weight.double(), head.bias.double())
     with torch.no_grad():
         assert float((head(x).double() - expected).norm() / expected.norm()) < 2**-8
+
+
+def test_logits_are_not_rounded_on_the_way() -> None:
+    head = Head(OutputHead.of(nn.Linear(48, 300).bfloat16().requires_grad_(False)), softcap=None, scale=1.0)
+    x = random(7, 48).bfloat16()
+    exact = nn.functional.linear(x.double(), head.layer.weight.double(), head.layer.bias.double())
+    with products.widening("cpu", True), torch.no_grad():
+        assert float((head.logits(x).double() - exact).norm() / exact.norm()) < 2**-20
+    with products.widening("cpu", False), torch.no_grad():
+        assert head.logits(x).dtype == torch.float32
