@@ -16,7 +16,7 @@ from qrosa.adapters.inject import inject_low_rank, quantized_linears
 from qrosa.base.build import empty_model
 from qrosa.base.dimensions import KNOWN_HINT, LayerCount
 from qrosa.errors import InputError, first_line
-from qrosa.ops.card_attention import CardAttention
+from qrosa.ops.card_attention import FusedAttention, card_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -88,7 +88,11 @@ def _most_saved(model: nn.Module, length: int) -> int:
         ids = torch.zeros(1, length, dtype=torch.long, device="meta")
         mask = torch.ones_like(ids)
         unpadded = _Unpadded()  # type: ignore[no-untyped-call]
-        with CardAttention(), unpadded, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with (
+            FusedAttention(card_attention),
+            unpadded,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
             cast(Any, model).get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:

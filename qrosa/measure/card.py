@@ -1,7 +1,7 @@
 """What a CUDA card does that tensors without data do not show: which attention kernel runs, and what kernels hide.
 
 ``scaled_dot_product_attention`` picks its kernel by device, and for ``meta`` tensors that would be the plain one with
-its whole score matrix. ``qrosa.ops.card_attention`` makes a card's choice by hand.
+its whole score matrix. ``qrosa.ops.card_attention`` makes the device's choice by hand.
 
 Kernels also allocate inside, below what a dispatch mode can see. The few that matter have a formula each, from torch's
 sources (``aten/src/ATen/native``: ``ReduceOps.cpp``, ``transformers/cuda/flash_attn/flash_api.cpp``,
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qrosa.ops.card_attention import CardAttention
+from qrosa.ops.card_attention import FusedAttention, card_attention, cpu_attention
 from qrosa.planner.bytes.activations import flash_backward_bytes
 
 CARD_GRANULE = 512  # torch's CUDA allocator hands out multiples of this
@@ -26,8 +26,8 @@ _FULL = 4  # bytes of fp32
 
 
 @contextmanager
-def card_kernels() -> Iterator[None]:
-    """While inside, transformers' fused attention on ``meta`` tensors is what a card of capability 8 or newer takes.
+def fused_kernels(on_cpu: bool) -> Iterator[None]:
+    """While inside, transformers' fused attention on ``meta`` tensors is the CPU's, or a card's of capability 8 or newer.
 
     transformers' ``sdpa`` function runs as it is, only the one torch function that it calls is replaced. This is done
     around each call and not around the whole step: autograd leaves function modes when it starts, and checkpointing
@@ -36,8 +36,10 @@ def card_kernels() -> Iterator[None]:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    kernel = cpu_attention if on_cpu else card_attention
+
     def attend(*args: Any, **kwargs: Any) -> Any:
-        with CardAttention():
+        with FusedAttention(kernel):
             return sdpa_attention_forward(*args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attend

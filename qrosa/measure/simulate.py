@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from qrosa.base.open import open_config
 from qrosa.errors import InputError
-from qrosa.measure.card import card_kernels, hidden_bytes
+from qrosa.measure.card import fused_kernels, hidden_bytes
 from qrosa.measure.trace import Trace, worst_micro_batches
 from qrosa.measure.tracker import Allocation, Peak, StorageTracker
 from qrosa.ops.products import widening
@@ -142,5 +142,6 @@ def largest_tensors(allocations: Sequence[Allocation], count: int) -> list[LiveT
 @contextmanager
 def _devices(work: Workload) -> Iterator[None]:
     """``meta`` tensors behave as the planned device's."""
-    with meta_like_cpu() if work.on_cpu else card_kernels(), widening("meta", work.widens):
+    scratch = meta_like_cpu() if work.on_cpu else nullcontext()
+    with scratch, fused_kernels(work.on_cpu), widening("meta", work.widens):
         yield

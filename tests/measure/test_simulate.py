@@ -176,6 +176,19 @@ def test_storages_are_counted_once_and_until_they_die() -> None:
         assert later[0].total == 512 and largest_tensors(later[0].allocations, 1)[0].shape == (10,)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fused_attention_on_the_cpu_keeps_no_scores(tmp_path: Path, checkpointing: bool, rows: int) -> None:
+    """Rows so long that scores would be most of the step: what is simulated is what is planned."""
+    work = workload(
+        write_layers(tmp_path, 4), attention="sdpa", widens=True, length=768, rows=rows, tokens=768 * rows,
+        eval_tokens=768 * rows, checkpointing=checkpointing, dropout=0.0,
+    )  # fmt: skip
+    planned = phases(work)
+    for phase, peak in simulate(str(tmp_path), work).phases.items():
+        assert -0.01 <= planned[phase].tensor_total / peak.total - 1 <= WITHIN, phase
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_fused_attention_keeps_no_scores(masked: bool) -> None:
     length, heads = 72, 4
