@@ -27,7 +27,7 @@ _FULL = 4  # bytes of fp32
 
 @contextmanager
 def fused_kernels(on_cpu: bool) -> Iterator[None]:
-    """While inside, transformers' fused attention on ``meta`` tensors is the CPU's, or a card's of capability 8 or newer.
+    """While inside, transformers' fused attention of ``meta`` tensors is the CPU's, or a card's of capability 8 on.
 
     transformers' ``sdpa`` function runs as it is, only the one torch function that it calls is replaced. This is done
     around each call and not around the whole step: autograd leaves function modes when it starts, and checkpointing

@@ -1,9 +1,9 @@
 """Fused attention of ``meta`` tensors by the kernel that a card, or the CPU, would take.
 
 torch takes the plain kernel for them, with its whole score matrix. A card takes flash attention where there is no mask
-and the memory-efficient kernel where there is one, the CPU a flash kernel of its own for both; all keep the output and a
-log-sum-exp, and no scores. Here the same choice is made by hand, and the kernels' own meta functions and derivatives then
-give what is saved.
+and the memory-efficient kernel where there is one, the CPU a flash kernel of its own for both; all keep the output and
+a log-sum-exp, and no scores. Here the same choice is made by hand, and the kernels' own meta functions and derivatives
+then give what is saved.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def cpu_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The same by the CPU's kernel, which reads grouped keys and values as they are, and a mask of the queries' dtype."""
+    """The same by the CPU's kernel, which reads grouped keys and values as they are; a mask is added to the scores."""
     mask = None if attn_mask is None else _added(attn_mask, query)
     flash = _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale

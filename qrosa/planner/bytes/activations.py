@@ -266,7 +266,7 @@ def forward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps
     form. Feed-forward: those, gate and up [T, f], with the dense weight, twice as large where they are one, or with
     their product.
     Attention: the normed input, queries, keys and values, repeated ones, the output; for the eager kind scores in bf16,
-    fp32, and fp32 after the softmax.
+    fp32, and fp32 after the softmax. In fp32 where products are wide, beside what was widened.
     """
     stream, inner = HALF * batch.tokens * dims.hidden, HALF * batch.tokens * dims.intermediate
     query, key = batch.product * batch.tokens * dims.query_width, batch.product * batch.tokens * dims.key_width
@@ -274,6 +274,8 @@ def forward_workspace(dims: Dimensions, batch: MicroBatch, attention: str, keeps
     gate = 2 if dims.switches.fused_gate else 1
     feed_forward = 2 * stream + 2 * inner + max(gate * matrix, inner) + _widened(dims, batch, backward=False)
     attended = stream + 3 * query + 2 * key
+    if batch.wide:  # what the fp32 copies are made of
+        attended += HALF * batch.tokens * (dims.query_width + 2 * dims.key_width)
     if attention == "eager":
         attended += (HALF + 2 * FULL) * batch.tokens * batch.length * dims.heads
     else:
