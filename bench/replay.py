@@ -25,7 +25,7 @@ from qrosa.base.shape import from_config
 from qrosa.config import make_groups
 from qrosa.data.batching import Limits, supervised_tokens
 from qrosa.data.encode import EncodedRow
-from qrosa.measure.card import CARD_GRANULE, card_kernels, hidden_bytes
+from qrosa.measure.card import CARD_GRANULE, fused_kernels, hidden_bytes
 from qrosa.measure.trace import Trace
 from qrosa.measure.tracker import FORWARD, UPDATE, StorageTracker
 from qrosa.model.modes import set_attention, set_checkpointing
@@ -95,7 +95,7 @@ def requests(plan: Plan, config: Any) -> list[list[tuple[int, int]]]:
     trace = Trace.without_data(config, work)
     trace.tracker = recorder
     cuts = [0]
-    with card_kernels():
+    with fused_kernels(on_cpu=False):
         set_attention(trace.model, work.attention)
         set_checkpointing(trace.model, work.checkpointing)
         with recorder, recorder.watching(trace.model):

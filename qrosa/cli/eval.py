@@ -134,7 +134,7 @@ def _check_asked(data: Any, tasks: str | None, task_files: str | None, as_chat: 
         flag = "--task-files" if task_files is not None else "--as-chat"
         raise InputError(f"{flag} is of --tasks, which is missing", "name the tasks, or leave it out")
     if not data and tasks is None:
-        raise InputError("--data is missing", "give the rows to score on, or --tasks of lm_eval")
+        raise InputError("--data is missing", "give the rows to score on with --data, or --tasks of lm_eval")
 
 
 def _on_tasks(

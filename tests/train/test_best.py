@@ -98,10 +98,13 @@ def test_the_last_evaluation_can_be_the_best(config, held_out_losses):
     assert (report["adapter_step"], report["stopped_early"], report["eval"]["loss"]) == (7, False, 1.0)
 
 
-def test_killed_and_resumed_stops_at_the_same_step_with_the_same_adapter(settings, run_in_process, tmp_path):
-    """A rate that overshoots: the held-out loss comes down and goes up again."""
-    changes = {"max_steps": 40, "warmup_steps": 2, "save_every": 5, "keep": 1, "lr": 0.2, "sparse_lr": 0.1}
-    judged = {"eval_split": "25%", "eval_every": 2, "stop_after": 3, "keep_best": True}
+def test_killed_and_resumed_stops_at_the_same_step_with_the_same_adapter(settings, tiny_rows, run_in_process, tmp_path):
+    """Held-out rows with the answers exchanged: their loss comes down with the words and goes up with their meaning."""
+    changes = {"max_steps": 40, "warmup_steps": 2, "save_every": 5, "keep": 1, "lr": 0.1, "sparse_lr": 0.05}
+    rows = [json.loads(line) for line in Path(settings()["data"]).read_text().splitlines()]
+    other = {" positive": " negative", " negative": " positive"}
+    wrong = tiny_rows([{**row, "completion": other[row["completion"]]} for row in rows[:8]], name="wrong.jsonl")
+    judged = {"eval_data": str(wrong), "eval_every": 2, "stop_after": 3, "keep_best": True}
     values = settings(**changes, **judged)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     report = finetune(make_run_config({**values, "output": str(whole)}))
