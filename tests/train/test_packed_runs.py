@@ -228,5 +228,5 @@ def test_smollm2(smollm2: Path, tmp_path: Path, tiny_rows: Any) -> None:
         values = {"model": str(smollm2), "data": str(tiny_rows(rows)), "output": str(tmp_path / packing)}
         values |= {"rank": 2, "density": 0, "batch_size": 6, "max_steps": 3, "lr": 1e-3, "packing": packing}
         found[packing] = learnt(make_run_config(values))
-    assert found["on"][0] == pytest.approx(found["off"][0], rel=0.01)
+    assert found["on"][0] == pytest.approx(found["off"][0], rel=0.02)
     assert found["on"][0][3] < found["on"][0][1]

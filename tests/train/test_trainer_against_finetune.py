@@ -79,10 +79,11 @@ def test_sft_on_a_real_model_gives_the_losses_of_a_run(smollm2, tmp_path):
     trainer.train()
     found = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     expected = list(losses(tmp_path / "run").values())
-    assert expected[0] - expected[-1] > 0.2  # much was learnt, and
-    assert found[0] == pytest.approx(expected[0], rel=1e-3)
-    # Gradients near zero round to either sign, and a first step of Adam takes signs: a few thousandths.
-    assert found == pytest.approx(expected, rel=0.01)
+    assert expected[0] - expected[-1] > 0.5  # much was learnt, and
+    assert found[0] == pytest.approx(expected[0], rel=3e-3)
+    # Gradients near zero round to either sign, and a first step of Adam takes signs: a few thousandths, and more where
+    # products are rounded to 16 bits.
+    assert found == pytest.approx(expected, rel=0.02)
     run_masks = masks(load_file(tmp_path / "run" / "adapter" / "adapter.safetensors"))
     own_masks = masks(adapter_state(model))
-    assert len(run_masks & own_masks) > 0.9 * len(run_masks) > 0
+    assert len(run_masks & own_masks) > 0.8 * len(run_masks) > 0
